@@ -1,0 +1,260 @@
+"""The one attention function, and the one mask function, registered with transformers.
+
+Masks come from the original position of every slot, never from lengths: a slot is visible if it is not empty, not
+in the future, and within the layer's own sliding window. Grouped-query attention never repeats keys or values.
+
+Shapes: B batch rows, H query heads, K KV heads, G = H / K, q new tokens, N slots, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from kv_lm_eval.errors import UserError
+
+if TYPE_CHECKING:
+    from kv_lm_eval.cache.cache import CompressedCache
+    from kv_lm_eval.cache.store import LayerStore
+
+NAME = "kv_lm_eval"
+MASK_ELEMENTS = 2**25  # queries are attended in blocks whose mask has at most this many elements
+WEIGHT_ELEMENTS = 2**24  # the same for explicit attention weights, float32
+
+# Arguments that models hand to every attention function and that do not change the result of an inference step.
+HARMLESS = frozenset(
+    """use_cache output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch
+    logits_to_keep cache_position past_key_values past_key_value position_embeddings layer_past is_causal""".split()
+)
+
+
+def register() -> None:
+    """Makes the attention function known to transformers under our name; other names are left alone."""
+    AttentionInterface.register(NAME, kv_attention)
+    AttentionMaskInterface.register(NAME, keep_padding_mask)
+
+
+def keep_padding_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """Hands the raw 2D padding mask on to the attention function."""
+    return attention_mask
+
+
+def kv_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_ids: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over the compressed cache: stores the new pairs, attends, then lets the cache cut the layer.
+
+    Args:
+        query: [B, H, q, D] and key, value: [B, K, q, D], the new tokens only, rotary embedding applied.
+        attention_mask: [B, >= q], 0 where a token is padding, or None.
+        position_ids: [1 or B, q] index of each token among the real tokens of its row.
+
+    Returns:
+        [B, q, H, D], None
+
+    Raises:
+        UserError: the model hands over something that would change the result and is not supported.
+    """
+    cache, layer = _tagged(module, key)
+    if position_ids is None:
+        raise UserError(f"{type(module).__name__} does not hand position_ids to its attention function: not supported")
+    if odd := [k for k, v in kwargs.items() if v is not None and k not in HARMLESS]:
+        raise UserError(f"{type(module).__name__} hands {odd} to its attention function, which is not supported")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise UserError("a ready-made 4D attention mask cannot be combined with a compressed cache; pass a 2D padding mask")
+    if dropout and module.training:
+        raise UserError("the model is in training mode: call model.eval() first")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    pos = cache.begin(position_ids, attention_mask, query.shape[0]) if cache.new_pos is None else cache.new_pos
+    pos = pos.to(query.device)
+    window = sliding_window
+    cache.facts.meet(layer, module, window)
+    store = cache.stores[layer]
+    old = 0 if store.is_empty else store.length
+    had_empty = cache.has_empty(layer)
+    if cache.mode == "score":
+        keys, values = torch.cat([store.keys, key], dim=2), torch.cat([store.values, value], dim=2)
+        slot_pos = torch.cat([store.pos, pos.unsqueeze(1).expand(-1, store.pos.shape[1], -1).to(store.pos.dtype)], dim=2)
+    else:
+        store.append(key, value, pos)
+        cache.appended(layer)
+        keys, values, slot_pos = store.keys, store.values, store.pos
+    masked = had_empty or cache.padded or cache.branch is not None or (window is not None and cache.get_seq_length() + query.shape[2] > window)
+    if softcap is not None:
+        out = _attend_blocks(query, keys, values, pos, slot_pos, old, window, cache.branch, scaling, softcap)
+    elif not masked and old == 0:
+        grouped = query.shape[1] != keys.shape[1]
+        out = F.scaled_dot_product_attention(
+            query, keys, values, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=grouped
+        )
+    elif not masked and query.shape[2] == 1:
+        out = F.scaled_dot_product_attention(_packed(query, keys.shape[1]), keys, values, scale=scaling)
+        out = out.reshape(query.shape[0], query.shape[1], 1, -1)
+    else:
+        out = _attend_blocks(query, keys, values, pos, slot_pos, old, window, cache.branch, scaling, None)
+    if cache.observes and cache.facts.compressible(layer):
+        method = cache.compression.method
+        if method.num_queries:
+            store.observe(query, pos, method.num_queries)
+        if method.accumulates:
+            store.add_mass(_received_mass(query, keys, pos, slot_pos, old, scaling, softcap, window))
+    cache.after_attention(layer, scaling, softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _tagged(module: nn.Module, key: torch.Tensor) -> tuple[CompressedCache, int]:
+    tag = getattr(key, "_kv_tag", None)
+    if tag is None:
+        raise UserError(
+            f"the keys that reached {type(module).__name__} do not come from a compressed cache: either the model was "
+            "called without one, or it changes keys after caching them (multi-head latent attention), which is not supported"
+        )
+    if tag[1] != getattr(module, "layer_idx", tag[1]):
+        raise UserError(
+            f"layer {module.layer_idx} of {type(module).__name__} attends to the cache of layer {tag[1]}: models that share "
+            "one cache between layers are not supported"
+        )
+    del key._kv_tag  # the store may adopt this tensor: a tag left on it would keep the cache alive in a cycle
+    return tag
+
+
+def _packed(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[B, H, q, D] -> [B, K, G * q, D]: the query heads of a group become queries of their KV head."""
+    b, h, q, d = query.shape
+    return query.reshape(b, kv_heads, h // kv_heads * q, d)
+
+
+def visible(
+    pos: torch.Tensor, slot_pos: torch.Tensor, first: int, old: int, window: int | None, branch: torch.Tensor | None
+) -> torch.Tensor:
+    """Which slots the new tokens first .. first + q - 1 may see: [B, 1 or K, q, N], bool.
+
+    Args:
+        pos: [B, q] positions of these queries, -1 for padding. slot_pos: [B, 1 or K, N]; the first `old` slots were
+            there before this forward, slot old + i belongs to new token i.
+        window: the layer's own sliding window in tokens, or None.
+        branch: [B, all new tokens] new tokens see each other only within a branch, or None.
+    """
+    q, n = pos.shape[1], slot_pos.shape[2]
+    device = pos.device
+    query_slot = old + first + torch.arange(q, device=device)  # [q]
+    slots = torch.arange(n, device=device)
+    allowed = (slots[None, :] <= query_slot[:, None]) & (slot_pos >= 0)[:, :, None, :]
+    if window is not None:
+        allowed = allowed & (pos[:, None, :, None] - slot_pos[:, :, None, :] < window)
+    if branch is not None:
+        same = branch[:, first : first + q, None] == branch[:, None, :]  # [B, q, new]
+        allowed[..., old:] = allowed[..., old:] & same[:, None, :, : n - old]
+    itself = slots[None, :] == query_slot[:, None]
+    return allowed | (itself & (pos < 0)[:, None, :, None])  # a padded query sees itself: its row would be NaN
+
+
+def _attend_blocks(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pos: torch.Tensor,
+    slot_pos: torch.Tensor,
+    old: int,
+    window: int | None,
+    branch: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Masked attention in blocks of queries: [B, H, q, D]. Memory is bounded by the block, whatever the length."""
+    b, h, q, _ = query.shape
+    kv_heads, n = keys.shape[1], keys.shape[2]
+    per_query = b * n * (h if softcap is not None else h // kv_heads * slot_pos.shape[1])
+    block = max(1, min(q, (WEIGHT_ELEMENTS if softcap is not None else MASK_ELEMENTS) // per_query))
+    if q > 256 and branch is None:
+        block = min(block, max(128, q // 8))  # causal: early blocks need only early slots
+    outs = []
+    for first in range(0, q, block):
+        last = min(q, first + block)
+        end = n if branch is not None else old + last
+        start = 0 if window is None or branch is not None else max(0, old + first - window + 1)
+        start = 0 if old else start  # old slots of a sliding layer may have been trimmed: positions decide
+        part = slice(start, end)
+        mask = visible(pos[:, first:last], slot_pos[:, :, :end], first, old, window, branch)[..., start:]
+        mask = mask.repeat(1, 1, h // kv_heads, 1)  # [B, 1 or K, G * q, N]
+        packed = _packed(query[:, :, first:last], kv_heads)
+        if softcap is None:
+            out = F.scaled_dot_product_attention(packed, keys[:, :, part], values[:, :, part], attn_mask=mask, scale=scaling)
+        else:
+            weights = _weights(packed, keys[:, :, part], mask, scaling, softcap)
+            out = weights.to(values.dtype) @ values[:, :, part]
+        outs.append(out.reshape(b, h, last - first, -1))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+def _weights(
+    packed: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scaling: float, softcap: float | None
+) -> torch.Tensor:
+    """Attention weights of packed queries [B, K, x, D] over [B, K, N, D]: [B, K, x, N] float32."""
+    scores = (packed @ keys.transpose(2, 3)).float() * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+
+
+def _received_mass(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    pos: torch.Tensor,
+    slot_pos: torch.Tensor,
+    old: int,
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Attention that each slot receives from the new queries, mean over the query heads of a group: [B, K, N] float32."""
+    b, h, q, _ = query.shape
+    kv_heads, n = keys.shape[1], keys.shape[2]
+    block = max(1, min(q, 128, WEIGHT_ELEMENTS // (b * h * n)))
+    mass = torch.zeros(b, kv_heads, n, device=query.device)
+    for first in range(0, q, block):
+        last = min(q, first + block)
+        end = old + last
+        block_pos = pos[:, first:last]
+        mask = visible(block_pos, slot_pos[:, :, :end], first, old, window, None).repeat(1, 1, h // kv_heads, 1)
+        weights = _weights(_packed(query[:, :, first:last], kv_heads), keys[:, :, :end], mask, scaling, softcap)
+        weights = weights.view(b, kv_heads, h // kv_heads, last - first, end).mean(2)
+        mass[:, :, :end] += (weights * (block_pos >= 0)[:, None, :, None]).sum(2)
+    return mass
+
+
+def window_attention(
+    store: LayerStore, last: int, scaling: float, softcap: float | None, window: int | None
+) -> torch.Tensor:
+    """Attention weights of the last `last` queries of a layer over its slots: [B, K, G, last, N] float32.
+
+    Causal by position; zeros for padded queries and for queries that the store does not have.
+    """
+    assert store.queries is not None and store.query_pos is not None
+    queries, query_pos = store.queries[:, :, -last:], store.query_pos[:, -last:]
+    b, h, w, _ = queries.shape
+    kv_heads, n = store.keys.shape[1], store.length
+    distance = query_pos[:, None, :, None] - store.pos[:, :, None, :]
+    allowed = (store.pos >= 0)[:, :, None, :] & (distance >= 0)
+    if window is not None:
+        allowed = allowed & (distance < window)
+    real = (query_pos >= 0)[:, None, :, None] & allowed.any(-1, keepdim=True)
+    mask = (allowed | ~real).repeat(1, 1, h // kv_heads, 1)
+    weights = _weights(_packed(queries, kv_heads), store.keys, mask, scaling, softcap).view(b, kv_heads, h // kv_heads, w, n)
+    weights = weights * real.unsqueeze(2)
+    return F.pad(weights, (0, 0, last - w, 0)) if w < last else weights

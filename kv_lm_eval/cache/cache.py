@@ -1,0 +1,284 @@
+"""CompressedCache: what transformers sees as a Cache, and where compression happens.
+
+`update()` only tags the new keys with this cache and lets them through. The attention function (`attention.py`)
+receives them together with queries, positions and padding, stores them here, attends, and calls `after_attention`,
+which cuts the layer before the next one runs: during a prefill at most one layer is whole.
+
+Shapes: B batch rows, K KV heads, N slots, M slots kept, q new tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from transformers import Cache
+
+from kv_lm_eval.cache.attention import window_attention
+from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.store import LayerStore
+from kv_lm_eval.methods.base import View
+from kv_lm_eval.methods.compression import Compression
+
+Mode = Literal["prefill", "decode", "hold", "cut", "score"]
+
+
+class CompressedCache(Cache):
+    """The KV cache of one batch under one compression.
+
+    Args:
+        compression: the method with its budget, schedule and treatment of the evicted.
+        facts: what the self-check found out about the model.
+
+    Attributes:
+        mode: what the next forward is.
+            "prefill": the end of the prompts, cut after it; becomes "decode" by itself at the next forward;
+            "decode": tokens after the prefill, cut when the schedule says so;
+            "hold": stored and not cut; "cut": stored and cut (a document streamed in segments);
+            "score": read only, nothing is stored (`branch` says which new tokens see each other).
+        seen: tokens fed per row, padding not counted. held: slots in use per row, by layer.
+    """
+
+    def __init__(self, compression: Compression, facts: ModelFacts, mode: Mode = "prefill") -> None:
+        super().__init__(layers=[])  # transformers sees no layers of its own kind: all state is in our stores
+        self.compression = compression
+        self.facts = facts
+        self.mode: Mode = mode
+        self.stores = [LayerStore() for _ in range(facts.num_layers)]
+        self.seen: list[int] = []
+        self.held: list[list[int]] = [[] for _ in range(facts.num_layers)]
+        self.peak_slots = 0
+        self.prefill_end: dict[str, Any] | None = None
+        self.more_cuts = compression.schedule.online  # whether cuts follow the prefill, so that observing goes on
+        self.decoded = 0  # tokens fed per row since the end of the prefill
+        self.branch: torch.Tensor | None = None
+        self.new_pos: torch.Tensor | None = None  # [B, q] of the running forward
+        self.new_counts: list[int] = []  # real tokens per row of the running forward
+        self.next_counts: list[int] | None = None  # the same for the next forward, where the caller knows
+        self.padded = False  # whether the running forward has padded tokens
+
+    # ------------------------------------------------------------------------------------ transformers' protocol
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def, override]
+        if layer_idx == 0:
+            self.new_pos = None
+        keys = key_states.view_as(key_states)
+        keys._kv_tag = (self, layer_idx)
+        return keys, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen by the longest row, padding included: never the number of slots."""
+        return self._columns
+
+    _columns = 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._columns + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return not self.stores[0].is_empty
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("a compressed cache cannot be cropped: evicted tokens are gone (no assisted decoding)")
+
+    def reset(self) -> None:
+        self.__init__(self.compression, self.facts)  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._select_in_place(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select_in_place(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(len(self.seen)).repeat_interleave(repeats)
+        self._select_in_place(rows)
+
+    # ------------------------------------------------------------------------------------ rows
+
+    def select(self, rows: torch.Tensor) -> CompressedCache:
+        """A copy with the given rows (repeats allowed): the fork from which several continuations go on."""
+        new = CompressedCache(self.compression, self.facts, self.mode)
+        new._columns, new.peak_slots, new.decoded = self._columns, self.peak_slots, self.decoded
+        new.prefill_end, new.more_cuts = self.prefill_end, self.more_cuts
+        picked = rows.tolist()
+        new.seen = [self.seen[i] for i in picked]
+        new.held = [[held[i] for i in picked] for held in self.held]
+        new.stores = [store.select(rows) for store in self.stores]
+        return new
+
+    def _select_in_place(self, rows: torch.Tensor) -> None:
+        new = self.select(rows)
+        self.stores, self.seen, self.held = new.stores, new.seen, new.held
+
+    # ------------------------------------------------------------------------------------ one forward
+
+    def begin(self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None, batch: int) -> torch.Tensor:
+        """Called by the first layer's attention: notes positions and counts of the new tokens; returns new_pos [B, q]."""
+        if self.mode == "prefill" and self.prefill_end is not None:
+            self.mode = "decode"
+        q = position_ids.shape[-1]
+        pos = position_ids.expand(batch, q)
+        self.padded = attention_mask is not None
+        if attention_mask is None:
+            self.new_counts = [q] * batch
+        else:
+            new_mask = attention_mask[:, -q:].bool()
+            pos = torch.where(new_mask, pos, -1)
+            if self.next_counts is not None:
+                self.new_counts = self.next_counts
+            elif self.mode == "decode" and q == 1:  # a step of generate(): every row gets a token, no need to ask the device
+                self.new_counts = [1] * batch
+            else:
+                self.new_counts = new_mask.sum(1).tolist()
+            self.padded = min(self.new_counts) < q
+        self.next_counts = None
+        self.new_pos = pos
+        if not self.seen:
+            self.seen = [0] * batch
+            self.held = [[0] * batch for _ in self.stores]
+        if self.mode != "score":
+            self.seen = [s + n for s, n in zip(self.seen, self.new_counts, strict=True)]
+            self._columns += q
+        return pos
+
+    def has_empty(self, layer: int) -> bool:
+        """Whether any row of the layer has empty slots, so that a mask is needed."""
+        store = self.stores[layer]
+        return not store.is_empty and min(self.held[layer]) < store.length
+
+    def appended(self, layer: int) -> None:
+        """Counts the new slots of a layer, after they were stored."""
+        self.held[layer] = [h + n for h, n in zip(self.held[layer], self.new_counts, strict=True)]
+        self.peak_slots = max(self.peak_slots, max(self.held[layer]))
+
+    @property
+    def observes(self) -> bool:
+        """Whether the running forward's queries may matter to a later cut."""
+        if not self.compression.method.compresses or self.mode == "score":
+            return False
+        return self.mode != "decode" or self.more_cuts
+
+    def after_attention(self, layer: int, scaling: float, softcap: float | None) -> None:
+        """Cuts the layer if this forward is the end of the prefill or the schedule says so."""
+        last = layer == len(self.stores) - 1
+        window = self.facts.sliding_windows[layer]
+        if window is not None and self.mode != "score":
+            self._trim_sliding(layer, window)
+        q = self.new_pos.shape[1] if self.new_pos is not None else 0
+        due = self.mode in ("prefill", "cut") or (
+            self.mode == "decode" and self.compression.schedule.due(self.decoded + q)
+        )
+        if due and self.facts.compressible(layer) and self.compression.method.compresses:
+            self._cut(layer, scaling, softcap)
+        if self.mode == "prefill" and not self.more_cuts:
+            self.stores[layer].forget_observations()
+        if last and self.mode == "prefill":
+            self.prefill_end = self.snapshot()
+        elif last and self.mode == "decode":
+            self.decoded += q
+
+    def _trim_sliding(self, layer: int, window: int) -> None:
+        """Drops what a sliding-window layer can never see again, every 64 tokens rather than at each."""
+        store = self.stores[layer]
+        if store.length > window - 1 + 64:
+            store.drop_oldest(max(window - 1, 1))
+            self.held[layer] = [min(h, store.length) for h in self.held[layer]]
+
+    def _cut(self, layer: int, scaling: float, softcap: float | None) -> None:
+        store, held = self.stores[layer], self.held[layer]
+        keep = self.compression.keep(self.seen, held, layer, len(self.stores))
+        if keep == held:
+            return
+        view = View(
+            keys=store.keys,
+            values=store.values,
+            pos=store.pos,
+            seen=self.seen,
+            keep=keep,
+            layer=layer,
+            num_layers=len(self.stores),
+            mass=store.mass,
+            _attend=lambda last: window_attention(store, last, scaling, softcap, self.facts.sliding_windows[layer]),
+        )
+        scores = self.compression.method.score(view)
+        if self.mode != "decode" and not scores.isfinite().logical_or(scores.isinf()).all():
+            raise FloatingPointError(f"{self.compression.method.name} scored a slot NaN in layer {layer}")
+        index, valid = choose(scores, store.pos, keep)
+        keys, values = self.compression.evicted.treat(view, index, valid)
+        store.replace(keys, values, index, valid, room=max(self.compression.schedule.compress_every, 1))
+        fresh = [h == s for h, s in zip(held, self.seen, strict=True)]  # rows that lose tokens for the first time
+        self.held[layer] = keep
+        if self.compression.method.in_cache_sinks and self.facts.rope_kinds[layer] == "rope":
+            self._move_sinks(layer, fresh)
+
+    def _move_sinks(self, layer: int, fresh: list[bool]) -> None:
+        """Rotates the sink keys of each row forward by the number of tokens it has lost, from their pristine copy."""
+        store, sinks = self.stores[layer], self.compression.method.in_cache_sinks
+        rope = self.facts.rope
+        assert rope is not None
+        device = store.keys.device
+        start = torch.tensor([store.length - h for h in self.held[layer]], device=device)
+        slots = (start[:, None] + torch.arange(sinks, device=device)).clamp_max(store.length - 1)  # [B, S]
+        index = slots[:, None, :, None].expand(-1, store.keys.shape[1], -1, store.keys.shape[3])
+        current = store.keys.gather(2, index)
+        if store.pristine_sinks is None:
+            store.pristine_sinks = current
+        else:
+            first_time = torch.tensor(fresh, device=device).view(-1, 1, 1, 1)
+            store.pristine_sinks = torch.where(first_time, current, store.pristine_sinks)
+        lost = [s - h for s, h in zip(self.seen, self.held[layer], strict=True)]
+        delta = torch.tensor(lost, device=device).view(-1, 1)
+        moved = rope.rotate(store.pristine_sinks, delta, layer)
+        untouched = torch.tensor([n == 0 for n in lost], device=device).view(-1, 1, 1, 1)
+        store.keys.scatter_(2, index, torch.where(untouched, current, moved))
+
+    # ------------------------------------------------------------------------------------ numbers
+
+    def snapshot(self) -> dict[str, Any]:
+        """Sizes now, per row where it says so. Bytes are of keys and values; `valid` leaves out empty slots."""
+        full = [i for i in range(len(self.stores)) if self.facts.compressible(i)]
+        rows = len(self.seen)
+        kept = [sum(self.held[i][b] for i in full) / len(full) for b in range(rows)]
+        heads = [s.keys.shape[1] for s in self.stores]
+        return {
+            "seen": list(self.seen),
+            "kept_fraction": [k / s if s else 1.0 for k, s in zip(kept, self.seen, strict=True)],
+            "compressed": [any(self.held[i][b] < self.seen[b] for i in full) for b in range(rows)]
+            if self.compression.method.compresses
+            else [False] * rows,
+            "kv_bytes_valid": [
+                sum(self.held[i][b] * heads[i] * s.bytes_per_slot for i, s in enumerate(self.stores)) for b in range(rows)
+            ],
+            "kv_bytes_allocated": sum(s.allocated_bytes for s in self.stores) / max(rows, 1),
+            "overhead_bytes": sum(s.overhead_bytes for s in self.stores) / max(rows, 1),
+            "peak_slots": self.peak_slots,
+        }
+
+
+def choose(scores: torch.Tensor, pos: torch.Tensor, keep: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slots with the highest scores, in order of position.
+
+    Args:
+        scores: [B, 1 or K, N]. pos: [B, 1 or K, N], -1 where empty. keep: slots per row.
+
+    Returns:
+        index, valid: [B, heads, M] with M = max(keep); rows that keep fewer have their empty entries first. Ties go
+        to the older token, so the choice does not depend on the batch, the device or the sort's mood.
+    """
+    smallest = torch.finfo(torch.float32).min
+    scores = scores.float()
+    scores = torch.where(pos >= 0, scores.clamp_min(smallest), float("-inf"))
+    order = scores.argsort(dim=-1, descending=True, stable=True)[..., : max(keep)]
+    rank = torch.arange(order.shape[-1], device=order.device)
+    valid = (rank < torch.tensor(keep, device=order.device).view(-1, 1, 1)).expand_as(order)
+    index = torch.where(valid, order, -1).sort(dim=-1).values
+    return index.clamp_min(0), index >= 0

@@ -1,0 +1,52 @@
+"""What we need to know of a model, found out by looking at it run: no list of model classes anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from kv_lm_eval.cache.rope import RopeKit
+
+
+@dataclass
+class ModelFacts:
+    """The model as the cache needs to know it.
+
+    Attributes:
+    num_layers: attention layers.
+    modules: attention module of each layer, filled at the first forward.
+    sliding_windows: the layer's own sliding window in tokens, None for full attention.
+    rope: rotation by the model's own functions; rope_kinds: per layer "rope", "nope" (keys do not depend on the
+        position) or "other", only where a method asked for it.
+    qk_norm: whether keys are normalised before they are cached.
+    max_positions: trained context in tokens, if the configuration says.
+    """
+
+    num_layers: int
+    max_positions: int | None = None
+    modules: dict[int, nn.Module] = field(default_factory=dict)
+    sliding_windows: list[int | None] = field(default_factory=list)
+    rope: RopeKit | None = None
+    rope_kinds: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sliding_windows = self.sliding_windows or [None] * self.num_layers
+
+    def meet(self, layer: int, module: nn.Module, sliding_window: int | None) -> None:
+        """Notes a layer's attention module when it is first seen."""
+        if layer not in self.modules:
+            self.modules[layer] = module
+            self.sliding_windows[layer] = sliding_window
+
+    def compressible(self, layer: int) -> bool:
+        """Sliding-window layers are bounded already and left alone, unless the model has no others."""
+        return self.sliding_windows[layer] is None or all(w is not None for w in self.sliding_windows)
+
+    @property
+    def all_sliding(self) -> bool:
+        return all(w is not None for w in self.sliding_windows)
+
+    @property
+    def qk_norm(self) -> bool:
+        return any("k_norm" in name or "k_layernorm" in name for m in self.modules.values() for name, _ in m.named_children())

@@ -1,0 +1,70 @@
+"""Rotary embeddings, whatever the model: move a key by a number of positions with the model's own functions.
+
+Why: StreamingLLM numbers the kept tokens by their place in the cache. Keys are held rotated, so a key that is to
+appear `delta` positions later is rotated by `delta` more. The functions and tables are the model's own, so that
+partial, interleaved, linearly scaled, Llama-3 and YaRN embeddings need no code of ours; `check.py` proves on each
+model that rotating by delta is the same as having been at position + delta.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+
+import torch
+from torch import nn
+
+
+class RopeKit:
+    """Rotates keys of a model's layers by position differences.
+
+    Args:
+        model: the causal LM.
+        attention_modules: the attention module of each layer, by layer index.
+    """
+
+    def __init__(self, model: nn.Module, attention_modules: dict[int, nn.Module]) -> None:
+        self._modules = attention_modules
+        self._rotary = next(
+            (m for m in model.modules() if "RotaryEmbedding" in type(m).__name__ and _has_frequencies(m)), None
+        )
+
+    def available(self, layer: int) -> bool:
+        """Whether the layer's file has a rotary function and the model a rotary table."""
+        return self._rotary is not None and self._apply(layer) is not None
+
+    def _apply(self, layer: int):  # type: ignore[no-untyped-def]
+        module = sys.modules[type(self._modules[layer]).__module__]
+        return getattr(module, "apply_rotary_pos_emb", None)
+
+    def rotate(self, keys: torch.Tensor, delta: torch.Tensor, layer: int) -> torch.Tensor:
+        """Keys [B, K, N, D] at position p -> the same keys at p + delta; delta [B, N] or [B, 1], in tokens.
+
+        Exact up to rounding: fp32 2e-5, half precision one rounding, since keys are never rotated twice.
+        """
+        assert self._rotary is not None
+        positions = delta.expand(keys.shape[0], keys.shape[2])
+        cos, sin, scaling = self._tables(keys, positions, layer)
+        cos, sin = cos / scaling, sin / scaling
+        work = keys.to(cos.dtype)
+        rotated_dim = cos.shape[-1]
+        head, tail = work[..., :rotated_dim], work[..., rotated_dim:]
+        turned, _ = self._apply(layer)(head, head, cos, sin)
+        return torch.cat([turned, tail], dim=-1).to(keys.dtype)
+
+    def _tables(self, keys: torch.Tensor, positions: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+        rotary = self._rotary
+        assert rotary is not None
+        like = torch.empty(1, dtype=torch.float32, device=keys.device)  # float32 tables even for half-precision keys
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            layer_type = getattr(self._modules[layer], "layer_type", None)
+            cos, sin = rotary(like, positions, layer_type)
+            scaling = getattr(rotary, f"{layer_type}_attention_scaling", 1.0)
+        else:
+            cos, sin = rotary(like, positions)
+            scaling = getattr(rotary, "attention_scaling", 1.0)
+        return cos, sin, float(scaling or 1.0)
+
+
+def _has_frequencies(module: nn.Module) -> bool:
+    return any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))

@@ -1,0 +1,179 @@
+"""One layer's slots: keys, values, original positions, and what the method observes.
+
+Shapes: B batch rows, H query heads, K KV heads, N slots, M slots kept, W last queries, D head size.
+
+Slots are in order of position. Where rows or heads hold different numbers of slots, the empty ones (pos = -1) come
+first, as with left padding, so that new tokens always follow the newest old one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+MIN_HEADROOM = 64  # slots allocated beyond those in use, so that decoding does not reallocate at every token
+
+
+class LayerStore:
+    """Growing, preallocated storage of one layer.
+
+    Attributes:
+        length: slots in use per row, empty ones included (N).
+        pos: [B, 1 or K, N] original position of each slot's token, -1 where empty.
+        mass: [B, K, N] attention received so far, or None if the method does not ask for it.
+        queries, query_pos: the last W queries [B, H, W, D] and their positions [B, W], or None.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+        self._pos: torch.Tensor | None = None
+        self._mass: torch.Tensor | None = None
+        self.queries: torch.Tensor | None = None
+        self.query_pos: torch.Tensor | None = None
+        self.pristine_sinks: torch.Tensor | None = None  # [B, K, S, D] sink keys as the model made them
+
+    @property
+    def keys(self) -> torch.Tensor:
+        assert self._keys is not None
+        return self._keys[:, :, : self.length]
+
+    @property
+    def values(self) -> torch.Tensor:
+        assert self._values is not None
+        return self._values[:, :, : self.length]
+
+    @property
+    def pos(self) -> torch.Tensor:
+        assert self._pos is not None
+        return self._pos[:, :, : self.length]
+
+    @property
+    def mass(self) -> torch.Tensor | None:
+        return None if self._mass is None else self._mass[:, :, : self.length]
+
+    @property
+    def is_empty(self) -> bool:
+        return self._keys is None
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor) -> None:
+        """Adds q slots: keys, values [B, K, q, D], pos [B, q] (-1: a padded token)."""
+        q = keys.shape[2]
+        if self._keys is None or self._values is None or self._pos is None:
+            self._keys, self._values = _own_storage(keys), _own_storage(values)
+            self._pos = pos.unsqueeze(1).to(torch.int32)
+            self.length = q
+            return
+        if self.length + q > self._keys.shape[2]:
+            self._reallocate(self.length + q + max(MIN_HEADROOM, self.length // 8))
+        end = self.length + q
+        self._keys[:, :, self.length : end] = keys
+        self._values[:, :, self.length : end] = values
+        self._pos[:, :, self.length : end] = pos.unsqueeze(1)
+        if self._mass is not None:
+            self._mass[:, :, self.length : end] = 0
+        self.length = end
+
+    def add_mass(self, mass: torch.Tensor) -> None:
+        """Adds attention received by the slots in use: [B, K, N] float32."""
+        if self._mass is None:
+            assert self._keys is not None
+            self._mass = mass.new_zeros(*self._keys.shape[:3])
+        self._mass[:, :, : self.length] += mass
+
+    def observe(self, queries: torch.Tensor, pos: torch.Tensor, last: int) -> None:
+        """Keeps the last `last` queries of [B, H, q, D] with their positions [B, q]."""
+        if queries.shape[2] < last and self.queries is not None and self.query_pos is not None:
+            queries = torch.cat([self.queries, queries], dim=2)
+            pos = torch.cat([self.query_pos, pos], dim=1)
+        self.queries = queries[:, :, -last:].clone()
+        self.query_pos = pos[:, -last:].clone()
+
+    def forget_observations(self) -> None:
+        """Frees what only scoring needs, once no further cut will come."""
+        self._mass = self.queries = self.query_pos = None
+
+    def replace(self, keys: torch.Tensor, values: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, room: int) -> None:
+        """Puts M kept slots (already gathered keys and values, [B, K, M, D]) in the place of all slots.
+
+        Args:
+            index, valid: [B, 1 or K, M] which old slots they were, and which entries are real.
+            room: tokens that will be added before the next cut; the storage is sized for them.
+        """
+        kept = index.shape[2]
+        heads = max(self.pos.shape[1], index.shape[1])
+        index_pos = index.expand(-1, heads, -1)
+        old_pos = self.pos.expand(-1, heads, -1).gather(2, index_pos)
+        new_pos = torch.where(valid.expand_as(index_pos), old_pos, -1)
+        mass = self.mass
+        new_mass = None if mass is None else mass.gather(2, index.expand(-1, mass.shape[1], -1))
+        assert self._keys is not None and self._values is not None and self._pos is not None
+        capacity = kept + max(room, MIN_HEADROOM)
+        fits = kept + room <= self._keys.shape[2] <= 2 * capacity and self._pos.shape[1] == new_pos.shape[1]
+        if not fits:
+            shape = (keys.shape[0], keys.shape[1], capacity)
+            self._keys = keys.new_empty(*shape, keys.shape[3])
+            self._values = values.new_empty(*shape, values.shape[3])
+            self._pos = new_pos.new_full((shape[0], new_pos.shape[1], capacity), -1)
+            self._mass = None if new_mass is None else new_mass.new_zeros(shape)
+        self._keys[:, :, :kept] = keys
+        self._values[:, :, :kept] = values
+        self._pos[:, :, :kept] = new_pos
+        if new_mass is not None and self._mass is not None:
+            self._mass[:, :, :kept] = new_mass
+        self.length = kept
+
+    def drop_oldest(self, keep: int) -> None:
+        """Keeps the last `keep` slots of every row (layers whose own attention is a sliding window)."""
+        if self.length <= keep:
+            return
+        assert self._keys is not None and self._values is not None and self._pos is not None
+        first = self.length - keep
+        for name in ("_keys", "_values", "_pos", "_mass"):
+            old = getattr(self, name)
+            if old is not None:
+                setattr(self, name, old[:, :, first : self.length].clone())
+        self.length = keep
+
+    def select(self, rows: torch.Tensor) -> LayerStore:
+        """A copy that holds the given batch rows (repeats allowed): everything that belongs to a row moves with it."""
+        new = LayerStore()
+        new.length = self.length
+        for name in ("_keys", "_values", "_pos", "_mass", "queries", "query_pos", "pristine_sinks"):
+            old = getattr(self, name)
+            if old is not None:
+                setattr(new, name, old.index_select(0, rows.to(old.device)))
+        return new
+
+    def _reallocate(self, capacity: int) -> None:
+        for name in ("_keys", "_values", "_pos", "_mass"):
+            old = getattr(self, name)
+            if old is not None:
+                shape = list(old.shape)
+                shape[2] = capacity
+                new = old.new_zeros(shape) if name == "_mass" else old.new_empty(shape)
+                new[:, :, : self.length] = old[:, :, : self.length]
+                setattr(self, name, new)
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes of keys and values of one slot of one KV head."""
+        assert self._keys is not None and self._values is not None
+        return self._keys.shape[3] * self._keys.element_size() + self._values.shape[3] * self._values.element_size()
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the key and value storage, headroom and empty slots included."""
+        assert self._keys is not None and self._values is not None
+        return self._keys.numel() * self._keys.element_size() + self._values.numel() * self._values.element_size()
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Bytes held beside keys and values: positions, accumulated attention, last queries, pristine sinks."""
+        held = (self._pos, self._mass, self.queries, self.query_pos, self.pristine_sinks)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+
+def _own_storage(x: torch.Tensor) -> torch.Tensor:
+    """A view into a larger tensor (a fused projection) would keep all of it alive: copy those, adopt the others."""
+    return x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x

@@ -1,0 +1,175 @@
+"""Log-likelihoods of continuations over a compressed context: each distinct context is prefilled once.
+
+Why not one forward over context and continuation, as lm-eval does: a cache compressed after the prefill would never
+be read. Here the context is prefilled and compressed, its last `tail_tokens` are fed over the compressed cache, and
+only then are the continuations scored, so that even a one-letter answer feels the compression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.engine.prefill import NewCache, device_of, feed, prefill
+from kv_lm_eval.methods.schedule import Schedule
+
+Score = tuple[float, bool]  # sum of log-probabilities in nats; whether greedy decoding would give the same tokens
+
+
+@torch.inference_mode()
+def score_continuations(
+    model: PreTrainedModel,
+    new_cache: NewCache,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    tail_tokens: int,
+    dtype: torch.dtype | None = None,
+) -> tuple[list[list[Score]], CompressedCache]:
+    """Scores the continuations of a batch of contexts.
+
+    Args:
+        contexts: token rows, each at least one token. continuations: for each context, one or more token rows.
+        tail_tokens: last tokens of each context that are fed after the compression.
+        dtype: of the softmax; None: that of the logits.
+
+    Returns:
+        scores in the order given, and the cache of the contexts (for its numbers).
+    """
+    heads = [c[: max(0, len(c) - tail_tokens)] for c in contexts]
+    tails = [c[len(h) :] for c, h in zip(contexts, heads, strict=True)]
+    compression = new_cache().compression
+    if not compression.method.compresses and all(len(group) == 1 for group in continuations):
+        return _score_in_one_forward(model, new_cache, contexts, continuations, dtype)
+    if any(heads):
+        cache, first_logits = prefill(model, new_cache, heads)
+    else:  # contexts of tail_tokens or fewer have nothing to compress before their tail
+        cache = new_cache()
+        cache.mode = "decode"
+    if any(tails):
+        first_logits = _feed_tail(model, cache, tails, compression.schedule)
+    if compression.schedule.online and compression.method.compresses:
+        return _score_in_forks(model, cache, first_logits, continuations, compression.schedule, dtype), cache
+    return _score_packed(model, cache, first_logits, continuations, dtype), cache
+
+
+def _feed_tail(
+    model: PreTrainedModel, cache: CompressedCache, tails: Sequence[Sequence[int]], schedule: Schedule
+) -> torch.Tensor:
+    """The tail over the compressed cache, cut where the schedule says; logits after the last token [B, V]."""
+    width = max(map(len, tails))
+    padded = [[None] * (width - len(t)) + list(t) for t in tails]  # left: all rows end together
+    done, out = 0, None
+    while done < width:
+        step = min(width - done, schedule.until_due(cache.decoded) if schedule.online else width)
+        part = [[t for t in row[done : done + step] if t is not None] for row in padded]
+        out = feed(model, cache, part, side="left", logits=1)[:, -1]
+        done += step
+    assert out is not None
+    return out
+
+
+def _score_in_one_forward(
+    model: PreTrainedModel,
+    new_cache: NewCache,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    dtype: torch.dtype | None,
+) -> tuple[list[list[Score]], CompressedCache]:
+    """Nothing will ever be cut and no context is shared: lm-eval's own single forward, right-padded."""
+    cache = new_cache()
+    rows = [list(c) + list(group[0])[:-1] for c, group in zip(contexts, continuations, strict=True)]
+    logits = feed(model, cache, rows, side="right", logits=0)
+    scores = []
+    for b, (context, group) in enumerate(zip(contexts, continuations, strict=True)):
+        part = logits[b, len(context) - 1 : len(context) - 1 + len(group[0])]
+        scores.append([_score(part, group[0], dtype)])
+    return scores, cache
+
+
+def _score_packed(
+    model: PreTrainedModel,
+    cache: CompressedCache,
+    first_logits: torch.Tensor,
+    continuations: Sequence[Sequence[Sequence[int]]],
+    dtype: torch.dtype | None,
+) -> list[list[Score]]:
+    """All continuations of a context in one row; each sees the shared cache and itself. No copies, nothing stored."""
+    rows = [[t for c in group for t in c[:-1]] for group in continuations]
+    width = max(map(len, rows))
+    logits = None
+    if width:
+        device = device_of(model)
+        ids, positions, mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
+        branch = torch.full((len(rows), width), -1)
+        for b, group in enumerate(continuations):
+            at = 0
+            for i, c in enumerate(group):
+                n = len(c) - 1
+                ids[b, at : at + n] = torch.tensor(c[:-1], dtype=torch.long)
+                positions[b, at : at + n] = torch.arange(cache.seen[b], cache.seen[b] + n)
+                mask[b, at : at + n], branch[b, at : at + n] = 1, i
+                at += n
+        cache.mode, cache.branch = "score", branch.to(device)
+        cache.next_counts = [len(row) for row in rows]
+        logits = model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        cache.mode, cache.branch = "decode", None
+    scores = []
+    for b, group in enumerate(continuations):
+        at, own = 0, []
+        for c in group:
+            n = len(c) - 1
+            part = first_logits[b : b + 1]
+            if n and logits is not None:
+                part = torch.cat([part, logits[b, at : at + n]])
+            at += n
+            own.append(_score(part, c, dtype))
+        scores.append(own)
+    return scores
+
+
+def _score_in_forks(
+    model: PreTrainedModel,
+    cache: CompressedCache,
+    first_logits: torch.Tensor,
+    continuations: Sequence[Sequence[Sequence[int]]],
+    schedule: Schedule,
+    dtype: torch.dtype | None,
+) -> list[list[Score]]:
+    """Cuts go on during the continuations: each on its own copy of the cache, in segments that end at the cuts."""
+    rows = [list(c) for group in continuations for c in group]
+    owner = [b for b, group in enumerate(continuations) for _ in group]
+    parts = [[first_logits[b : b + 1]] for b in owner]
+    longest = max(len(r) for r in rows) - 1
+    if longest:
+        fork = cache.select(torch.tensor(owner))
+        done = 0
+        while done < longest:
+            step = min(longest - done, schedule.until_due(fork.decoded))
+            segment = [r[done : min(done + step, len(r) - 1)] for r in rows]
+            logits = feed(model, fork, segment, side="right", logits=0)
+            for i, s in enumerate(segment):
+                parts[i].append(logits[i, : len(s)])
+            done += step
+    flat = [_score(torch.cat(p), r, dtype) for p, r in zip(parts, rows, strict=True)]
+    out, at = [], 0
+    for group in continuations:
+        out.append(flat[at : at + len(group)])
+        at += len(group)
+    return out
+
+
+def _score(logits: torch.Tensor, continuation: Sequence[int], dtype: torch.dtype | None) -> Score:
+    """Logits [n, V] that predict the n tokens of the continuation."""
+    targets = torch.tensor(continuation, device=logits.device)
+    log_probs = F.log_softmax(logits, dim=-1, dtype=dtype).gather(1, targets[:, None])
+    return float(log_probs.sum()), bool((logits.argmax(-1) == targets).all())

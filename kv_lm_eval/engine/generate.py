@@ -1,0 +1,35 @@
+"""Generation is transformers' own generate() over a compressed cache, so that sampling, beams and stops are as users know them.
+
+`model.generate(input_ids, attention_mask=..., past_key_values=CompressedCache(...))`: the prompt is one forward, cut
+after it, and every further forward is a decode step under the method's schedule. The first new token comes from the
+whole prompt, as in all published methods.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kv_lm_eval.errors import UserError
+
+
+def check_generation_settings(settings: dict[str, Any]) -> None:
+    """Raises UserError for settings of generate() that cannot work with a cache under test."""
+    if settings.get("cache_implementation") is not None:
+        raise UserError(
+            f"cache_implementation={settings['cache_implementation']} in the generation settings: the cache is the method "
+            "under test here, so another one cannot be used; remove the setting"
+        )
+    if settings.get("assistant_model") is not None or settings.get("prompt_lookup_num_tokens"):
+        raise UserError("assisted decoding takes tokens back, which a compressed cache cannot; remove the setting")
+
+
+def without_cache(model: PreTrainedModel) -> None:
+    """Makes this model object's generate() recompute everything at each token, whatever its caller asks for."""
+
+    def generate(original: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(*args, **{**kwargs, "use_cache": False})
+
+    model.generate = partial(generate, model.generate)  # type: ignore[method-assign]

@@ -1,0 +1,195 @@
+"""The words in which a compression method is written, and its discovery by file name.
+
+A method is a scorer: it gives every slot of a layer's cache a number, and the slots with the highest numbers stay.
+How many stay is the budget (`budget.py`), when it happens is the schedule (`schedule.py`), and what becomes of the
+others is the treatment of the evicted (`evicted.py`). The four compose freely; a published method is a preset.
+
+Shapes: B batch rows, H query heads, K KV heads, G = H / K, W last queries, N slots, D head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from typing_extensions import dataclass_transform
+
+from kv_lm_eval.errors import UserError, close_names
+
+if TYPE_CHECKING:
+    from kv_lm_eval.cache.facts import ModelFacts
+
+
+def setting(default: Any = dataclasses.MISSING, help: str = "", choices: tuple[Any, ...] = ()) -> Any:
+    """One hyper-parameter: its default, what it means in a sentence (with its unit), and what it may be."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclasses.dataclass
+class View:
+    """What a scorer may look at: the slots of one layer, oldest first, at the moment of compression.
+
+    Attributes:
+        keys, values: [B, K, N, D], keys with the model's rotary embedding applied.
+        pos: [B, 1 or K, N] original position of the token in each slot, -1 where a slot is empty.
+        seen: tokens each row has seen so far (host integers, length B).
+        keep: slots each row will keep (host integers, length B), already limited to what the row holds.
+        layer: index of the layer; num_layers: how many there are.
+        mass: [B, K, N] float32 attention each key has received from all queries so far, mean over the query heads
+            of its group; only for methods with `accumulates = True`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    pos: torch.Tensor
+    seen: list[int]
+    keep: list[int]
+    layer: int
+    num_layers: int
+    mass: torch.Tensor | None
+    _attend: Callable[[int], torch.Tensor]
+
+    def attention(self, last: int) -> torch.Tensor:
+        """Attention weights of the `last` most recent queries over the slots: [B, K, G, last, N], float32.
+
+        Causal by position. A row that has seen fewer tokens has zeros for the queries that it lacks.
+        """
+        return self._attend(last)
+
+    def recent(self, count: int | list[int]) -> torch.Tensor:
+        """True for the last `count` tokens seen (one number, or one a row): [B, 1 or K, N]."""
+        counts = [count] * len(self.seen) if isinstance(count, int) else count
+        first = [seen - c for seen, c in zip(self.seen, counts, strict=True)]
+        return self.pos >= torch.tensor(first, device=self.pos.device).view(-1, 1, 1).clamp_min(0)
+
+    def first(self, count: int) -> torch.Tensor:
+        """True for the first `count` tokens of each row: [B, 1 or K, N]."""
+        return (self.pos >= 0) & (self.pos < count)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(setting,))
+class Method:
+    """A scorer and its presets. Subclasses are frozen dataclasses: their fields are their hyper-parameters.
+
+    A subclass needs `score`; everything else has a default that fits a method which compresses once, after the
+    prefill, to the budget the user names.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    presets: ClassVar[dict[str, Any]] = {}  # defaults of the other three parts, e.g. {"compress_every": 1}
+    accumulates: ClassVar[bool] = False  # score() reads view.mass, the attention summed over all queries
+    compresses: ClassVar[bool] = True  # False: everything is kept, no budget is taken
+    uses_cache: ClassVar[bool] = True  # False: the model recomputes everything (use_cache=False)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+    def score(self, view: View) -> torch.Tensor:
+        """Higher stays. [B, K, N] (each KV head chooses its own slots) or [B, 1, N] (all heads the same); +inf: always.
+
+        Empty slots are handled by the caller; computed in float32 so that ties are real ties.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no score()")
+
+    @property
+    def num_queries(self) -> int:
+        """How many of the last queries `score` asks `view.attention` for; 0 if none."""
+        return 0
+
+    @property
+    def protected(self) -> int:
+        """How many slots `score` always keeps; a budget must leave room for more than these."""
+        return 0
+
+    @property
+    def own_capacity(self) -> int | None:
+        """The budget in slots where the method's own settings fix it (sinks + window); None: the user names one."""
+        return None
+
+    @property
+    def in_cache_sinks(self) -> int:
+        """Number of first tokens whose keys follow the window in position (StreamingLLM); 0: positions stay true."""
+        return 0
+
+    def validate(self) -> None:
+        """Raises UserError for settings that make no sense."""
+
+    def warnings(self, facts: ModelFacts) -> list[str]:
+        """What a user should know before trusting this method on this model."""
+        return []
+
+
+# ---------------------------------------------------------------------------------------------------- discovery
+
+
+def available() -> list[str]:
+    """Names of the bundled methods: every module of this package that defines one, without importing it.
+
+    A trailing underscore is dropped, so that `random_.py` does not shadow the standard library's `random`.
+    """
+    parts = {"base", "budget", "schedule", "evicted", "compression", "listing"}
+    return sorted(m.name.rstrip("_") for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in parts)
+
+
+def load(spec: str) -> type[Method]:
+    """The class of a bundled method by name, or of the user's own by `path/to/file.py[:Class]`.
+
+    Raises:
+        UserError: no such method, file or class.
+    """
+    if ".py" in spec:
+        return _load_file(spec)
+    name = spec.lower().replace("-", "_")
+    if name not in available():
+        raise UserError(
+            f"method={spec} is not known{close_names(name, available())}. Available: {', '.join(available())}. "
+            "Your own method: method=path/to/file.py:ClassName."
+        )
+    root = __name__.rpartition(".")[0]
+    found = importlib.util.find_spec(f"{root}.{name}_") or importlib.util.find_spec(f"{root}.{name}")
+    assert found is not None
+    return _only_method(importlib.import_module(found.name), name, None)
+
+
+def _load_file(spec: str) -> type[Method]:
+    path_text, _, class_name = spec.partition(".py")
+    path = Path(path_text + ".py").expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"method={spec}: there is no file {path}. Write method=path/to/file.py:ClassName.")
+    module_name = f"kv_lm_eval_user_method_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"method={spec}: {path} could not be imported: {type(error).__name__}: {error}") from error
+    return _only_method(module, path.stem, class_name.lstrip(":") or None)
+
+
+def _only_method(module: Any, name: str, class_name: str | None) -> type[Method]:
+    own = {
+        n: c
+        for n, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, Method) and c is not Method and c.__module__ == module.__name__
+    }
+    if class_name is not None:
+        if class_name not in own:
+            raise UserError(f"{module.__file__} has no Method class {class_name}{close_names(class_name, own)}: {sorted(own)}")
+        own = {class_name: own[class_name]}
+    if len(own) != 1:
+        raise UserError(f"{module.__file__} must define one subclass of Method, it has {sorted(own) or 'none'}")
+    method = next(iter(own.values()))
+    method.name = method.name or name
+    return method

@@ -1,0 +1,24 @@
+from torch import Tensor
+
+from kv_lm_eval.methods.base import Method, View
+
+
+class TOVA(Method):
+    """Token Omission Via Attention: the last query's attention, averaged over all heads of a layer, decides.
+
+    Every head of a layer keeps the same tokens. Works at every step: the cache is an RNN-like state of fixed size.
+
+    Paper: arXiv:2401.06104, section 3. Reference: schwartz-lab-NLP/TOVA.
+    Deviations: none in the rule (the newest token is not forced to stay, as kvpress does); the prompt's own forward is
+    full attention with one cut after it.
+    """
+
+    paper = "arXiv:2401.06104"
+    presets = {"compress_every": 1}
+
+    @property
+    def num_queries(self) -> int:
+        return 1
+
+    def score(self, view: View) -> Tensor:
+        return view.attention(1).sum(3).mean((1, 2)).unsqueeze(1)

@@ -1,0 +1,1 @@
+"""Plain functions over records, with units in their names."""

@@ -1,0 +1,116 @@
+"""`kv-lm-eval quickstart`: the embedded model under a few methods, one table. No network, no GPU, under two minutes.
+
+Runs the task group kv_quickstart (needles, multiple choice, streaming perplexity) for the full cache and for three
+methods at one budget, each a normal lm-eval run whose results file is kept, and prints scores beside what was kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+TASKS = ["kv_quickstart_needle", "kv_quickstart_choice", "kv_quickstart_ppl"]
+METHODS = {  # at a budget of N slots a KV head and layer
+    "full": lambda n: {"method": "full"},
+    "snapkv": lambda n: {"method": "snapkv", "max_capacity_prompt": n, "window_size": min(16, n // 2)},
+    "streaming_llm": lambda n: {"method": "streaming_llm", "max_capacity_prompt": n, "compress_every": 16},
+    "window": lambda n: {"method": "window", "max_capacity_prompt": n, "compress_every": 16},
+    "knorm": lambda n: {"method": "knorm", "max_capacity_prompt": n},
+    "h2o": lambda n: {"method": "h2o", "max_capacity_prompt": n, "compress_every": 16},
+    "tova": lambda n: {"method": "tova", "max_capacity_prompt": n, "compress_every": 16},
+    "random": lambda n: {"method": "random", "max_capacity_prompt": n},
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs the quick start and prints its table; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="kv-lm-eval quickstart", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--budget", type=int, default=128, help="slots kept per KV head and layer (default 128)")
+    parser.add_argument("--methods", default="full,snapkv,streaming_llm,window", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--output_path", default=None, help="folder for the results files (default: none are written)")
+    parser.add_argument("--limit", type=int, default=None, help="samples per task, for a first look")
+    args = parser.parse_args(argv)
+    names = args.methods.split(",")
+    if unknown := [n for n in names if n not in METHODS]:
+        parser.error(f"--methods {unknown[0]} is not one of {', '.join(METHODS)}")
+    if args.budget < 8:
+        parser.error(f"--budget {args.budget} leaves no room for sinks and a window; take at least 8")
+    rows = [run(name, METHODS[name](args.budget), args.output_path, args.limit) for name in names]
+    print(f"\nkv-tiny on kv_quickstart, budget {args.budget} slots per KV head and layer\n")
+    print(table(rows))
+    print(
+        "\nneedle, choice: share right, higher is better; ppl: word perplexity of streamed text, lower is better;\n"
+        "kept: share of pairs kept when a request ends; KV KiB: keys and values held after the prefill of a needle prompt."
+    )
+    if args.output_path:
+        print(f"results: {args.output_path}")
+    return 0
+
+
+def run(name: str, model_args: dict[str, Any], output_path: str | None, limit: int | None) -> dict[str, Any]:
+    """One method through lm-eval; a row of the table."""
+    from kv_lm_eval import plugin
+
+    plugin.install()
+    import lm_eval
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+
+    start = time.perf_counter()
+    with plugin.only_our_tasks():
+        manager = TaskManager()
+        results = lm_eval.simple_evaluate(
+            model="kvcompressed",
+            model_args={"pretrained": "kv-tiny", "dtype": "float32", **model_args},
+            tasks=TASKS,
+            task_manager=manager,
+            batch_size=8,
+            device="cpu",
+            limit=limit,
+            bootstrap_iters=0,
+            verbosity="ERROR",
+        )
+    seconds = time.perf_counter() - start
+    if output_path:
+        samples = results.pop("samples", None)
+        tracker = EvaluationTracker(output_path=str(Path(output_path) / name))
+        tracker.save_results_aggregated(results=results, samples=samples)
+    return row(name, results, seconds)
+
+
+def row(name: str, results: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The quick start's numbers out of an lm-eval results dictionary."""
+    scores = results["results"]
+    stats = results["config"]["kv_stats"]
+    needle = stats["by_task"]["kv_quickstart_needle"]
+    return {
+        "method": name,
+        "needle": _metric(scores["kv_quickstart_needle"], "exact_match"),
+        "choice": _metric(scores["kv_quickstart_choice"], "acc"),
+        "ppl": _metric(scores["kv_quickstart_ppl"], "word_perplexity"),
+        "compressed": f"{stats['compressed_share']:.0%}",
+        "kept": f"{stats['kept_fraction_mean']:.0%}",
+        "KV KiB": f"{needle['kv_bytes_prefill_mean'] / 1024:.0f}",
+        "seconds": f"{seconds:.1f}",
+    }
+
+
+def _metric(task: dict[str, Any], name: str) -> str:
+    value = next(v for k, v in task.items() if k.split(",")[0] == name)
+    return f"{value:.2f}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal keys as an aligned text table."""
+    heads = list(rows[0])
+    widths = [max(len(h), *(len(str(r[h])) for r in rows)) for h in heads]
+    lines = ["  ".join(h.ljust(w) if i == 0 else h.rjust(w) for i, (h, w) in enumerate(zip(heads, widths, strict=True)))]
+    lines.append("  ".join("-" * w for w in widths))
+    for r in rows:
+        cells = [str(r[h]) for h in heads]
+        lines.append("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))))
+    return "\n".join(lines)
+
+

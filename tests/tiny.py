@@ -1,0 +1,112 @@
+"""Random models of a few layers, built in code: enough to prove what the cache does, in a fraction of a second."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import transformers as tf
+
+from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.check import wrap
+from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.config import parse
+from kv_lm_eval.methods.compression import Compression
+
+VOCAB = 97
+COMMON = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 512}
+LLAMA = {**COMMON, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def build(name: str, seed: int = 0, **overrides) -> tf.PreTrainedModel:
+    """A random float32 model in eval mode; the weights are large enough for attention to be far from uniform."""
+    torch.manual_seed(seed)
+    config = CONFIGS[name](**overrides)
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa" if name != "gemma2" else "eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+            else:  # biases are not all zero and norms not all one, so that key norms differ behind a key norm too
+                parameter.add_(torch.empty_like(parameter).uniform_(-0.4, 0.4))
+    return model.float().eval()
+
+
+CONFIGS = {
+    "llama": lambda **o: tf.LlamaConfig(**{**LLAMA, **o}),
+    "mistral_sliding": lambda **o: tf.MistralConfig(**{**LLAMA, "sliding_window": 24, "head_dim": 8, **o}),
+    "qwen3": lambda **o: tf.Qwen3Config(**{**LLAMA, "head_dim": 8, **o}),
+    "gpt_neox": lambda **o: tf.GPTNeoXConfig(**{**COMMON, "intermediate_size": 48, "num_attention_heads": 4, **o}),
+    "gemma3": lambda **o: tf.Gemma3TextConfig(
+        **{**LLAMA, "head_dim": 8, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"], **o}
+    ),
+    "gpt2": lambda **o: tf.GPT2Config(
+        **{
+            **{"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+            **{"bos_token_id": None, "eos_token_id": None, **o},
+        }
+    ),
+    "gemma2": lambda **o: tf.Gemma2Config(
+        **{**LLAMA, "head_dim": 8, "sliding_window": 24, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 20.0, **o}
+    ),
+}
+CORE = ("llama", "mistral_sliding", "qwen3", "gpt_neox", "gemma3", "gpt2")
+FULL_ATTENTION = ("llama", "qwen3", "gpt_neox", "gpt2")
+ROPE_FULL_ATTENTION = ("llama", "qwen3", "gpt_neox")  # streaming with in-cache positions is possible and simple
+
+
+# --- a model under our attention, its untouched twin, and caches for it --------------------------------------------
+
+
+@dataclass
+class Pair:
+    """The same weights twice."""
+
+    model: tf.PreTrainedModel  # wrapped: every forward needs a CompressedCache
+    stock: tf.PreTrainedModel  # as transformers made it
+    facts: ModelFacts
+
+    def cache(self, **settings: object) -> CompressedCache:
+        return CompressedCache(compression(**settings), self.facts)
+
+
+@functools.cache
+def pair(name: str) -> Pair:
+    model, stock = build(name), build(name)
+    in_cache = name not in ("gpt2", "mistral_sliding")  # where keys can be moved, the wrap finds out how
+    facts = wrap(model, compression(method="streaming_llm", window_size=8) if in_cache else compression(method="full"))
+    return Pair(model, stock, facts)
+
+
+def compression(**settings: object) -> Compression:
+    return parse(dict(settings))[0]
+
+
+def tokens(length: int, seed: int = 0) -> list[int]:
+    """Token ids that repeat only after all others came: repetitions have keys of the same norm up to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return [1 + i for _ in range(0, length, VOCAB - 1) for i in torch.randperm(VOCAB - 1, generator=generator).tolist()][:length]
+
+
+def left_padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids, mask, position_ids of a left-padded batch."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+    return ids, mask, (mask.cumsum(1) - 1).clamp_min(0)
+
+
+@torch.inference_mode()
+def forward(model: tf.PreTrainedModel, cache: tf.Cache, rows: list[list[int]], starts: list[int] | None = None) -> torch.Tensor:
+    """One forward of left-padded rows; explicit positions. Logits of all columns."""
+    ids, mask, positions = left_padded(rows)
+    if starts is not None:
+        positions = positions + torch.tensor(starts)[:, None] * mask
+    padding = mask if (mask == 0).any() else None
+    return model(input_ids=ids, attention_mask=padding, position_ids=positions, past_key_values=cache, use_cache=True).logits
+
+
+def kept(cache: CompressedCache, layer: int, row: int = 0) -> list[list[int]]:
+    """Original positions in a layer's store: one sorted list per KV head (one for all, if all heads hold the same)."""
+    return [sorted(p for p in head if p >= 0) for head in cache.stores[layer].pos[row].tolist()]
