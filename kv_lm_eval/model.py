@@ -32,7 +32,7 @@ from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.compression import CompressionLog
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lm_eval.models.kvcompressed")  # below lm-eval's logger: its format, its verbosity
 HFLM_KEYS = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
 
 
@@ -313,7 +313,7 @@ class KVCompressedLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """Goes into results["config"]: what was compressed and what was not, with all settings and versions."""
         summary = self.compression_log.summary()
-        self._warn_if_untouched(summary)
+        self._say_what_happened(summary)
         return {
             **super().get_model_info(),
             "kv_compression": self.settings,
@@ -321,13 +321,24 @@ class KVCompressedLM(HFLM):
             "kv_versions": {"kv-lm-eval": __version__, **{p: version(p) for p in ("transformers", "torch", "lm-eval")}},
         }
 
-    def _warn_if_untouched(self, summary: dict[str, Any]) -> None:
-        if not self.compression.method.compresses or not summary["requests"]:
+    def _say_what_happened(self, summary: dict[str, Any]) -> None:
+        """One line for the run, and a warning for each task whose requests were all too short to be compressed."""
+        if not summary["requests"]:
+            log.warning("all answers came from the request cache: there are no numbers on memory or compression")
             return
+        log.info(
+            "%s: %.0f %% of %d requests compressed, %.0f %% of pairs kept at their end, %.0f KiB of keys and values after the "
+            "prefill on average",
+            self.compression.method.name,
+            100 * summary["compressed_share"],
+            summary["requests"],
+            100 * summary["kept_fraction_mean"],
+            summary["kv_bytes_prefill_mean"] / 1024,
+        )
+        budget = {k: v for k, v in self.compression.settings().items() if k in ("max_capacity_prompt", "keep_ratio")}
         for task, one in summary["by_task"].items():
-            if one["compressed_share"] == 0:
+            if self.compression.method.compresses and one["compressed_share"] == 0:
                 lengths = one["prompt_tokens"]
-                budget = {k: v for k, v in self.compression.settings().items() if k in ("max_capacity_prompt", "keep_ratio")}
                 log.warning(
                     "%s: compression triggered in NONE of %d requests, so its score is the full cache's: prompts have %d to %d "
                     "tokens (median %d), the budget is %s. Take longer prompts (more few-shot examples) or a smaller budget.",

@@ -7,6 +7,8 @@ methods at one budget, each a normal lm-eval run whose results file is kept, and
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,12 @@ def main(argv: list[str]) -> int:
         parser.error(f"--methods {unknown[0]} is not one of {', '.join(METHODS)}")
     if args.budget < 8:
         parser.error(f"--budget {args.budget} leaves no room for sinks and a window; take at least 8")
-    rows = [run(name, METHODS[name](args.budget), args.output_path, args.limit) for name in names]
+    quieten()
+    rows = []
+    for i, name in enumerate(names, 1):
+        print(f"[{i}/{len(names)}] {name} ...", end=" ", flush=True)
+        rows.append(run(name, METHODS[name](args.budget), args.output_path, args.limit))
+        print(f"{rows[-1]['seconds']} s", flush=True)
     print(f"\nkv-tiny on kv_quickstart, budget {args.budget} slots per KV head and layer\n")
     print(table(rows))
     print(
@@ -47,6 +54,13 @@ def main(argv: list[str]) -> int:
     if args.output_path:
         print(f"results: {args.output_path}")
     return 0
+
+
+def quieten() -> None:
+    """One line a method instead of lm-eval's bars and notes; must come before the first import of tqdm."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def run(name: str, model_args: dict[str, Any], output_path: str | None, limit: int | None) -> dict[str, Any]:
@@ -70,7 +84,6 @@ def run(name: str, model_args: dict[str, Any], output_path: str | None, limit: i
             device="cpu",
             limit=limit,
             bootstrap_iters=0,
-            verbosity="ERROR",
         )
     seconds = time.perf_counter() - start
     if output_path:

@@ -64,8 +64,8 @@ STAGES = (
     Stage("128", 300, (128,), 4096),
     Stage("256", 300, (128, 256, 256, 256), 4096),
     Stage("512", 300, (256, 512, 512, 512), 8192),
-    Stage("1024", 400, (256, 512, 1024, 1024, 1024), 8192),
-    Stage("2048", 600, (256, 512, 1024, 1024, 2048, 2048), 8192),
+    Stage("1024", 300, (256, 512, 1024, 1024, 1024), 8192),
+    Stage("3072", 650, (256, 512, 1024, 1024, 2048, 2048, 3072), 8192),
 )
 
 
@@ -403,7 +403,7 @@ def main() -> None:
         began = ends
 
     if rank == 0:
-        table = needle_table(model, data, (256, 512, 1024, 1536, 2048), samples=24)
+        table = needle_table(model, data, (256, 512, 1024, 1536, 2048, 3072), samples=20)
         print(json.dumps({"tokens": tokens, "seconds": round(seconds), "log": log[-1], "needles": table}))
 
 

@@ -119,15 +119,11 @@ def kv_attention(
 
 def _tagged(module: nn.Module, key: torch.Tensor) -> tuple[CompressedCache, int]:
     tag = getattr(key, "_kv_tag", None)
-    if tag is None:
+    if tag is None or tag[1] != getattr(module, "layer_idx", tag[1]):
         raise UserError(
-            f"the keys that reached {type(module).__name__} do not come from a compressed cache: either the model was "
-            "called without one, or it changes keys after caching them (multi-head latent attention), which is not supported"
-        )
-    if tag[1] != getattr(module, "layer_idx", tag[1]):
-        raise UserError(
-            f"layer {module.layer_idx} of {type(module).__name__} attends to the cache of layer {tag[1]}: models that share "
-            "one cache between layers are not supported"
+            f"the keys that reached layer {getattr(module, 'layer_idx', '?')} of {type(module).__name__} are not those that it "
+            "gave to a compressed cache: the model was called without one, or layers share one cache between layers, or keys "
+            "are changed after caching (multi-head latent attention); none of these is supported"
         )
     del key._kv_tag  # the store may adopt this tensor: a tag left on it would keep the cache alive in a cycle
     return tag

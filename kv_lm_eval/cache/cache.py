@@ -20,6 +20,7 @@ from kv_lm_eval.cache.store import LayerStore
 from kv_lm_eval.methods.base import View
 from kv_lm_eval.methods.compression import Compression
 
+MAX_ROOM = 1024  # slots reserved for the tokens until the next cut, at most; storage grows by itself
 Mode = Literal["prefill", "decode", "hold", "cut", "score"]
 
 
@@ -214,7 +215,7 @@ class CompressedCache(Cache):
             raise FloatingPointError(f"{self.compression.method.name} scored a slot NaN in layer {layer}")
         index, valid = choose(scores, store.pos, keep)
         keys, values = self.compression.evicted.treat(view, index, valid)
-        store.replace(keys, values, index, valid, room=max(self.compression.schedule.compress_every, 1))
+        store.replace(keys, values, index, valid, room=min(self.compression.schedule.compress_every, MAX_ROOM))
         fresh = [h == s for h, s in zip(held, self.seen, strict=True)]  # rows that lose tokens for the first time
         self.held[layer] = keep
         if self.compression.method.in_cache_sinks and self.facts.rope_kinds[layer] == "rope":

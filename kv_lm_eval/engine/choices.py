@@ -50,23 +50,29 @@ def score_continuations(
         cache = new_cache()
         cache.mode = "decode"
     if any(tails):
-        first_logits = _feed_tail(model, cache, tails, compression.schedule)
+        first_logits = _feed_tail(model, cache, tails, tail_tokens, compression.schedule)
     if compression.schedule.online and compression.method.compresses:
         return _score_in_forks(model, cache, first_logits, continuations, compression.schedule, dtype), cache
     return _score_packed(model, cache, first_logits, continuations, dtype), cache
 
 
 def _feed_tail(
-    model: PreTrainedModel, cache: CompressedCache, tails: Sequence[Sequence[int]], schedule: Schedule
+    model: PreTrainedModel, cache: CompressedCache, tails: Sequence[Sequence[int]], width: int, schedule: Schedule
 ) -> torch.Tensor:
-    """The tail over the compressed cache, cut where the schedule says; logits after the last token [B, V]."""
-    width = max(map(len, tails))
-    padded = [[None] * (width - len(t)) + list(t) for t in tails]  # left: all rows end together
-    done, out = 0, None
+    """The tail over the compressed cache, cut where the schedule says; logits after the last token [B, V].
+
+    A tail takes `width` ticks of the schedule's clock however short its context is, so that rows do not depend on
+    their neighbours.
+    """
+    columns = [[None] * (width - len(t)) + list(t) for t in tails]  # all rows end together
+    done = width - max(map(len, tails))
+    cache.decoded += done
+    out = None
     while done < width:
         step = min(width - done, schedule.until_due(cache.decoded) if schedule.online else width)
-        part = [[t for t in row[done : done + step] if t is not None] for row in padded]
-        out = feed(model, cache, part, side="left", logits=1)[:, -1]
+        part = [[t for t in row[done : done + step] if t is not None] for row in columns]
+        if any(part):
+            out = feed(model, cache, part, side="left", logits=1)[:, -1]
         done += step
     assert out is not None
     return out

@@ -198,7 +198,11 @@ def weave(filler: Sequence[str], statements: Sequence[str], depths: Sequence[flo
     for sentence in filler:
         borders.append(borders[-1] + len(sentence) + 1)
     total = max(borders[-1], 1)
-    slots = [min(range(len(borders)), key=lambda i, d=depth: abs(borders[i] - d * total)) for depth in depths]
+
+    def nearest_border(depth: float) -> int:
+        return min(range(len(borders)), key=lambda i: abs(borders[i] - depth * total))
+
+    slots = [nearest_border(depth) for depth in depths]
     parts = []
     for i in range(len(borders)):
         parts += [statement for statement, slot in zip(statements, slots, strict=True) if slot == i]

@@ -48,11 +48,8 @@ def visible(kept: list[list[list[int]]], pair: tiny.Pair, seen: int) -> list[lis
     return out
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", tiny.CORE)
+@pytest.mark.parametrize(("name", "method"), tiny.cases(METHODS))
 def test_rows_of_a_batch_are_independent_of_each_other_and_of_padding(name: str, method: str) -> None:
-    if method == "streaming_llm in_cache" and name in ("gpt2", "mistral_sliding"):
-        pytest.skip("refused at wrap time: tests/cache/test_check.py")
     pair = tiny.pair(name)
 
     @given(LENGTHS, BUDGETS, st.sampled_from([0, 1, 3]))

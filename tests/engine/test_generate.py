@@ -42,11 +42,8 @@ def generated(model: tf.PreTrainedModel, rows: list[list[int]], cache: tf.Cache,
     return out[:, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", tiny.CORE)
+@pytest.mark.parametrize(("name", "method"), tiny.cases(METHODS))
 def test_generate_equals_the_loop_over_single_tokens(name: str, method: str) -> None:
-    if method == "streaming_llm in_cache" and name in ("gpt2", "mistral_sliding"):
-        pytest.skip("refused at wrap time: tests/cache/test_check.py")
     pair, lengths = tiny.pair(name), [50, 31, 7]
     rows = [tiny.tokens(n, seed=n) for n in lengths]
     expected = []

@@ -1,0 +1,159 @@
+"""The self-check: what cannot be served exactly is refused with the reason, and the model is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import tiny
+import torch
+import transformers as tf
+
+from kv_lm_eval.cache import attention
+from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.check import FULL, wrap
+from kv_lm_eval.errors import UserError
+
+IN_CACHE = tiny.compression(method="streaming_llm", window_size=8)
+ABSOLUTE = tiny.compression(method="streaming_llm", window_size=8, positions="absolute")
+
+
+def falcon() -> tf.PretrainedConfig:
+    return tf.FalconConfig(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+
+
+def bloom() -> tf.PretrainedConfig:
+    return tf.BloomConfig(vocab_size=tiny.VOCAB, hidden_size=32, n_layer=2, n_head=4)
+
+
+def deepseek() -> tf.PretrainedConfig:
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    dense = {"first_k_dense_replace": 2, "num_key_value_heads": 4, "intermediate_size": 48}
+    return tf.DeepseekV3Config(**{**tiny.COMMON, **ranks, **dense, "num_attention_heads": 4})
+
+
+def shared_kv() -> tf.PretrainedConfig:
+    return tf.Gemma3nTextConfig(
+        **{**tiny.COMMON, "num_hidden_layers": 4, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8},
+        num_key_value_heads=2,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=tiny.VOCAB,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+        altup_num_inputs=2,
+    )
+
+
+def dynamic() -> tf.PretrainedConfig:
+    return tf.LlamaConfig(**{**tiny.LLAMA, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}})
+
+
+def made(config: Callable[[], tf.PretrainedConfig]) -> tf.PreTrainedModel:
+    torch.manual_seed(0)
+    return tf.AutoModelForCausalLM.from_config(config()).float().eval()
+
+
+@torch.inference_mode()
+def answer(model: tf.PreTrainedModel) -> tuple[torch.Tensor, list[int]]:
+    ids = torch.tensor([tiny.tokens(12)])
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    return model(input_ids=ids).logits, new.tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (falcon, "FalconForCausalLM does not let its attention function be chosen"),
+        (bloom, "BloomForCausalLM does not let its attention function be chosen"),
+        (deepseek, "multi-head latent attention"),
+        (shared_kv, "share one cache between layers|shares caches between layers"),
+    ],
+    ids=lambda c: getattr(c, "__name__", ""),
+)
+def test_architectures_that_would_run_silently_wrong_are_refused_and_left_as_they_were(
+    config: Callable[[], tf.PretrainedConfig], words: str
+) -> None:
+    model = made(config)
+    before, name = answer(model), model.config._attn_implementation
+    with pytest.raises(UserError, match=words):
+        wrap(model, FULL)
+    after = answer(model)
+    assert model.config._attn_implementation == name
+    assert torch.equal(before[0], after[0]) and before[1] == after[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: tiny.build("gpt2"), "learned positions"),
+        (lambda: tiny.build("mistral_sliding"), "all of its layers are sliding windows of 24 tokens"),
+        (lambda: made(dynamic), "change with the length"),
+    ],
+    ids=["learned positions", "all layers sliding", "dynamic frequencies"],
+)
+def test_in_cache_positions_are_refused_where_the_sinks_cannot_follow(
+    model: Callable[[], tf.PreTrainedModel], words: str
+) -> None:
+    built = model()
+    before, name = answer(built), built.config._attn_implementation
+    with pytest.raises(UserError, match=words) as caught:
+        wrap(built, IN_CACHE)
+    assert "positions=absolute" in str(caught.value), "the remedy is named"
+    assert built.config._attn_implementation == name
+    after = answer(built)
+    assert torch.equal(before[0], after[0]) and before[1] == after[1]
+    wrap(built, ABSOLUTE)
+
+
+def test_a_model_whose_logits_differ_through_our_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llama")
+    monkeypatch.setattr(attention, "_packed", lambda query, kv_heads: 1.5 * query.reshape(query.shape[0], kv_heads, -1, 8))
+    with pytest.raises(UserError, match="LlamaForCausalLM does not pass the self-check.*logits"):
+        wrap(model, FULL)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_can_be_wrapped_again_for_another_method() -> None:
+    model, stock = tiny.build("llama"), tiny.build("llama")
+    wrap(model, FULL)
+    facts = wrap(model, IN_CACHE)
+    row = tiny.tokens(30)
+    with torch.inference_mode():
+        got = model(input_ids=torch.tensor([row]), past_key_values=CompressedCache(FULL, facts)).logits
+        expected = stock(input_ids=torch.tensor([row])).logits
+    assert (got - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", tiny.CORE)
+def test_the_self_check_says_which_layers_slide(name: str) -> None:
+    expected = {"mistral_sliding": [24, 24], "gemma3": [24, None]}.get(name, [None, None])
+    facts = tiny.pair(name).facts
+    assert facts.sliding_windows == expected
+    assert [facts.compressible(i) for i in range(2)] == ([False, True] if name == "gemma3" else [True, True])
+    assert facts.all_sliding == (name == "mistral_sliding")
+    assert facts.qk_norm == (name in ("qwen3", "gemma3"))
+
+
+def test_a_wrapped_model_without_a_compressed_cache_says_what_is_wrong() -> None:
+    pair = tiny.pair("llama")
+    with pytest.raises(UserError, match="called without one"):
+        pair.model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
+
+
+def test_a_ready_made_4d_mask_is_refused() -> None:
+    pair = tiny.pair("llama")
+    with pytest.raises(UserError, match="4D attention mask"):
+        pair.model(
+            input_ids=torch.tensor([[1, 2, 3]]), attention_mask=torch.zeros(1, 1, 3, 3), past_key_values=pair.cache(method="full")
+        )
+
+
+def test_training_mode_with_dropout_is_refused() -> None:
+    model = tiny.build("llama", attention_dropout=0.1)
+    facts = wrap(model, FULL)
+    model.train()
+    with pytest.raises(UserError, match="training mode"):
+        model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=CompressedCache(FULL, facts))

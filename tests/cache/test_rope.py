@@ -1,0 +1,98 @@
+"""A key rotated by a delta is the key that the model itself makes delta tokens later."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import transformers as tf
+
+from kv_lm_eval.cache.check import wrap
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+KINDS = {
+    "default": ("llama", {}),
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "yarn": ("llama", {"rope_parameters": YARN}),
+    "a quarter of the head": ("gpt_neox", {"num_attention_heads": 2}),
+    "two thetas": ("gemma3", {}),
+}
+SINKS = tiny.compression(method="streaming_llm", window_size=8)
+
+
+def stock_keys(model: tf.PreTrainedModel, row: list[int], start: int) -> list[torch.Tensor]:
+    """Keys as the stock model caches them with its tokens at positions start, start + 1, ..."""
+    cache = tf.DynamicCache()
+    positions = torch.arange(start, start + len(row)).unsqueeze(0)
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([row]), position_ids=positions, past_key_values=cache, use_cache=True)
+    return [layer.keys for layer in cache.layers]
+
+
+@pytest.mark.parametrize("shift", [1, 37, -9, 300])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotating_a_key_by_a_delta_equals_having_been_delta_later(kind: str, shift: int) -> None:
+    name, overrides = KINDS[kind]
+    model, stock = tiny.build(name, **overrides), tiny.build(name, **overrides)
+    facts = wrap(model, SINKS)
+    assert facts.rope_kinds == ["rope", "rope"] and facts.rope is not None
+    row = tiny.tokens(12)
+    here, there = stock_keys(stock, row, 10), stock_keys(stock, row, 10 + shift)
+    for layer in range(2):
+        moved = facts.rope.rotate(here[layer], torch.tensor([[shift]]), layer)
+        assert (moved - there[layer]).norm() <= 2e-5 * there[layer].norm(), f"layer {layer}"
+        assert (here[layer] - there[layer]).norm() > 0.03 * there[layer].norm()
+
+
+def test_gemma3_rotates_its_two_kinds_of_layers_differently() -> None:
+    facts = tiny.pair("gemma3").facts
+    keys = torch.ones(1, 2, 3, 8)
+    assert facts.rope is not None
+    sliding, full = (facts.rope.rotate(keys, torch.tensor([[5]]), layer) for layer in (0, 1))
+    assert (sliding - full).abs().max() > 0.1
+
+
+def test_every_token_can_have_its_own_delta() -> None:
+    rope = tiny.pair("llama").facts.rope
+    keys = torch.randn(2, 2, 3, 8)
+    assert rope is not None
+    together = rope.rotate(keys, torch.tensor([[1, 2, 3], [4, 5, 6]]), 0)
+    for b in range(2):
+        for n in range(3):
+            alone = rope.rotate(keys[b : b + 1, :, n : n + 1], torch.tensor([[1 + n + 3 * b]]), 0)
+            assert torch.allclose(together[b, :, n], alone[0, :, 0], atol=1e-6)
+
+
+def test_bfloat16_sinks_are_within_one_rounding_after_4096_evictions() -> None:
+    """Rotated each time from a pristine copy; in place, 4096 rotations would leave nothing of a bfloat16 key."""
+    model = tiny.build("llama", max_position_embeddings=8192, num_hidden_layers=1)
+    for parameter in model.parameters():  # as from_pretrained does: the frequencies, a buffer, stay float32
+        parameter.data = parameter.data.bfloat16()
+    pair = tiny.Pair(model, model, wrap(model, SINKS))
+    n_sink, evictions = 4, 4096
+    cache = pair.cache(method="streaming_llm", n_sink=n_sink, window_size=8)
+    tiny.forward(model, cache, [tiny.tokens(n_sink + 8)])
+    store = cache.stores[0]
+    pristine = store.keys[:, :, :n_sink].double()
+    newest = store.keys[:, :, -1:].clone()
+    for _ in range(evictions):  # the cache's own steps, without the model around them
+        cache.mode = "decode"
+        cache.begin(torch.tensor([cache.seen]), None, 1)
+        store.append(newest, newest, cache.new_pos)
+        cache.appended(0)
+        cache.after_attention(0, 1.0, None)
+    assert tiny.kept(cache, 0) == [[*range(n_sink), *range(evictions + 4, evictions + 12)]]
+    angles = evictions * 10_000.0 ** (-torch.arange(0, 8, 2).double() / 8)
+    a, b = pristine[..., :4], pristine[..., 4:]
+    exact = torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+    error = (store.keys[:, :, :n_sink].double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert error.max() < 0.01
