@@ -51,7 +51,8 @@ class EngineSettings:
     tail_tokens: int = dataclasses.field(
         default=1,
         metadata={
-            "help": "loglikelihood: context tokens fed after the compression, before the continuation; with 0 the first "
+            "help": "loglikelihood: context tokens fed after the compression, before the "
+            "continuation; with 0 the first "
             "continuation token would be scored from the uncompressed prompt"
         },
     )
@@ -75,7 +76,9 @@ class EngineSettings:
             raise UserError(f"rolling_compress_every={self.rolling_compress_every} must be at least 1 token")
 
 
-def parse(args: dict[str, Any], pass_through: set[str] | None = None) -> tuple[Compression, EngineSettings, dict[str, Any]]:
+def parse(
+    args: dict[str, Any], pass_through: set[str] | None = None
+) -> tuple[Compression, EngineSettings, dict[str, Any]]:
     """Splits --model_args into ours and those of lm-eval's HF model.
 
     Args:
@@ -124,7 +127,7 @@ def _put(ours: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _known_keys(cls: type[base.Method]) -> set[str]:
-    own = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    own = {f.name for f in dataclasses.fields(cls)}
     engine = {f.name for f in dataclasses.fields(EngineSettings)}
     return own | engine | ({*BUDGET_KEYS, "compress_every"} if cls.compresses else set())
 
@@ -186,7 +189,7 @@ def _budget(method: base.Method, ours: dict[str, Any]) -> Budget:
         return Slots(own)
     if len(given) != 1:
         got = "none" if not given else " and ".join(f"{k}={ours[k]}" for k in given)
-        extra = " (or window_size)" if "window_size" in {f.name for f in dataclasses.fields(method)} and not method.num_queries and not method.accumulates else ""  # type: ignore[arg-type]
+        extra = f" (or {method.capacity_setting})" if method.capacity_setting else ""
         raise UserError(
             f"{method.name} needs one budget, got {got}: max_capacity_prompt=SLOTS{extra}, keep_ratio=SHARE kept, or "
             "compression_ratio=SHARE removed"
@@ -213,7 +216,9 @@ def _dataclass(cls: Any, values: dict[str, Any]) -> Any:
             choices = field.metadata.get("choices", ())
             if choices and value not in choices:
                 allowed = ", ".join(map(str, choices))
-                raise UserError(f"{field.name}={value} is not one of: {allowed}{close_names(str(value), map(str, choices))}")
+                raise UserError(
+                    f"{field.name}={value} is not one of: {allowed}{close_names(str(value), map(str, choices))}"
+                )
             taken[field.name] = value
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{cls.name or cls.__name__} needs {field.name}: {field.metadata.get('help', '')}")
@@ -222,7 +227,11 @@ def _dataclass(cls: Any, values: dict[str, Any]) -> Any:
 
 def _coerce(value: Any, kind: Any, name: str) -> Any:
     """The CLI turns -1 into -1.0 and 1e3 into 1000.0: integers come back as integers, fractions as errors."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
+    options = (
+        typing.get_args(kind)
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+        else (kind,)
+    )
     if value is None or (isinstance(value, str) and value.lower() == "none"):
         if type(None) in options:
             return None
@@ -243,7 +252,9 @@ def _coerce(value: Any, kind: Any, name: str) -> Any:
             return float(value)
         return target(value) if target is str else value
     except (ValueError, KeyError, TypeError, OverflowError):
-        wanted = {"int": "a whole number", "float": "a number", "bool": "True or False"}.get(target.__name__, target.__name__)
+        wanted = {"int": "a whole number", "float": "a number", "bool": "True or False"}.get(
+            target.__name__, target.__name__
+        )
         raise UserError(f"{name}={value!r} must be {wanted}") from None
 
 
@@ -254,6 +265,7 @@ def check_pretrained(pretrained: Any) -> None:
         looks_local = pretrained.startswith((".", "/", "~", os.sep)) or pretrained.count("/") > 1
         if looks_local and not path.exists():
             raise UserError(
-                f"pretrained={pretrained}: there is no such folder ({path.resolve()}). Give a folder with config.json and "
+                f"pretrained={pretrained}: there is no such folder ({path.resolve()}). Give a folder "
+                "with config.json and "
                 "weights, a hub name such as owner/model, or kv-tiny for the embedded model."
             )

@@ -21,6 +21,7 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from kv_lm_eval import __version__, config, tiny
@@ -58,7 +59,10 @@ class KVCompressedLM(HFLM):
         if rest.pop("backend", "default") == "seq2seq":
             raise UserError("backend=seq2seq: only causal language models have the KV cache that is compressed here")
         if rest.get("attn_implementation") not in (None, "sdpa", "eager") and self.compression.method.uses_cache:
-            log.warning("attn_implementation=%s is not used: kvcompressed brings its own attention", rest.pop("attn_implementation"))
+            log.warning(
+                "attn_implementation=%s is not used: kvcompressed brings its own attention",
+                rest.pop("attn_implementation"),
+            )
         self._name = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "model")
         self.compression_log = CompressionLog()
         self._tasks: dict[Any, list[str]] = {}
@@ -110,7 +114,9 @@ class KVCompressedLM(HFLM):
     def _room(self, request: Instance) -> int:
         """Tokens that a prompt may have so that its answer still fits the model's maximum."""
         gen_kwargs = request.args[1]
-        return self.max_length - int(gen_kwargs.get("max_gen_toks", gen_kwargs.get("max_new_tokens", self.max_gen_toks)))
+        return self.max_length - int(
+            gen_kwargs.get("max_gen_toks", gen_kwargs.get("max_new_tokens", self.max_gen_toks))
+        )
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         self._batch_contexts = list(strings)
@@ -125,10 +131,21 @@ class KVCompressedLM(HFLM):
         check_generation_settings(kwargs)
         cache = self._new_cache()
         out = super()._model_generate(context, max_length, stop, past_key_values=cache, **kwargs)
-        end = cache.snapshot()
-        rows = len(end["seen"]) // len(tasks)  # beams or return sequences of one prompt
-        self.compression_log.add_batch(tasks, "generate_until", every_row(cache.prefill_end or end, rows), every_row(end, rows))
+        rows = out.shape[0] // len(tasks)  # beams or return sequences of one prompt
+        steps = [self._decode_steps(ids, stop) for ids in out[:, context.shape[1] :].tolist()]
+        beams = len(cache.seen) // len(steps)
+        end = every_row(cache.snapshot([n for n in steps for _ in range(beams)]), rows * beams)
+        self.compression_log.add_batch(tasks, "generate_until", every_row(cache.prefill_end or end, rows * beams), end)
         return out
+
+    def _decode_steps(self, new_ids: list[int], stop: list[str]) -> int:
+        """Decode steps that this answer took by itself: a batch goes on until its last row has met its stop."""
+        low, high = 1, len(new_ids)
+        while low < high:  # the shortest beginning that holds a stop: once it does, all longer ones do
+            middle = (low + high) // 2
+            text = self.tok_decode(new_ids[:middle], skip_special_tokens=False)
+            low, high = (low, middle) if any(s in text for s in stop if s) else (middle + 1, high)
+        return low - 1
 
     # ------------------------------------------------------------------------------------ loglikelihood
 
@@ -136,7 +153,7 @@ class KVCompressedLM(HFLM):
         self._tasks = {"order": [r.task_name or "" for r in requests]}
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
-    def _loglikelihood_tokens(  # type: ignore[override]
+    def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
         disable_tqdm: bool = False,
@@ -144,7 +161,9 @@ class KVCompressedLM(HFLM):
     ) -> list[tuple[float, bool]]:
         if not self.compression.method.uses_cache:
             if override_bs is None:  # with it, these are windows of a document, which is counted as one request
-                self._log_uncached(self._tasks.get("order") or [""] * len(requests), "loglikelihood", [len(r[1]) for r in requests])
+                self._log_uncached(
+                    self._tasks.get("order") or [""] * len(requests), "loglikelihood", [len(r[1]) for r in requests]
+                )
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         return self._score_grouped(requests, disable_tqdm, override_bs)
 
@@ -163,7 +182,8 @@ class KVCompressedLM(HFLM):
         keys = sorted(groups, key=lambda c: (-len(c), c))
         if empty := [i for c in keys if not c for i in groups[c]]:
             raise UserError(
-                f"request {empty[0]} has an empty context after truncation to {self.max_length} tokens: its continuation "
+                f"request {empty[0]} has an empty context after truncation to {self.max_length} "
+                "tokens: its continuation "
                 "alone is longer than the model's maximum"
             )
         size = override_bs or self._contexts_per_batch(requests)
@@ -176,8 +196,8 @@ class KVCompressedLM(HFLM):
                 scores, cache = score_continuations(
                     self.model, self._new_cache, batch, continuations, self.engine.tail_tokens, self.softmax_dtype
                 )
-            for context, group in zip(batch, scores, strict=True):
-                for i, answer in zip(groups[context], group, strict=True):
+            for key, group in zip(batch, scores, strict=True):
+                for i, answer in zip(groups[key], group, strict=True):
                     answers[i] = answer
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
@@ -211,9 +231,7 @@ class KVCompressedLM(HFLM):
         self._tasks = {}
         tasks = [r.task_name or "" for r in requests]
         if not self.compression.method.compresses:
-            answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
-            self._log_uncached(tasks, "loglikelihood_rolling", [len(self.tok_encode(r.args[0])) for r in requests])
-            return answers
+            return self._score_windows(requests, tasks, disable_tqdm)
         documents = [self.tok_encode(r.args[0]) for r in requests]
         self._check_documents(documents)
         every = self.compression.schedule.compress_every or self.engine.rolling_compress_every
@@ -243,19 +261,41 @@ class KVCompressedLM(HFLM):
         bar.close()
         return answers
 
+    def _score_windows(self, requests: list[Instance], tasks: list[str], disable_tqdm: bool) -> list[float]:
+        """lm-eval's rolling windows, for the same number as its hf model; no rank waits for another."""
+        documents = [self.tok_encode(r.args[0]) for r in requests]
+        windows = []
+        for i, tokens in enumerate(documents):
+            rolling = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            windows += [(i, (None, *make_disjoint_window(w))) for w in rolling]
+        size = 1 if self.batch_size == "auto" else int(self.batch_size)
+        answers = [0.0] * len(documents)
+        hidden = disable_tqdm or self.rank != 0
+        for start in tqdm(range(0, len(windows), size), disable=hidden, desc="kvcompressed rolling windows"):
+            batch = windows[start : start + size]
+            scores = self._loglikelihood_tokens([w for _, w in batch], disable_tqdm=True, override_bs=len(batch))
+            for (i, _), (score, _) in zip(batch, scores, strict=True):
+                answers[i] += score
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
+        self._log_uncached(tasks, "loglikelihood_rolling", list(map(len, documents)))
+        return answers
+
     def _check_documents(self, documents: list[list[int]]) -> None:
         longest = max(map(len, documents), default=0)
         if longest < self.max_length:
             return
-        learned = bool(self.facts.rope) and not self.facts.rope.available(0)
+        learned = self.facts.rope is not None and not self.facts.rope.available(0)
         if learned and longest > self.max_length:
             raise UserError(
-                f"a document of {longest} tokens passes the {self.max_length} positions that this model has learned, and one "
+                f"a document of {longest} tokens passes the {self.max_length} positions that this "
+                "model has learned, and one "
                 "cache carried across it needs them; use method=full (lm-eval's windows) or a rotary model"
             )
         if not self.compression.method.in_cache_sinks:
             log.warning(
-                "a document of %d tokens passes the model's maximum of %d: method=%s keeps true positions, so tokens beyond it "
+                "a document of %d tokens passes the model's maximum of %d: method=%s keeps true "
+                "positions, so tokens beyond it "
                 "are at distances and positions the model was not trained on (method=streaming_llm does not have this)",
                 longest,
                 self.max_length,
@@ -271,8 +311,10 @@ class KVCompressedLM(HFLM):
         over = [len(p) for p, r in zip(prompts, room, strict=True) if len(p) > r]
         if over and self.engine.overlong == "error":
             raise UserError(
-                f"{len(over)} of {len(prompts)} prompts are longer than the model's maximum of {self.max_length} tokens "
-                f"leaves room for (longest {max(over)}); they would lose their beginning. Set max_length=... if the model can "
+                f"{len(over)} of {len(prompts)} prompts are longer than the model's maximum of "
+                f"{self.max_length} tokens "
+                f"leaves room for (longest {max(over)}); they would lose their beginning. Set "
+                "max_length=... if the model can "
                 "take more, or overlong=truncate_left to cut them as lm-eval's hf model does."
             )
 
@@ -284,7 +326,8 @@ class KVCompressedLM(HFLM):
     # ------------------------------------------------------------------------------------ results and caches
 
     def _log_uncached(self, tasks: list[str], kind: str, lengths: list[int]) -> None:
-        """Records of requests that held no compressed cache: method=no_cache, and lm-eval's windows under method=full."""
+        """Records of requests that held no compressed cache: method=no_cache, and lm-eval's windows "
+        "under method=full."""
         per_token = 0 if not self.compression.method.uses_cache else self._kv_bytes_per_token()
         snapshot = {
             "seen": lengths,
@@ -293,7 +336,7 @@ class KVCompressedLM(HFLM):
             "kv_bytes_valid": [min(n, self.max_length) * per_token for n in lengths],
             "kv_bytes_allocated": max((min(n, self.max_length) for n in lengths), default=0) * per_token,
             "overhead_bytes": 0,
-            "peak_slots": min(max(lengths, default=0), self.max_length) if per_token else 0,
+            "peak_slots": [min(n, self.max_length) if per_token else 0 for n in lengths],
         }
         self.compression_log.add_batch(tasks, kind, snapshot, snapshot)
 
@@ -327,7 +370,8 @@ class KVCompressedLM(HFLM):
             log.warning("all answers came from the request cache: there are no numbers on memory or compression")
             return
         log.info(
-            "%s: %.0f %% of %d requests compressed, %.0f %% of pairs kept at their end, %.0f KiB of keys and values after the "
+            "%s: %.0f %% of %d requests compressed, %.0f %% of pairs kept at their end, %.0f KiB of "
+            "keys and values after the "
             "prefill on average",
             self.compression.method.name,
             100 * summary["compressed_share"],
@@ -340,8 +384,10 @@ class KVCompressedLM(HFLM):
             if self.compression.method.compresses and one["compressed_share"] == 0:
                 lengths = one["prompt_tokens"]
                 log.warning(
-                    "%s: compression triggered in NONE of %d requests, so its score is the full cache's: prompts have %d to %d "
-                    "tokens (median %d), the budget is %s. Take longer prompts (more few-shot examples) or a smaller budget.",
+                    "%s: compression triggered in NONE of %d requests, so its score is the full "
+                    "cache's: prompts have %d to %d "
+                    "tokens (median %d), the budget is %s. Take longer prompts (more few-shot "
+                    "examples) or a smaller budget.",
                     task or "this run",
                     one["requests"],
                     lengths["min"],

@@ -49,7 +49,8 @@ def main(argv: list[str]) -> int:
     print(table(rows))
     print(
         "\nneedle, choice: share right, higher is better; ppl: word perplexity of streamed text, lower is better;\n"
-        "kept: share of pairs kept when a request ends; KV KiB: keys and values held after the prefill of a needle prompt."
+        "kept: share of pairs kept when a request ends; KV KiB: keys and values held after the "
+        "prefill of a needle prompt."
     )
     if args.output_path:
         print(f"results: {args.output_path}")
@@ -119,11 +120,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Rows of equal keys as an aligned text table."""
     heads = list(rows[0])
     widths = [max(len(h), *(len(str(r[h])) for r in rows)) for h in heads]
-    lines = ["  ".join(h.ljust(w) if i == 0 else h.rjust(w) for i, (h, w) in enumerate(zip(heads, widths, strict=True)))]
+    lines = [
+        "  ".join(h.ljust(w) if i == 0 else h.rjust(w) for i, (h, w) in enumerate(zip(heads, widths, strict=True)))
+    ]
     lines.append("  ".join("-" * w for w in widths))
     for r in rows:
         cells = [str(r[h]) for h in heads]
-        lines.append("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))))
+        lines.append(
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        )
     return "\n".join(lines)
-
-

@@ -50,7 +50,14 @@ CONFIGS = {
         }
     ),
     "gemma2": lambda **o: tf.Gemma2Config(
-        **{**LLAMA, "head_dim": 8, "sliding_window": 24, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 20.0, **o}
+        **{
+            **LLAMA,
+            "head_dim": 8,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 20.0,
+            **o,
+        }
     ),
 }
 CORE = ("llama", "mistral_sliding", "qwen3", "gpt_neox", "gemma3", "gpt2")
@@ -94,7 +101,9 @@ def compression(**settings: object) -> Compression:
 def tokens(length: int, seed: int = 0) -> list[int]:
     """Token ids that repeat only after all others came: repetitions have keys of the same norm up to rounding."""
     generator = torch.Generator().manual_seed(seed)
-    return [1 + i for _ in range(0, length, VOCAB - 1) for i in torch.randperm(VOCAB - 1, generator=generator).tolist()][:length]
+    return [
+        1 + i for _ in range(0, length, VOCAB - 1) for i in torch.randperm(VOCAB - 1, generator=generator).tolist()
+    ][:length]
 
 
 def left_padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -106,13 +115,17 @@ def left_padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 @torch.inference_mode()
-def forward(model: tf.PreTrainedModel, cache: tf.Cache, rows: list[list[int]], starts: list[int] | None = None) -> torch.Tensor:
+def forward(
+    model: tf.PreTrainedModel, cache: tf.Cache, rows: list[list[int]], starts: list[int] | None = None
+) -> torch.Tensor:
     """One forward of left-padded rows; explicit positions. Logits of all columns."""
     ids, mask, positions = left_padded(rows)
     if starts is not None:
         positions = positions + torch.tensor(starts)[:, None] * mask
     padding = mask if (mask == 0).any() else None
-    return model(input_ids=ids, attention_mask=padding, position_ids=positions, past_key_values=cache, use_cache=True).logits
+    return model(
+        input_ids=ids, attention_mask=padding, position_ids=positions, past_key_values=cache, use_cache=True
+    ).logits
 
 
 def kept(cache: CompressedCache, layer: int, row: int = 0) -> list[list[int]]:

@@ -76,7 +76,9 @@ def kv_attention(
     if odd := [k for k, v in kwargs.items() if v is not None and k not in HARMLESS]:
         raise UserError(f"{type(module).__name__} hands {odd} to its attention function, which is not supported")
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise UserError("a ready-made 4D attention mask cannot be combined with a compressed cache; pass a 2D padding mask")
+        raise UserError(
+            "a ready-made 4D attention mask cannot be combined with a compressed cache; pass a 2D padding mask"
+        )
     if dropout and module.training:
         raise UserError("the model is in training mode: call model.eval() first")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -89,12 +91,19 @@ def kv_attention(
     had_empty = cache.has_empty(layer)
     if cache.mode == "score":
         keys, values = torch.cat([store.keys, key], dim=2), torch.cat([store.values, value], dim=2)
-        slot_pos = torch.cat([store.pos, pos.unsqueeze(1).expand(-1, store.pos.shape[1], -1).to(store.pos.dtype)], dim=2)
+        slot_pos = torch.cat(
+            [store.pos, pos.unsqueeze(1).expand(-1, store.pos.shape[1], -1).to(store.pos.dtype)], dim=2
+        )
     else:
         store.append(key, value, pos)
         cache.appended(layer)
         keys, values, slot_pos = store.keys, store.values, store.pos
-    masked = had_empty or cache.padded or cache.branch is not None or (window is not None and cache.get_seq_length() + query.shape[2] > window)
+    masked = (
+        had_empty
+        or cache.padded
+        or cache.branch is not None
+        or (window is not None and cache.get_seq_length() + query.shape[2] > window)
+    )
     if softcap is not None:
         out = _attend_blocks(query, keys, values, pos, slot_pos, old, window, cache.branch, scaling, softcap)
     elif not masked and old == 0:
@@ -121,11 +130,13 @@ def _tagged(module: nn.Module, key: torch.Tensor) -> tuple[CompressedCache, int]
     tag = getattr(key, "_kv_tag", None)
     if tag is None or tag[1] != getattr(module, "layer_idx", tag[1]):
         raise UserError(
-            f"the keys that reached layer {getattr(module, 'layer_idx', '?')} of {type(module).__name__} are not those that it "
-            "gave to a compressed cache: the model was called without one, or layers share one cache between layers, or keys "
+            f"the keys that reached layer {getattr(module, 'layer_idx', '?')} of "
+            f"{type(module).__name__} are not those that it "
+            "gave to a compressed cache: the model was called without one, or layers share one cache "
+            "between layers, or keys "
             "are changed after caching (multi-head latent attention); none of these is supported"
         )
-    del key._kv_tag  # the store may adopt this tensor: a tag left on it would keep the cache alive in a cycle
+    del key._kv_tag  # type: ignore[attr-defined]  # else the store, which may adopt this tensor, would hold the cache
     return tag
 
 
@@ -190,7 +201,9 @@ def _attend_blocks(
         mask = mask.repeat(1, 1, h // kv_heads, 1)  # [B, 1 or K, G * q, N]
         packed = _packed(query[:, :, first:last], kv_heads)
         if softcap is None:
-            out = F.scaled_dot_product_attention(packed, keys[:, :, part], values[:, :, part], attn_mask=mask, scale=scaling)
+            out = F.scaled_dot_product_attention(
+                packed, keys[:, :, part], values[:, :, part], attn_mask=mask, scale=scaling
+            )
         else:
             weights = _weights(packed, keys[:, :, part], mask, scaling, softcap)
             out = weights.to(values.dtype) @ values[:, :, part]
@@ -218,7 +231,8 @@ def _received_mass(
     softcap: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Attention that each slot receives from the new queries, mean over the query heads of a group: [B, K, N] float32."""
+    """Attention that each slot receives from the new queries, mean over the query heads of a group: "
+    "[B, K, N] float32."""
     b, h, q, _ = query.shape
     kv_heads, n = keys.shape[1], keys.shape[2]
     block = max(1, min(q, 128, WEIGHT_ELEMENTS // (b * h * n)))
@@ -251,6 +265,8 @@ def window_attention(
         allowed = allowed & (distance < window)
     real = (query_pos >= 0)[:, None, :, None] & allowed.any(-1, keepdim=True)
     mask = (allowed | ~real).repeat(1, 1, h // kv_heads, 1)
-    weights = _weights(_packed(queries, kv_heads), store.keys, mask, scaling, softcap).view(b, kv_heads, h // kv_heads, w, n)
+    weights = _weights(_packed(queries, kv_heads), store.keys, mask, scaling, softcap).view(
+        b, kv_heads, h // kv_heads, w, n
+    )
     weights = weights * real.unsqueeze(2)
     return F.pad(weights, (0, 0, last - w, 0)) if w < last else weights

@@ -37,7 +37,10 @@ class CompressedCache(Cache):
             "decode": tokens after the prefill, cut when the schedule says so;
             "hold": stored and not cut; "cut": stored and cut (a document streamed in segments);
             "score": read only, nothing is stored (`branch` says which new tokens see each other).
-        seen: tokens fed per row, padding not counted. held: slots in use per row, by layer.
+        seen: tokens fed per row, padding not counted. held: slots in use per row, by layer. peaks: most slots that any
+            layer of the row ever held.
+        history: (held, peaks) after the prefill and after each decode step, so that a batch whose rows end at different
+            steps can be told apart afterwards.
     """
 
     def __init__(self, compression: Compression, facts: ModelFacts, mode: Mode = "prefill") -> None:
@@ -48,8 +51,9 @@ class CompressedCache(Cache):
         self.stores = [LayerStore() for _ in range(facts.num_layers)]
         self.seen: list[int] = []
         self.held: list[list[int]] = [[] for _ in range(facts.num_layers)]
-        self.peak_slots = 0
+        self.peaks: list[int] = []
         self.prefill_end: dict[str, Any] | None = None
+        self.history: list[tuple[list[list[int]], list[int]]] = []
         self.more_cuts = compression.schedule.online  # whether cuts follow the prefill, so that observing goes on
         self.decoded = 0  # tokens fed per row since the end of the prefill
         self.branch: torch.Tensor | None = None
@@ -60,7 +64,7 @@ class CompressedCache(Cache):
 
     # ------------------------------------------------------------------------------------ transformers' protocol
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def, override]
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
         if layer_idx == 0:
             self.new_pos = None
         keys = key_states.view_as(key_states)
@@ -88,7 +92,9 @@ class CompressedCache(Cache):
         return not self.stores[0].is_empty
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("a compressed cache cannot be cropped: evicted tokens are gone (no assisted decoding)")
+        raise NotImplementedError(
+            "a compressed cache cannot be cropped: evicted tokens are gone (no assisted decoding)"
+        )
 
     def reset(self) -> None:
         self.__init__(self.compression, self.facts)  # type: ignore[misc]
@@ -108,22 +114,24 @@ class CompressedCache(Cache):
     def select(self, rows: torch.Tensor) -> CompressedCache:
         """A copy with the given rows (repeats allowed): the fork from which several continuations go on."""
         new = CompressedCache(self.compression, self.facts, self.mode)
-        new._columns, new.peak_slots, new.decoded = self._columns, self.peak_slots, self.decoded
+        new._columns, new.decoded = self._columns, self.decoded
         new.prefill_end, new.more_cuts = self.prefill_end, self.more_cuts
         picked = rows.tolist()
-        new.seen = [self.seen[i] for i in picked]
+        new.seen, new.peaks = [self.seen[i] for i in picked], [self.peaks[i] for i in picked]
         new.held = [[held[i] for i in picked] for held in self.held]
         new.stores = [store.select(rows) for store in self.stores]
         return new
 
     def _select_in_place(self, rows: torch.Tensor) -> None:
         new = self.select(rows)
-        self.stores, self.seen, self.held = new.stores, new.seen, new.held
+        self.stores, self.seen, self.held, self.peaks = new.stores, new.seen, new.held, new.peaks
+        self.history = []  # rows are no longer those of before
 
     # ------------------------------------------------------------------------------------ one forward
 
     def begin(self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None, batch: int) -> torch.Tensor:
-        """Called by the first layer's attention: notes positions and counts of the new tokens; returns new_pos [B, q]."""
+        """Called by the first layer's attention: notes positions and counts of the new tokens; "
+        "returns new_pos [B, q]."""
         if self.mode == "prefill" and self.prefill_end is not None:
             self.mode = "decode"
         q = position_ids.shape[-1]
@@ -136,7 +144,9 @@ class CompressedCache(Cache):
             pos = torch.where(new_mask, pos, -1)
             if self.next_counts is not None:
                 self.new_counts = self.next_counts
-            elif self.mode == "decode" and q == 1:  # a step of generate(): every row gets a token, no need to ask the device
+            elif (
+                self.mode == "decode" and q == 1
+            ):  # a step of generate(): every row gets a token, no need to ask the device
                 self.new_counts = [1] * batch
             else:
                 self.new_counts = new_mask.sum(1).tolist()
@@ -144,7 +154,7 @@ class CompressedCache(Cache):
         self.next_counts = None
         self.new_pos = pos
         if not self.seen:
-            self.seen = [0] * batch
+            self.seen, self.peaks = [0] * batch, [0] * batch
             self.held = [[0] * batch for _ in self.stores]
         if self.mode != "score":
             self.seen = [s + n for s, n in zip(self.seen, self.new_counts, strict=True)]
@@ -159,7 +169,7 @@ class CompressedCache(Cache):
     def appended(self, layer: int) -> None:
         """Counts the new slots of a layer, after they were stored."""
         self.held[layer] = [h + n for h, n in zip(self.held[layer], self.new_counts, strict=True)]
-        self.peak_slots = max(self.peak_slots, max(self.held[layer]))
+        self.peaks = [max(p, h) for p, h in zip(self.peaks, self.held[layer], strict=True)]
 
     @property
     def observes(self) -> bool:
@@ -182,10 +192,12 @@ class CompressedCache(Cache):
             self._cut(layer, scaling, softcap)
         if self.mode == "prefill" and not self.more_cuts:
             self.stores[layer].forget_observations()
+        if last and self.mode == "decode":
+            self.decoded += q
+        if last and self.mode in ("prefill", "decode"):
+            self.history.append(([list(h) for h in self.held], list(self.peaks)))
         if last and self.mode == "prefill":
             self.prefill_end = self.snapshot()
-        elif last and self.mode == "decode":
-            self.decoded += q
 
     def _trim_sliding(self, layer: int, window: int) -> None:
         """Drops what a sliding-window layer can never see again, every 64 tokens rather than at each."""
@@ -197,6 +209,9 @@ class CompressedCache(Cache):
     def _cut(self, layer: int, scaling: float, softcap: float | None) -> None:
         store, held = self.stores[layer], self.held[layer]
         keep = self.compression.keep(self.seen, held, layer, len(self.stores))
+        if self.mode == "cut":  # documents that have ended, in this segment or before, are left as they are
+            width = max(self.new_counts)
+            keep = [k if n == width else h for k, h, n in zip(keep, held, self.new_counts, strict=True)]
         if keep == held:
             return
         view = View(
@@ -244,24 +259,41 @@ class CompressedCache(Cache):
 
     # ------------------------------------------------------------------------------------ numbers
 
-    def snapshot(self) -> dict[str, Any]:
-        """Sizes now, per row where it says so. Bytes are of keys and values; `valid` leaves out empty slots."""
-        full = [i for i in range(len(self.stores)) if self.facts.compressible(i)]
-        rows = len(self.seen)
-        kept = [sum(self.held[i][b] for i in full) / len(full) for b in range(rows)]
-        heads = [s.keys.shape[1] for s in self.stores]
+    def count_only(self, prefilled: list[int], contexts: list[int]) -> None:
+        """Lets the numbers speak of contexts of so many tokens: a continuation scored in the same "
+        "forward is not kept."""
+        held, peaks = self.held, self.peaks
+        for tokens in (prefilled, contexts):
+            self.seen = tokens
+            self.held = [[min(h, n) for h, n in zip(layer, tokens, strict=True)] for layer in held]
+            self.peaks = [min(p, n) for p, n in zip(peaks, tokens, strict=True)]
+            if tokens is prefilled:
+                self.prefill_end = self.snapshot()
+
+    def snapshot(self, decode_steps: list[int] | None = None) -> dict[str, Any]:
+        """Sizes of each row now, or after its own number of decode steps. Bytes are of keys and values.
+
+        `valid` leaves out empty slots; `allocated` is the storage as it is now, shared evenly by the rows of the batch.
+        """
+        rows = range(len(self.seen))
+        held, peaks, seen = self.held, self.peaks, list(self.seen)
+        if decode_steps is not None and self.history:
+            picked = [self.history[min(n, len(self.history) - 1)] for n in decode_steps]
+            held = [[picked[b][0][i][b] for b in rows] for i in range(len(self.stores))]
+            peaks = [picked[b][1][b] for b in rows]
+            taken = len(self.history) - 1
+            seen = [s - max(0, taken - n) for s, n in zip(seen, decode_steps, strict=True)]
+        cut = [i for i in range(len(self.stores)) if self.facts.compressible(i)]
+        slot_bytes = [s.keys.shape[1] * s.bytes_per_slot for s in self.stores]
+        compresses = self.compression.method.compresses
         return {
-            "seen": list(self.seen),
-            "kept_fraction": [k / s if s else 1.0 for k, s in zip(kept, self.seen, strict=True)],
-            "compressed": [any(self.held[i][b] < self.seen[b] for i in full) for b in range(rows)]
-            if self.compression.method.compresses
-            else [False] * rows,
-            "kv_bytes_valid": [
-                sum(self.held[i][b] * heads[i] * s.bytes_per_slot for i, s in enumerate(self.stores)) for b in range(rows)
-            ],
-            "kv_bytes_allocated": sum(s.allocated_bytes for s in self.stores) / max(rows, 1),
-            "overhead_bytes": sum(s.overhead_bytes for s in self.stores) / max(rows, 1),
-            "peak_slots": self.peak_slots,
+            "seen": seen,
+            "kept_fraction": [sum(held[i][b] for i in cut) / len(cut) / seen[b] if seen[b] else 1.0 for b in rows],
+            "compressed": [compresses and any(held[i][b] < seen[b] for i in cut) for b in rows],
+            "kv_bytes_valid": [sum(held[i][b] * slot_bytes[i] for i in range(len(self.stores))) for b in rows],
+            "kv_bytes_allocated": sum(s.allocated_bytes for s in self.stores) / max(len(rows), 1),
+            "overhead_bytes": sum(s.overhead_bytes for s in self.stores) / max(len(rows), 1),
+            "peak_slots": list(peaks),
         }
 
 

@@ -64,7 +64,7 @@ def wrap(model: PreTrainedModel, compression: Compression) -> ModelFacts:
             f"{kind} did not pass the self-check, its KV cache cannot be compressed: {type(error).__name__}: {error}"
         ) from error
     model.set_attn_implementation(attention.NAME)
-    model._kv_own_attention = original  # type: ignore[assignment]
+    model._kv_own_attention = original
     return facts
 
 
@@ -72,7 +72,7 @@ def wrap(model: PreTrainedModel, compression: Compression) -> ModelFacts:
 def _logits(model: PreTrainedModel, new_cache: Any, implementation: str) -> list[torch.Tensor]:
     """Logits of the real tokens of a left-padded prefill, a chunk and single steps."""
     model.set_attn_implementation(implementation)
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     vocab = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     total = max(LENGTHS) + sum(STEPS)
@@ -101,8 +101,10 @@ def _compare(kind: str, expected: list[torch.Tensor], got: list[torch.Tensor], d
         error = ((a - b).norm() / a.norm().clamp_min(1e-9)).item()
         if not error <= TOLERANCE.get(dtype, 1e-1):  # also catches NaN
             raise UserError(
-                f"{kind} does not pass the self-check: without any compression, its {name} logits through our attention "
-                f"differ from its own by {error:.1e} (relative, allowed {TOLERANCE.get(dtype, 1e-1):.0e}). It probably shares "
+                f"{kind} does not pass the self-check: without any compression, its {name} logits "
+                "through our attention "
+                f"differ from its own by {error:.1e} (relative, allowed "
+                f"{TOLERANCE.get(dtype, 1e-1):.0e}). It probably shares "
                 "caches between layers or uses attention that we do not reproduce, so its results would be wrong."
             )
 
@@ -110,21 +112,26 @@ def _compare(kind: str, expected: list[torch.Tensor], got: list[torch.Tensor], d
 def _check_positions(model: PreTrainedModel, facts: ModelFacts, kind: str) -> None:
     if facts.all_sliding:
         raise UserError(
-            f"positions=in_cache on {kind}: all of its layers are sliding windows of {facts.sliding_windows[0]} tokens, which "
-            "cut off the sinks by their true distance. Use positions=absolute, or switch the model's sliding window off "
+            f"positions=in_cache on {kind}: all of its layers are sliding windows of "
+            f"{facts.sliding_windows[0]} tokens, which "
+            "cut off the sinks by their true distance. Use positions=absolute, or switch the model's "
+            "sliding window off "
             "with model_kwargs={'sliding_window': None}."
         )
     facts.rope_kinds = probe_positions(model, facts)
     if "other" in facts.rope_kinds:
         raise UserError(
-            f"positions=in_cache on {kind}: its keys cannot be moved by a rotation (learned positions, or frequencies that "
+            f"positions=in_cache on {kind}: its keys cannot be moved by a rotation (learned "
+            "positions, or frequencies that "
             "change with the length), so the sinks cannot follow the window. Use positions=absolute."
         )
 
 
 @torch.inference_mode()
 def probe_positions(model: PreTrainedModel, facts: ModelFacts) -> list[str]:
-    """For each layer: "rope" if rotating a key by d equals having been d later, "nope" if keys ignore positions, else "other".
+    """For each layer: "rope" if rotating a key by d equals having been d later, "nope" if keys ignore positions.
+
+    Anything else is "other".
 
     Probes a small shift and one beyond the trained context, where frequencies that depend on the length show.
     """
@@ -152,8 +159,10 @@ def probe_positions(model: PreTrainedModel, facts: ModelFacts) -> list[str]:
 
 
 def _keys_at(model: PreTrainedModel, facts: ModelFacts, start: int) -> list[torch.Tensor]:
-    device = model.get_input_embeddings().weight.device
-    ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, 16), generator=torch.Generator().manual_seed(1))
+    device = device_of(model)
+    ids = torch.randint(
+        0, model.config.get_text_config().vocab_size, (1, 16), generator=torch.Generator().manual_seed(1)
+    )
     cache = CompressedCache(FULL, facts)
     positions = torch.arange(start, start + 16, device=device).unsqueeze(0)
     model(input_ids=ids.to(device), position_ids=positions, past_key_values=cache, use_cache=True)
@@ -163,6 +172,11 @@ def _keys_at(model: PreTrainedModel, facts: ModelFacts, start: int) -> list[torc
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
     error = ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9)).item()
     return error < (5e-2 if a.dtype in (torch.bfloat16, torch.float16) else 5e-3)
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where token ids go."""
+    return next(model.get_input_embeddings().parameters()).device
 
 
 def takes_logits_to_keep(model: torch.nn.Module) -> bool:

@@ -49,4 +49,6 @@ class ModelFacts:
 
     @property
     def qk_norm(self) -> bool:
-        return any("k_norm" in name or "k_layernorm" in name for m in self.modules.values() for name, _ in m.named_children())
+        return any(
+            "k_norm" in name or "k_layernorm" in name for m in self.modules.values() for name, _ in m.named_children()
+        )

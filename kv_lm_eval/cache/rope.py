@@ -52,7 +52,9 @@ class RopeKit:
         turned, _ = self._apply(layer)(head, head, cos, sin)
         return torch.cat([turned, tail], dim=-1).to(keys.dtype)
 
-    def _tables(self, keys: torch.Tensor, positions: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def _tables(
+        self, keys: torch.Tensor, positions: torch.Tensor, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
         rotary = self._rotary
         assert rotary is not None
         like = torch.empty(1, dtype=torch.float32, device=keys.device)  # float32 tables even for half-precision keys

@@ -93,7 +93,9 @@ class LayerStore:
         """Frees what only scoring needs, once no further cut will come."""
         self._mass = self.queries = self.query_pos = None
 
-    def replace(self, keys: torch.Tensor, values: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, room: int) -> None:
+    def replace(
+        self, keys: torch.Tensor, values: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, room: int
+    ) -> None:
         """Puts M kept slots (already gathered keys and values, [B, K, M, D]) in the place of all slots.
 
         Args:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.engine.prefill import NewCache, device_of, feed, prefill
+from kv_lm_eval.cache.check import device_of
+from kv_lm_eval.engine.prefill import NewCache, feed, prefill
 from kv_lm_eval.methods.schedule import Schedule
 
 Score = tuple[float, bool]  # sum of log-probabilities in nats; whether greedy decoding would give the same tokens
@@ -43,7 +44,7 @@ def score_continuations(
     tails = [c[len(h) :] for c, h in zip(contexts, heads, strict=True)]
     compression = new_cache().compression
     if not compression.method.compresses and all(len(group) == 1 for group in continuations):
-        return _score_in_one_forward(model, new_cache, contexts, continuations, dtype)
+        return _score_in_one_forward(model, new_cache, contexts, continuations, tail_tokens, dtype)
     if any(heads):
         cache, first_logits = prefill(model, new_cache, heads)
     else:  # contexts of tail_tokens or fewer have nothing to compress before their tail
@@ -83,6 +84,7 @@ def _score_in_one_forward(
     new_cache: NewCache,
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[Sequence[int]]],
+    tail_tokens: int,
     dtype: torch.dtype | None,
 ) -> tuple[list[list[Score]], CompressedCache]:
     """Nothing will ever be cut and no context is shared: lm-eval's own single forward, right-padded."""
@@ -93,6 +95,7 @@ def _score_in_one_forward(
     for b, (context, group) in enumerate(zip(contexts, continuations, strict=True)):
         part = logits[b, len(context) - 1 : len(context) - 1 + len(group[0])]
         scores.append([_score(part, group[0], dtype)])
+    cache.count_only([max(0, len(c) - tail_tokens) for c in contexts], [len(c) for c in contexts])
     return scores, cache
 
 

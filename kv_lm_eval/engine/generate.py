@@ -1,4 +1,4 @@
-"""Generation is transformers' own generate() over a compressed cache, so that sampling, beams and stops are as users know them.
+"""Generation is transformers' own generate() over a compressed cache: sampling, beams and stops are as users know them.
 
 `model.generate(input_ids, attention_mask=..., past_key_values=CompressedCache(...))`: the prompt is one forward, cut
 after it, and every further forward is a decode step under the method's schedule. The first new token comes from the
@@ -19,7 +19,8 @@ def check_generation_settings(settings: dict[str, Any]) -> None:
     """Raises UserError for settings of generate() that cannot work with a cache under test."""
     if settings.get("cache_implementation") is not None:
         raise UserError(
-            f"cache_implementation={settings['cache_implementation']} in the generation settings: the cache is the method "
+            f"cache_implementation={settings['cache_implementation']} in the generation settings: the "
+            "cache is the method "
             "under test here, so another one cannot be used; remove the setting"
         )
     if settings.get("assistant_model") is not None or settings.get("prompt_lookup_num_tokens"):
@@ -32,4 +33,4 @@ def without_cache(model: PreTrainedModel) -> None:
     def generate(original: Any, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **{**kwargs, "use_cache": False})
 
-    model.generate = partial(generate, model.generate)  # type: ignore[method-assign]
+    model.generate = partial(generate, model.generate)  # type: ignore[assignment]

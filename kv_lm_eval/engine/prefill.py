@@ -11,14 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import takes_logits_to_keep
+from kv_lm_eval.cache.check import device_of, takes_logits_to_keep
 
 NewCache = Callable[[], CompressedCache]
 HOLD_TOKENS = 4096  # longest stretch of a prompt in one forward when nothing forces a shorter one
-
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    return model.get_input_embeddings().weight.device
 
 
 def feed(
@@ -62,7 +58,9 @@ def feed(
     return out[:, -logits:] if logits else out
 
 
-def prefill(model: PreTrainedModel, new_cache: NewCache, rows: Sequence[Sequence[int]]) -> tuple[CompressedCache, torch.Tensor]:
+def prefill(
+    model: PreTrainedModel, new_cache: NewCache, rows: Sequence[Sequence[int]]
+) -> tuple[CompressedCache, torch.Tensor]:
     """Prompts, left-padded, in one forward with one cut after it: the cache and the last token's logits [B, V]."""
     cache = new_cache()
     out = feed(model, cache, rows, side="left", logits=1)

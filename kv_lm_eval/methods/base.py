@@ -88,7 +88,10 @@ class Method:
     presets: ClassVar[dict[str, Any]] = {}  # defaults of the other three parts, e.g. {"compress_every": 1}
     accumulates: ClassVar[bool] = False  # score() reads view.mass, the attention summed over all queries
     compresses: ClassVar[bool] = True  # False: everything is kept, no budget is taken
+    capacity_setting: ClassVar[str] = ""  # the setting that fixes the budget by itself, if there is one (own_capacity)
     uses_cache: ClassVar[bool] = True  # False: the model recomputes everything (use_cache=False)
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -186,7 +189,9 @@ def _only_method(module: Any, name: str, class_name: str | None) -> type[Method]
     }
     if class_name is not None:
         if class_name not in own:
-            raise UserError(f"{module.__file__} has no Method class {class_name}{close_names(class_name, own)}: {sorted(own)}")
+            raise UserError(
+                f"{module.__file__} has no Method class {class_name}{close_names(class_name, own)}: {sorted(own)}"
+            )
         own = {class_name: own[class_name]}
     if len(own) != 1:
         raise UserError(f"{module.__file__} must define one subclass of Method, it has {sorted(own) or 'none'}")

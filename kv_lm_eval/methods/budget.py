@@ -13,6 +13,7 @@ from math import ceil
 from kv_lm_eval.errors import UserError
 
 
+@dataclass(frozen=True)
 class Budget:
     """How many slots each row of a layer keeps."""
 
@@ -68,6 +69,7 @@ class Ratio(Budget):
         return [ceil(ratio * n) for n in seen]
 
 
+@dataclass(frozen=True)
 class Everything(Budget):
     """No limit: the full cache."""
 

@@ -35,7 +35,7 @@ class Compression:
         """All settings after defaults, flat, by the names of --model_args."""
         flat: dict[str, Any] = {"method": self.method.name}
         for part in (self.method, self.budget, self.schedule):
-            flat.update({f.name: getattr(part, f.name) for f in fields(part)} if hasattr(part, "__dataclass_fields__") else {})
+            flat.update({f.name: getattr(part, f.name) for f in fields(part)})
         if not self.method.compresses:
             flat.pop("compress_every", None)
         return flat

@@ -25,7 +25,8 @@ class Knorm(Method):
     def warnings(self, facts: ModelFacts) -> list[str]:
         if facts.qk_norm:
             return [
-                "knorm on a model with query/key normalisation: the norm of a key is fixed by that layer's weight up to "
+                "knorm on a model with query/key normalisation: the norm of a key is fixed by that "
+                "layer's weight up to "
                 "rounding, so the choice of tokens says next to nothing about their importance."
             ]
         return []

@@ -46,10 +46,8 @@ def _print_one(cls: type[base.Method], width: int) -> None:
     print("\nSettings (--model_args NAME=VALUE):")
     _print_fields(cls, {}, width)
     if cls.compresses:
-        if "window_size" in {f.name for f in dataclasses.fields(cls)} and cls.presets and not cls.accumulates:  # type: ignore[arg-type]
-            print("  and, unless window_size is given, one budget of:")
-        else:
-            print("  one budget of:")
+        unless = f", unless {cls.capacity_setting} is given," if cls.capacity_setting else ""
+        print(f"  and{unless} one budget of:")
         _print_fields(Slots, {}, width)
         _print_fields(Ratio, {}, width)
         print(_line("compression_ratio", None, "share of the pairs that is removed, 1 - keep_ratio", width))
@@ -57,7 +55,7 @@ def _print_one(cls: type[base.Method], width: int) -> None:
         _print_fields(Schedule, cls.presets, width)
     print("  every method:")
     _print_fields(EngineSettings, {}, width)
-    names = {f.name for f in dataclasses.fields(cls)} | {"max_capacity_prompt"}  # type: ignore[arg-type]
+    names = {f.name for f in dataclasses.fields(cls)} | {"max_capacity_prompt"}
     if aliases := [f"{a} = {t}" for a, t in ALIASES.items() if t in names]:
         print("\n" + textwrap.fill("Other names understood: " + ", ".join(aliases) + ".", width))
 

@@ -20,6 +20,7 @@ class StreamingLLM(Method):
 
     paper = "arXiv:2309.17453"
     presets = {"compress_every": 1}
+    capacity_setting = "window_size"
 
     n_sink: int = setting(4, "first tokens of the sequence that always stay")
     window_size: int | None = setting(None, "most recent tokens kept; or name the total by max_capacity_prompt")

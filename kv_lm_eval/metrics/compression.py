@@ -43,7 +43,7 @@ class CompressionLog:
                     kv_bytes_decode=end["kv_bytes_valid"][b],
                     kv_bytes_allocated=end["kv_bytes_allocated"],
                     overhead_bytes=end["overhead_bytes"],
-                    peak_slots=end["peak_slots"],
+                    peak_slots=end["peak_slots"][b],
                 )
             )
 

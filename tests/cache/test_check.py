@@ -48,7 +48,9 @@ def shared_kv() -> tf.PretrainedConfig:
 
 
 def dynamic() -> tf.PretrainedConfig:
-    return tf.LlamaConfig(**{**tiny.LLAMA, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}})
+    return tf.LlamaConfig(
+        **{**tiny.LLAMA, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
+    )
 
 
 def made(config: Callable[[], tf.PretrainedConfig]) -> tf.PreTrainedModel:
@@ -110,7 +112,9 @@ def test_in_cache_positions_are_refused_where_the_sinks_cannot_follow(
 
 def test_a_model_whose_logits_differ_through_our_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build("llama")
-    monkeypatch.setattr(attention, "_packed", lambda query, kv_heads: 1.5 * query.reshape(query.shape[0], kv_heads, -1, 8))
+    monkeypatch.setattr(
+        attention, "_packed", lambda query, kv_heads: 1.5 * query.reshape(query.shape[0], kv_heads, -1, 8)
+    )
     with pytest.raises(UserError, match="LlamaForCausalLM does not pass the self-check.*logits"):
         wrap(model, FULL)
     assert model.config._attn_implementation == "sdpa"
@@ -137,6 +141,13 @@ def test_the_self_check_says_which_layers_slide(name: str) -> None:
     assert facts.qk_norm == (name in ("qwen3", "gemma3"))
 
 
+def test_layers_whose_keys_ignore_positions_are_told_from_those_that_rotate_them() -> None:
+    special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    config = tf.SmolLM3Config(**{**tiny.LLAMA, "no_rope_layers": [1, 0], **special})
+    facts = wrap(tf.AutoModelForCausalLM.from_config(config).eval(), IN_CACHE)
+    assert facts.rope_kinds == ["rope", "nope"]
+
+
 def test_a_wrapped_model_without_a_compressed_cache_says_what_is_wrong() -> None:
     pair = tiny.pair("llama")
     with pytest.raises(UserError, match="called without one"):
@@ -147,7 +158,9 @@ def test_a_ready_made_4d_mask_is_refused() -> None:
     pair = tiny.pair("llama")
     with pytest.raises(UserError, match="4D attention mask"):
         pair.model(
-            input_ids=torch.tensor([[1, 2, 3]]), attention_mask=torch.zeros(1, 1, 3, 3), past_key_values=pair.cache(method="full")
+            input_ids=torch.tensor([[1, 2, 3]]),
+            attention_mask=torch.zeros(1, 1, 3, 3),
+            past_key_values=pair.cache(method="full"),
         )
 
 

@@ -7,6 +7,8 @@ import tiny
 import torch
 import transformers as tf
 
+from kv_lm_eval.cache import attention
+
 LENGTHS = (40, 27, 1)  # the sliding windows of the tiny models are 24 tokens
 STEPS = (40, 13, 1, 1, 30, 1)
 
@@ -20,7 +22,13 @@ def generated(model: tf.PreTrainedModel, rows: list[list[int]], cache: tf.Cache,
     ids, mask, _ = tiny.left_padded(rows)
     with torch.inference_mode():
         out = model.generate(
-            ids, attention_mask=mask, past_key_values=cache, min_new_tokens=12, max_new_tokens=12, pad_token_id=0, **settings
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            min_new_tokens=12,
+            max_new_tokens=12,
+            pad_token_id=0,
+            **settings,
         )
     return out[:, ids.shape[1] :].tolist()
 
@@ -52,14 +60,37 @@ def test_logits_of_prefill_chunks_and_steps_of_a_left_padded_batch_are_the_model
 
 @pytest.mark.parametrize("lengths", [(40,), (40, 27, 5)], ids=["one row", "left-padded rows"])
 @pytest.mark.parametrize(
-    "settings", [{"do_sample": False}, {"do_sample": False, "num_beams": 3}, {"do_sample": True}], ids=["greedy", "beams", "sampled"]
+    "settings",
+    [{"do_sample": False}, {"do_sample": False, "num_beams": 3}, {"do_sample": True}],
+    ids=["greedy", "beams", "sampled"],
 )
-def test_generate_gives_the_models_own_tokens(pair: tiny.Pair, settings: dict[str, object], lengths: tuple[int, ...]) -> None:
+def test_generate_gives_the_models_own_tokens(
+    pair: tiny.Pair, settings: dict[str, object], lengths: tuple[int, ...]
+) -> None:
     rows = [tiny.tokens(n, seed=n) for n in lengths]
     torch.manual_seed(3)
     expected = generated(pair.stock, rows, tf.DynamicCache(config=pair.stock.config), **settings)
     torch.manual_seed(3)
     assert generated(pair.model, rows, pair.cache(method="full"), **settings) == expected
+
+
+@pytest.mark.parametrize("elements", [1, 4000])
+def test_logits_do_not_depend_on_the_size_of_the_blocks_of_queries(
+    pair: tiny.Pair, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = chunked_logits(pair.stock, tf.DynamicCache(config=pair.stock.config))
+    monkeypatch.setattr(attention, "MASK_ELEMENTS", elements)
+    monkeypatch.setattr(attention, "WEIGHT_ELEMENTS", elements)
+    got = chunked_logits(pair.model, pair.cache(method="full"))
+    assert all((a - b).abs().max() <= 1e-4 for a, b in zip(expected, got, strict=True))
+
+
+def test_logits_of_long_left_padded_prompts_are_the_models_own(pair: tiny.Pair) -> None:
+    ids, mask, positions = tiny.left_padded([tiny.tokens(400, seed=1), tiny.tokens(90, seed=2)])
+    with torch.inference_mode():
+        expected = pair.stock(input_ids=ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+    got = tiny.forward(pair.model, pair.cache(method="full"), [tiny.tokens(400, seed=1), tiny.tokens(90, seed=2)])
+    assert (got[mask.bool()] - expected).abs().max() <= 1e-4
 
 
 def test_seen_and_bytes_of_a_full_cache_are_those_of_the_prompt(pair: tiny.Pair) -> None:

@@ -27,7 +27,9 @@ BUDGETS = st.one_of(
 )
 
 
-def run(pair: tiny.Pair, rows: list[list[int]], lengths: list[int], **args: object) -> tuple[list[torch.Tensor], list[object]]:
+def run(
+    pair: tiny.Pair, rows: list[list[int]], lengths: list[int], **args: object
+) -> tuple[list[torch.Tensor], list[object]]:
     """Last logits [B, V] of the prefill and of every step, and the kept positions after each."""
     cache = pair.cache(**args)
     logits, positions = [], []
@@ -40,7 +42,7 @@ def run(pair: tiny.Pair, rows: list[list[int]], lengths: list[int], **args: obje
 
 
 def visible(kept: list[list[list[int]]], pair: tiny.Pair, seen: int) -> list[list[list[int]]]:
-    """Kept positions [layer][KV head]; of sliding layers, which drop what is out of sight in batches, only what is in sight."""
+    """Of the kept positions [layer][KV head], those in sight: sliding layers drop the others many at a time."""
     out = []
     for layer, window in zip(kept, pair.facts.sliding_windows, strict=True):
         heads = [[p for p in head if window is None or p > seen - window] for head in layer]

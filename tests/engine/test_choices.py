@@ -22,7 +22,8 @@ METHODS = {
     "streaming_llm": {"method": "streaming_llm", "n_sink": 2, "window_size": 10, "positions": "absolute"},
     "streaming_llm in_cache": {"method": "streaming_llm", "n_sink": 2, "window_size": 10, "compress_every": 2},
 }
-Scores = list[list[tuple[float, bool]]]
+Score = tuple[float, bool]
+Scores = list[list[Score]]
 
 
 def batch(contexts: tuple[int, ...] = CONTEXTS) -> tuple[list[list[int]], list[list[list[int]]]]:
@@ -31,18 +32,28 @@ def batch(contexts: tuple[int, ...] = CONTEXTS) -> tuple[list[list[int]], list[l
     return rows, groups[: len(rows)]
 
 
-def scored(pair: tiny.Pair, rows: list[list[int]], groups: list[list[list[int]]], tail: int, **settings: object) -> Scores:
+def scored(
+    pair: tiny.Pair, rows: list[list[int]], groups: list[list[list[int]]], tail: int, **settings: object
+) -> Scores:
     return score_continuations(pair.model, lambda: pair.cache(**settings), rows, groups, tail)[0]
 
 
-def stock_score(pair: tiny.Pair, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+def stock_score(pair: tiny.Pair, context: list[int], continuation: list[int]) -> Score:
     with torch.inference_mode():
         logits = pair.stock(input_ids=torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
     log_probs = logits.log_softmax(-1)[torch.arange(len(continuation)), continuation]
     return float(log_probs.sum()), logits.argmax(-1).tolist() == continuation
 
 
-def loop_score(pair: tiny.Pair, context: list[int], continuation: list[int], tail: int, **settings: object) -> tuple[float, bool]:
+def loop_scores(
+    pair: tiny.Pair, rows: list[list[int]], groups: list[list[list[int]]], tail: int, **settings: object
+) -> Scores:
+    return [
+        [loop_score(pair, row, c, tail, **settings) for c in group] for row, group in zip(rows, groups, strict=True)
+    ]
+
+
+def loop_score(pair: tiny.Pair, context: list[int], continuation: list[int], tail: int, **settings: object) -> Score:
     """The context up to its tail in one forward with a cut after it, then one token a forward."""
     cache = pair.cache(**settings)
     head = context[: max(0, len(context) - tail)]
@@ -67,7 +78,7 @@ def assert_close(got: Scores, expected: Scores) -> None:
 
 @pytest.mark.parametrize("tail", [0, 1, 3])
 @pytest.mark.parametrize("name", tiny.CORE)
-def test_packed_continuations_under_the_full_cache_score_as_stock_forwards_over_everything(name: str, tail: int) -> None:
+def test_continuations_under_the_full_cache_score_as_stock_forwards_over_everything(name: str, tail: int) -> None:
     pair = tiny.pair(name)
     rows, groups = batch()
     expected = [[stock_score(pair, row, c) for c in group] for row, group in zip(rows, groups, strict=True)]
@@ -91,19 +102,27 @@ def test_single_continuations_under_the_full_cache_score_as_stock_forwards(name:
 def test_continuations_score_as_each_alone_token_by_token(name: str, method: str, tail: int) -> None:
     pair = tiny.pair(name)
     rows, groups = batch()
-    expected = [
-        [loop_score(pair, row, c, tail, **METHODS[method]) for c in group] for row, group in zip(rows, groups, strict=True)
-    ]
+    expected = loop_scores(pair, rows, groups, tail, **METHODS[method])
     assert_close(scored(pair, rows, groups, tail, **METHODS[method]), expected)
+
+
+@pytest.mark.parametrize("lengths", [(41, 2, 3), (1, 2, 3)], ids=["some", "all"])
+def test_contexts_within_the_tail_score_as_stock_forwards_under_the_full_cache(
+    lengths: tuple[int, ...],
+) -> None:
+    pair = tiny.pair("llama")
+    rows, groups = batch(lengths)
+    expected = [[stock_score(pair, row, c) for c in group] for row, group in zip(rows, groups, strict=True)]
+    assert_close(scored(pair, rows, groups, 3, method="full"), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("lengths", [(41, 2, 3), (1, 2, 3)], ids=["some", "all"])
-def test_contexts_no_longer_than_the_tail_score_as_each_alone(method: str, lengths: tuple[int, ...]) -> None:
+def test_contexts_within_the_tail_score_as_each_alone(method: str, lengths: tuple[int, ...]) -> None:
     pair = tiny.pair("llama")
     rows, _ = batch(lengths)
     groups = [[tiny.tokens(n, seed=n) for n in (20, 1, 14)] for _ in rows]  # long enough to be cut themselves
-    expected = [[loop_score(pair, row, c, 3, **METHODS[method]) for c in group] for row, group in zip(rows, groups, strict=True)]
+    expected = loop_scores(pair, rows, groups, 3, **METHODS[method])
     assert_close(scored(pair, rows, groups, 3, **METHODS[method]), expected)
 
 

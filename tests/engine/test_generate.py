@@ -97,7 +97,9 @@ def test_beams_carry_everything_of_their_cache_along(method: str) -> None:
         ({"cache_implementation": "static"}, "cache_implementation=static"),
         ({"prompt_lookup_num_tokens": 3}, "assisted decoding"),
         ({"assistant_model": object()}, "assisted decoding"),
+        ({"prefill_chunk_size": 64}, "prefill_chunk_size"),  # the first chunk would be taken for the whole prompt
     ],
+    ids=["cache_implementation", "prompt_lookup_num_tokens", "assistant_model", "prefill_chunk_size"],
 )
 def test_settings_of_generate_that_cannot_work_are_refused(settings: dict[str, object], word: str) -> None:
     with pytest.raises(UserError, match=word):

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from kv_lm_eval.engine import streaming
 from kv_lm_eval.engine.streaming import score_documents
 
 PREFIX = 5
@@ -64,6 +65,16 @@ def test_a_document_under_the_full_cache_scores_as_in_one_stock_forward() -> Non
     assert (scored(pair, [document], 64, method="full")[0] - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("method", ["snapkv", "h2o", "streaming_llm in_cache"])
+def test_segments_cut_short_to_bound_the_logits_are_held_until_the_next_cut(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "LOGIT_ELEMENTS", 1)  # at most 64 tokens in one forward
+    pair, document = tiny.pair("llama"), tiny.tokens(180)
+    (got,) = scored(pair, [document], 85, **METHODS[method])
+    assert (got - token_loop(pair, document, 85, **METHODS[method])).abs().max() <= 1e-4
+
+
 def test_progress_counts_every_scored_token_once_and_the_cache_has_seen_them() -> None:
     pair, steps = tiny.pair("llama"), []
     settings = METHODS["window"]
@@ -80,4 +91,3 @@ def test_an_empty_document_has_no_scores_and_disturbs_no_other() -> None:
     empty, got = scored(pair, [[], document], 4, **METHODS["h2o"])
     assert empty.numel() == 0
     assert (got - scored(pair, [document], 4, **METHODS["h2o"])[0]).abs().max() <= 1e-4
-

@@ -86,7 +86,10 @@ class Reference:
         for head in range(q.shape[0]):
             kv_head = head // (q.shape[0] // k.shape[0])
             query = self._rotated(q[head], last)
-            scores = [query @ self._rotated(key[kv_head], place) / math.sqrt(self._head_size) for place, key in enumerate(keys)]
+            scores = [
+                query @ self._rotated(key[kv_head], place) / math.sqrt(self._head_size)
+                for place, key in enumerate(keys)
+            ]
             weights = torch.stack(scores).softmax(0)
             out.append(weights @ torch.stack([value[kv_head] for value in values]))
         if self.fed % self.every == 0 and len(keys) > self.n_sink + self.window:
@@ -108,7 +111,9 @@ class Reference:
 
 
 @torch.inference_mode()
-def reference_scores(model: tf.PreTrainedModel, tokens: list[int], n_sink: int, window: int, every: int) -> torch.Tensor:
+def reference_scores(
+    model: tf.PreTrainedModel, tokens: list[int], n_sink: int, window: int, every: int
+) -> torch.Tensor:
     reference = Reference(model, n_sink, window, every)
     logits = torch.stack([reference.feed(t) for t in tokens[:-1]])
     return logits.log_softmax(-1)[torch.arange(len(tokens) - 1), tokens[1:]].float()
@@ -152,7 +157,10 @@ def test_in_cache_positions_are_those_of_the_paper(name: str, n_sink: int, windo
 def test_without_sinks_the_numbering_makes_no_difference() -> None:
     row = tiny.tokens(70)
     expected = reference_scores(doubled("llama").stock, row, 0, 12, 1)
-    for settings in ({"method": "window", "window_size": 12}, {"method": "streaming_llm", "n_sink": 0, "window_size": 12}):
+    for settings in (
+        {"method": "window", "window_size": 12},
+        {"method": "streaming_llm", "n_sink": 0, "window_size": 12},
+    ):
         assert (our_scores("llama", [row], 1, **settings)[0] - expected).abs().max() <= TOLERANCE
 
 
@@ -174,7 +182,9 @@ def test_after_a_left_padded_prefill_the_sinks_are_the_first_real_tokens_of_each
     with torch.inference_mode():
         for step in range(steps):
             fed = [r[:n] if step == 0 else r[n + step - 1 : n + step] for r, n in zip(rows, lengths, strict=True)]
-            got = tiny.forward(pair.model, cache, fed, starts=[0 if step == 0 else n + step - 1 for n in lengths])[:, -1]
+            got = tiny.forward(pair.model, cache, fed, starts=[0 if step == 0 else n + step - 1 for n in lengths])[
+                :, -1
+            ]
             for b, (reference, tokens) in enumerate(zip(references, fed, strict=True)):
                 expected = [reference.feed(t) for t in tokens][-1]
                 assert (got[b] - expected).abs().max() <= 10 * TOLERANCE, f"row {b}, step {step}"

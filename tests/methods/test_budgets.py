@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kv_lm_eval.cache.check import wrap
 from kv_lm_eval.methods.budget import Ratio
 
 ONLINE = {
@@ -60,7 +61,7 @@ def test_a_budget_over_the_length_changes_nothing(name: str, method: str) -> Non
 @every_model
 @every_method
 @pytest.mark.parametrize("every", [1, 3])
-def test_no_layer_ever_holds_more_than_the_budget_and_the_tokens_since_the_last_cut(name: str, method: str, every: int) -> None:
+def test_layers_hold_the_budget_and_the_tokens_since_the_last_cut(name: str, method: str, every: int) -> None:
     pair, budget = tiny.pair(name), 12
     cache = pair.cache(**ONLINE[method], max_capacity_prompt=budget, compress_every=every)
     lengths = [50, 31, 9]
@@ -129,6 +130,19 @@ def test_methods_that_cut_only_after_the_prefill_grow_by_one_slot_a_token(method
         tiny.forward(pair.model, cache, [[5]], starts=[30 + step])
 
 
+@every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_same_number_of_slots_and_finite_logits(method: str, dtype: torch.dtype) -> None:
+    model = tiny.build("llama").to(dtype)
+    pair = tiny.Pair(model, model, wrap(model, tiny.compression(method="full")))
+    cache = pair.cache(**ONLINE[method], max_capacity_prompt=10, compress_every=1)
+    tiny.forward(model, cache, [tiny.tokens(40), tiny.tokens(20)])
+    for step in range(3):
+        assert tiny.forward(model, cache, [[1], [2]], starts=[40 + step, 20 + step]).isfinite().all()
+        assert cache.held == [[10, 10]] * 2
+    assert all(store.keys.dtype == dtype for store in cache.stores)
+
+
 def test_nothing_is_left_of_one_prompt_in_the_next() -> None:
     pair = tiny.pair("llama")
     settings = {**ONLINE["h2o"], "max_capacity_prompt": 10}
@@ -137,4 +151,7 @@ def test_nothing_is_left_of_one_prompt_in_the_next() -> None:
     first.reset()
     for cache in (first, again):
         tiny.forward(pair.model, cache, [tiny.tokens(40, seed=2)])
-    assert all(torch.equal(a.keys, b.keys) and torch.equal(a.pos, b.pos) for a, b in zip(first.stores, again.stores, strict=True))
+    assert all(
+        torch.equal(a.keys, b.keys) and torch.equal(a.pos, b.pos)
+        for a, b in zip(first.stores, again.stores, strict=True)
+    )

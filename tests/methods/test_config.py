@@ -119,9 +119,9 @@ def test_names_of_the_papers_repositories_are_understood() -> None:
     assert settings(method="streaming_llm", start_size=2, recent_size=30) == settings(
         method="streaming_llm", n_sink=2, window_size=30
     )
-    assert settings(method="snapkv", window_sizes=16, max_capacity_prompts=64, kernel_sizes=5, pooling="maxpool") == settings(
-        method="snapkv", window_size=16, max_capacity_prompt=64, kernel_size=5, pooling="max"
-    )
+    assert settings(
+        method="snapkv", window_sizes=16, max_capacity_prompts=64, kernel_sizes=5, pooling="maxpool"
+    ) == settings(method="snapkv", window_size=16, max_capacity_prompt=64, kernel_size=5, pooling="max")
     assert settings(method="snapkv", budget=64, pooling="avgpool")["pooling"] == "avg"
 
 
@@ -132,7 +132,10 @@ def test_none_means_the_default_where_there_is_one() -> None:
 
 
 def test_presets_are_those_of_the_published_methods() -> None:
-    every = {m: settings(method=m, max_capacity_prompt=64)["compress_every"] for m in ("tova", "h2o", "window", "streaming_llm")}
+    every = {
+        m: settings(method=m, max_capacity_prompt=64)["compress_every"]
+        for m in ("tova", "h2o", "window", "streaming_llm")
+    }
     assert every == {"tova": 1, "h2o": 1, "window": 1, "streaming_llm": 1}
     assert settings(method="snapkv", max_capacity_prompt=64)["compress_every"] == 0
     assert settings(method="knorm", max_capacity_prompt=64)["compress_every"] == 0
@@ -185,7 +188,11 @@ def test_the_rest_goes_to_the_hf_model_and_the_arguments_are_left_as_they_were()
 
 def test_settings_cannot_be_changed_afterwards() -> None:
     compression, engine, _ = parse(SNAPKV)
-    for part, name in [(compression.method, "window_size"), (compression.budget, "max_capacity_prompt"), (engine, "overlong")]:
+    for part, name in [
+        (compression.method, "window_size"),
+        (compression.budget, "max_capacity_prompt"),
+        (engine, "overlong"),
+    ]:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(part, name, 1)
 

@@ -13,12 +13,22 @@ import tiny
 import torch
 import transformers as tf
 
+from kv_lm_eval.cache.cache import CompressedCache
+
 MODELS = ("llama", "qwen3", "gpt_neox", "gpt2")  # full attention: every layer is cut
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def own_window(config: tf.PretrainedConfig, layer: int) -> int | None:
+    """The sliding window that the architecture itself gives to a layer."""
+    if config.model_type == "mistral":
+        return config.sliding_window
+    types = getattr(config, "layer_types", None)
+    return config.sliding_window if types and types[layer] == "sliding_attention" else None
 
 
 class Stock:
@@ -46,6 +56,8 @@ class Stock:
                 for query, stays in enumerate(self.visible[module.layer_idx][head]):
                     for key in range(query):
                         hidden[0, head, query, key] = key not in stays
+            if (window := own_window(self.model.config, module.layer_idx)) is not None:
+                hidden |= torch.arange(n)[:, None] - torch.arange(n)[None, :] >= window
             mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
             handles.append(
                 module.register_forward_pre_hook(
@@ -74,7 +86,11 @@ def ours(name: str, row: list[int], **settings: object) -> list[list[set[int]]]:
     pair = tiny.pair(name)
     cache = pair.cache(**settings)
     tiny.forward(pair.model, cache, [row])
-    return [[set(head) for head in tiny.kept(cache, layer)] for layer in range(pair.facts.num_layers)]
+    return held_by(cache)
+
+
+def held_by(cache: CompressedCache, row: int = 0) -> list[list[set[int]]]:
+    return [[set(head) for head in tiny.kept(cache, layer, row)] for layer in range(len(cache.stores))]
 
 
 # --- SnapKV ---------------------------------------------------------------------------------------------------------
@@ -121,6 +137,18 @@ def test_snapkv_windows_and_kernels(window: int, kernel: int) -> None:
     assert ours("llama", row, method="snapkv", **settings) == expected
 
 
+@pytest.mark.parametrize("name", ["mistral_sliding", "gemma3", "gemma2"])
+def test_snapkv_votes_are_those_of_the_layers_own_attention_with_its_window_and_softcap(name: str) -> None:
+    row = tiny.tokens(50, seed=1)
+    expected = snapkv(Stock(name), row, window=8, kernel=3, pooling="avg", capacity=20)
+    got = ours(name, row, method="snapkv", window_size=8, kernel_size=3, pooling="avg", max_capacity_prompt=20)
+    for layer in range(2):
+        if tiny.pair(name).facts.compressible(layer):
+            assert got[layer] == expected[layer]
+        else:
+            assert got[layer] == [set(range(50))], "sliding layers are left to their own window"
+
+
 # --- Knorm ----------------------------------------------------------------------------------------------------------
 
 
@@ -138,10 +166,10 @@ def test_knorm_keeps_the_keys_with_the_smallest_norms(name: str) -> None:
 
 def test_h2o_once_keeps_recent_tokens_and_the_heaviest_of_the_others(name: str) -> None:
     row, n, capacity = tiny.tokens(50, seed=3), 50, 17
-    expected = []
-    for weights in Stock(name).attentions(row):
+    expected, stock = [], Stock(name)
+    for weights in stock.attentions(row):
         expected.append([])
-        group = len(weights) // Stock(name).kv_heads
+        group = stock.group
         for first in range(0, len(weights), group):
             recent = set(range(n - capacity // 2, n))
             mass = {t: sum(weights[h][q][t] for h in range(first, first + group) for q in range(n)) for t in range(n)}
@@ -180,7 +208,7 @@ def test_h2o_goes_on_accumulating_and_evicting_while_decoding(name: str, every: 
                     held = recent | best(old, capacity - len(recent))
                 kept[layer][kv_head] = held
         hide_from_later_queries(stock, kept, seen)
-        assert [[set(h) for h in tiny.kept(cache, layer)] for layer in range(stock.layers)] == kept, f"{seen} tokens seen"
+        assert held_by(cache) == kept, f"{seen} tokens seen"
 
 
 def hide_from_later_queries(stock: Stock, kept: list[list[set[int]]], seen: int) -> None:
@@ -212,7 +240,21 @@ def test_tova_drops_what_the_last_query_of_all_heads_together_attends_to_least(n
                 held = best(score, capacity)
             kept[layer] = [held]
         hide_from_later_queries(stock, kept, seen)
-        assert [[set(h) for h in tiny.kept(cache, layer)] for layer in range(stock.layers)] == kept, f"{seen} tokens seen"
+        assert held_by(cache) == kept, f"{seen} tokens seen"
+
+
+# --- any method: chunks of a prompt ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["snapkv", "knorm", "h2o", "tova"])
+def test_a_prompt_held_in_chunks_and_cut_at_its_end_keeps_what_one_forward_keeps(name: str, method: str) -> None:
+    row, pair = tiny.tokens(60, seed=9), tiny.pair(name)
+    settings = {"method": method, "max_capacity_prompt": 20, **({"window_size": 8} if method == "snapkv" else {})}
+    cache = pair.cache(**settings)
+    for start in (0, 25, 50, 55):
+        cache.mode = "hold" if start < 55 else "cut"
+        tiny.forward(pair.model, cache, [row[start : {0: 25, 25: 50, 50: 55, 55: 60}[start]]], starts=[start])
+    assert held_by(cache) == ours(name, row, **settings)
 
 
 # --- window, sinks, random ------------------------------------------------------------------------------------------
@@ -240,7 +282,7 @@ def test_random_choice_depends_on_seed_layer_head_and_position_only() -> None:
     pair = tiny.pair("llama")
     cache = pair.cache(method="random", max_capacity_prompt=budget)
     tiny.forward(pair.model, cache, [tiny.tokens(80), tiny.tokens(7), row])
-    in_a_batch = [[set(head) for head in tiny.kept(cache, layer, row=2)] for layer in range(2)]
+    in_a_batch = held_by(cache, row=2)
     other_text = ours("llama", tiny.tokens(60, seed=8), method="random", max_capacity_prompt=budget)
     other_seed = ours("llama", row, method="random", max_capacity_prompt=budget, seed=1)
     assert alone == in_a_batch == other_text

@@ -35,12 +35,20 @@ def request(kind: str, *args, task: str = "t") -> Instance:
 
 def generations() -> list[Instance]:
     settings = {"until": ["\n"], "max_gen_toks": 8}
-    return [request("generate_until", STORY * n + "The special magic number for harbour is", settings) for n in (1, 3, 2)]
+    return [
+        request("generate_until", STORY * n + "The special magic number for harbour is", settings) for n in (1, 3, 2)
+    ]
 
 
 def choices() -> list[Instance]:
-    out = [request("loglikelihood", STORY * n + "The number is", f" {c}") for n in (1, 3, 2) for c in (48213, 9, 51, 777)]
-    return [*out, request("loglikelihood", "", " The boats"), request("loglikelihood", "The gulls", " walked on the stones")]
+    out = [
+        request("loglikelihood", STORY * n + "The number is", f" {c}") for n in (1, 3, 2) for c in (48213, 9, 51, 777)
+    ]
+    return [
+        *out,
+        request("loglikelihood", "", " The boats"),
+        request("loglikelihood", "The gulls", " walked on the stones"),
+    ]
 
 
 def documents() -> list[Instance]:
@@ -141,7 +149,10 @@ def test_an_empty_prompt_is_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "snapkv", "max_capacity_prompt": 64, "window_sise": 8}, "unknown setting 'window_sise'.*'window_size'"),
+        (
+            {"method": "snapkv", "max_capacity_prompt": 64, "window_sise": 8},
+            "unknown setting 'window_sise'.*'window_size'",
+        ),
         ({"method": "snapkv", "max_capacity_prompt": 64, "atn_implementation": "x"}, "'attn_implementation'"),
         ({"method": "snapkvv"}, "did you mean 'snapkv'"),
         ({}, "which method"),
@@ -162,3 +173,15 @@ def test_sampling_stops_and_several_sequences_work_as_in_lm_eval():
     assert isinstance(answer, str) and "48" not in answer
     beams = {"until": ["\n"], "max_gen_toks": 8, "num_beams": 3}
     assert lm.generate_until([request("generate_until", STORY * 2 + "The special", beams)], disable_tqdm=True)
+
+
+@pytest.mark.parametrize("settings", [{"method": "full"}, METHODS[0], METHODS[4]], ids=lambda s: s["method"])
+def test_sizes_do_not_depend_on_the_batch_size_although_batches_run_to_their_slowest_answer(settings):
+    def stats(batch_size):
+        lm = load("kvcompressed", batch_size=batch_size, **settings)
+        answers(lm)
+        mine = lm.get_model_info()["kv_stats"]
+        mine.update(mine.pop("prompt_tokens"))
+        return {k: v for k, v in mine.items() if k not in ("kv_bytes_allocated_mean", "overhead_bytes_mean", "by_task")}
+
+    assert stats(1) == pytest.approx(stats(4))
