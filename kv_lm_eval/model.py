@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -126,7 +127,8 @@ class KVCompressedLM(HFLM):
         tasks = [self._tasks[s][0] if self._tasks.get(s) else "" for s in self._batch_contexts]
         if not self.compression.method.uses_cache:
             out = super()._model_generate(context, max_length, stop, **kwargs)
-            self._log_uncached(tasks, "generate_until", kwargs["attention_mask"].sum(1).tolist())
+            lengths = kwargs["attention_mask"].sum(1).tolist()
+            self._log_uncached(tasks, self._batch_contexts, "generate_until", lengths)
             return out
         check_generation_settings(kwargs)
         cache = self._new_cache()
@@ -135,7 +137,8 @@ class KVCompressedLM(HFLM):
         steps = [self._decode_steps(ids, stop) for ids in out[:, context.shape[1] :].tolist()]
         beams = len(cache.seen) // len(steps)
         end = every_row(cache.snapshot([n for n in steps for _ in range(beams)]), rows * beams)
-        self.compression_log.add_batch(tasks, "generate_until", every_row(cache.prefill_end or end, rows * beams), end)
+        prefill = every_row(cache.prefill_end or end, rows * beams)
+        self.compression_log.add_batch(tasks, self._batch_contexts, "generate_until", prefill, end)
         return out
 
     def _decode_steps(self, new_ids: list[int], stop: list[str]) -> int:
@@ -161,9 +164,8 @@ class KVCompressedLM(HFLM):
     ) -> list[tuple[float, bool]]:
         if not self.compression.method.uses_cache:
             if override_bs is None:  # with it, these are windows of a document, which is counted as one request
-                self._log_uncached(
-                    self._tasks.get("order") or [""] * len(requests), "loglikelihood", [len(r[1]) for r in requests]
-                )
+                contexts = {tuple(r[1]): task for r, task in zip(requests, self._tasks["order"], strict=True)}
+                self._log_uncached(list(contexts.values()), list(contexts), "loglikelihood", list(map(len, contexts)))
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         return self._score_grouped(requests, disable_tqdm, override_bs)
 
@@ -205,7 +207,7 @@ class KVCompressedLM(HFLM):
             if not rolling:
                 tasks = [order[groups[c][0]] if order else "" for c in batch]
                 prefill = {**(cache.prefill_end or end), "seen": [len(c) for c in batch]}
-                self.compression_log.add_batch(tasks, "loglikelihood", prefill, end)
+                self.compression_log.add_batch(tasks, batch, "loglikelihood", prefill, end)
             bar.update(sum(len(groups[c]) for c in batch))
         bar.close()
         return [answers[i] for i in range(len(requests))]
@@ -257,7 +259,8 @@ class KVCompressedLM(HFLM):
                 self.cache_hook.add_partial("loglikelihood_rolling", requests[i].args, answers[i])
             if cache.seen:
                 end = cache.snapshot()
-                self.compression_log.add_batch([tasks[i] for i in batch], "loglikelihood_rolling", end, end)
+                texts = [requests[i].args[0] for i in batch]
+                self.compression_log.add_batch([tasks[i] for i in batch], texts, "loglikelihood_rolling", end, end)
         bar.close()
         return answers
 
@@ -278,7 +281,8 @@ class KVCompressedLM(HFLM):
                 answers[i] += score
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
-        self._log_uncached(tasks, "loglikelihood_rolling", list(map(len, documents)))
+        texts = [r.args[0] for r in requests]
+        self._log_uncached(tasks, texts, "loglikelihood_rolling", list(map(len, documents)))
         return answers
 
     def _check_documents(self, documents: list[list[int]]) -> None:
@@ -325,9 +329,9 @@ class KVCompressedLM(HFLM):
 
     # ------------------------------------------------------------------------------------ results and caches
 
-    def _log_uncached(self, tasks: list[str], kind: str, lengths: list[int]) -> None:
-        """Records of requests that held no compressed cache: method=no_cache, and lm-eval's windows "
-        "under method=full."""
+    def _log_uncached(self, tasks: list[str], prompts: Sequence[Hashable], kind: str, lengths: list[int]) -> None:
+        """Records of requests that held no compressed cache: method=no_cache, and lm-eval's windows
+        under method=full."""
         per_token = 0 if not self.compression.method.uses_cache else self._kv_bytes_per_token()
         snapshot = {
             "seen": lengths,
@@ -338,7 +342,7 @@ class KVCompressedLM(HFLM):
             "overhead_bytes": 0,
             "peak_slots": [min(n, self.max_length) if per_token else 0 for n in lengths],
         }
-        self.compression_log.add_batch(tasks, kind, snapshot, snapshot)
+        self.compression_log.add_batch(tasks, prompts, kind, snapshot, snapshot)
 
     def _kv_bytes_per_token(self) -> int:
         cfg = self.model.config.get_text_config()
@@ -347,10 +351,10 @@ class KVCompressedLM(HFLM):
         return 2 * self.facts.num_layers * heads * size * self.model.dtype.itemsize
 
     def barrier(self) -> None:
-        """Every rank passes here at the end of an evaluation: rank 0 takes the others' records."""
-        gathered = self.gather_object(self.compression_log.records)
-        if gathered is not None and self.world_size > 1:
-            self.compression_log.records = [r for rank in gathered for r in rank]
+        """Every rank passes here after each kind of request: rank 0 takes the others' records, which let go of them."""
+        if self.world_size > 1:
+            gathered = self.gather_object(self.compression_log.records)
+            self.compression_log.records = [r for rank in gathered or [] for r in rank]
         super().barrier()
 
     def get_model_info(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Trains `kv-tiny`, the embedded model of kv_lm_eval, on a CPU in about an hour.
+"""Trains `kv-tiny`, the embedded model of kv_lm_eval, on two CPU cores in about an hour.
 
 Why: a quick start and the tests need a model that loses something when its KV cache does. A randomly initialised model
 has nothing to lose, and a language model of this size trained on text alone never learns to look anything up. So
@@ -15,8 +15,8 @@ One single-threaded process per core, each with a share of every batch's rows: t
 Without --text_dir the text is Python's help topics and grammar filler alone. The same command resumes from
 WORK_DIR/last.pt. Rows are drawn from (seed, step), so that a resumed run sees the data of an unbroken one.
 
-Output: a line of losses every 50 steps (nats per token; `answer` is the loss on what the needles hide), the model in --out
-after every stage, and as the last line one JSON document with tokens, seconds, losses and the needle table.
+Output: a line of losses every 50 steps (nats per token; `answer` is the loss on what the needles hide), the model in
+--out after every stage, and as the last line one JSON document with tokens, seconds, losses and the needle table.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ STAGES = (
     Stage("256", 300, (128, 256, 256, 256), 4096),
     Stage("512", 300, (256, 512, 512, 512), 8192),
     Stage("1024", 300, (256, 512, 1024, 1024, 1024), 8192),
-    Stage("3072", 650, (256, 512, 1024, 1024, 2048, 2048, 3072), 8192),
+    Stage("3072", 650, (512, 1024, 1024, 2048, 2048, 3072), 8192),
 )
 
 
@@ -178,7 +178,8 @@ class Data:
         room = length - len(tail_ids) - facts - 1
         filler = draw.pick(self.fillers).run(draw, room) if room > 0 else []
         order = draw.sample(needles, n)
-        hay = episodes.weave(filler, [needle.statement for needle in order], [draw.uniform() for _ in order])
+        depths = [draw.pick((0.0, 1.0, *(draw.uniform() for _ in range(4)))) for _ in order]  # the ends need practice
+        hay = episodes.weave(filler, [needle.statement for needle in order], depths)
         head = ([BOS] if draw.below(3) else []) + self.encode(hay.text)
         ids = [*head, *tail_ids, EOS]
         return ids, [0.0] + [1.0] * (len(head) - 1) + tail_weights + [1.0]

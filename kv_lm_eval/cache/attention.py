@@ -231,8 +231,8 @@ def _received_mass(
     softcap: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Attention that each slot receives from the new queries, mean over the query heads of a group: "
-    "[B, K, N] float32."""
+    """Attention that each slot receives from the new queries, mean over the query heads of a group:
+    [B, K, N] float32."""
     b, h, q, _ = query.shape
     kv_heads, n = keys.shape[1], keys.shape[2]
     block = max(1, min(q, 128, WEIGHT_ELEMENTS // (b * h * n)))

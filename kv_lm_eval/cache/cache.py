@@ -130,8 +130,8 @@ class CompressedCache(Cache):
     # ------------------------------------------------------------------------------------ one forward
 
     def begin(self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None, batch: int) -> torch.Tensor:
-        """Called by the first layer's attention: notes positions and counts of the new tokens; "
-        "returns new_pos [B, q]."""
+        """Called by the first layer's attention: notes positions and counts of the new tokens;
+        returns new_pos [B, q]."""
         if self.mode == "prefill" and self.prefill_end is not None:
             self.mode = "decode"
         q = position_ids.shape[-1]
@@ -260,8 +260,8 @@ class CompressedCache(Cache):
     # ------------------------------------------------------------------------------------ numbers
 
     def count_only(self, prefilled: list[int], contexts: list[int]) -> None:
-        """Lets the numbers speak of contexts of so many tokens: a continuation scored in the same "
-        "forward is not kept."""
+        """Lets the numbers speak of contexts of so many tokens: a continuation scored in the same
+        forward is not kept."""
         held, peaks = self.held, self.peaks
         for tokens in (prefilled, contexts):
             self.seen = tokens

@@ -65,8 +65,8 @@ def score_documents(
 
 
 def _first_cut(cache: CompressedCache, every: int, longest: int) -> int:
-    """The first multiple of `every` at which a row would lose anything: until then cuts change "
-    "nothing and are skipped."""
+    """The first multiple of `every` at which a row would lose anything: until then cuts change
+    nothing and are skipped."""
     if not cache.compression.method.compresses:
         return longest
     at = every

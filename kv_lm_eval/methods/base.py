@@ -10,6 +10,7 @@ Shapes: B batch rows, H query heads, K KV heads, G = H / K, W last queries, N sl
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -85,6 +86,7 @@ class Method:
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    source: ClassVar[str] = ""  # of a user's own method: its file and the sha256 of its text
     presets: ClassVar[dict[str, Any]] = {}  # defaults of the other three parts, e.g. {"compress_every": 1}
     accumulates: ClassVar[bool] = False  # score() reads view.mass, the attention summed over all queries
     compresses: ClassVar[bool] = True  # False: everything is kept, no budget is taken
@@ -178,7 +180,9 @@ def _load_file(spec: str) -> type[Method]:
         module_spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"method={spec}: {path} could not be imported: {type(error).__name__}: {error}") from error
-    return _only_method(module, path.stem, class_name.lstrip(":") or None)
+    method = _only_method(module, path.stem, class_name.lstrip(":") or None)
+    method.source = f"{path} sha256={hashlib.sha256(path.read_bytes()).hexdigest()}"
+    return method
 
 
 def _only_method(module: Any, name: str, class_name: str | None) -> type[Method]:

@@ -36,6 +36,8 @@ class Compression:
         flat: dict[str, Any] = {"method": self.method.name}
         for part in (self.method, self.budget, self.schedule):
             flat.update({f.name: getattr(part, f.name) for f in fields(part)})
+        if self.method.source:
+            flat["method_source"] = self.method.source
         if not self.method.compresses:
             flat.pop("compress_every", None)
         return flat

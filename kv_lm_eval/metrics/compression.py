@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -25,13 +26,22 @@ class RequestRecord:
 
 @dataclass
 class CompressionLog:
-    """Collects records; ranks are merged by concatenation."""
+    """Collects records; ranks are merged by concatenation.
+
+    The same request asked again (repeats, the copies with which lm-eval evens out ranks) is counted once.
+    """
 
     records: list[RequestRecord] = field(default_factory=list)
+    _known: set[Hashable] = field(default_factory=set)
 
-    def add_batch(self, tasks: list[str], kind: str, prefill: dict[str, Any], end: dict[str, Any]) -> None:
+    def add_batch(
+        self, tasks: list[str], prompts: Sequence[Hashable], kind: str, prefill: dict[str, Any], end: dict[str, Any]
+    ) -> None:
         """One batch, from the cache's snapshots at the end of the prefill and at the end."""
-        for b, task in enumerate(tasks):
+        for b, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
+            if (task, kind, prompt) in self._known:
+                continue
+            self._known.add((task, kind, prompt))
             self.records.append(
                 RequestRecord(
                     task=task,

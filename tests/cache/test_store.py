@@ -98,11 +98,6 @@ def test_a_far_off_next_cut_reserves_no_storage_for_the_whole_way() -> None:
     assert max(store._keys.shape[2] for store in cache.stores) <= 2048
 
 
-def test_a_cache_that_saw_nothing_has_nothing() -> None:
-    numbers = tiny.pair("llama").cache(method="window", window_size=8).snapshot()
-    assert numbers["kv_bytes_valid"] == numbers["seen"] == [] and numbers["kv_bytes_allocated"] == 0
-
-
 # --- slots ----------------------------------------------------------------------------------------------------------
 
 

@@ -59,8 +59,9 @@ def loop_score(pair: tiny.Pair, context: list[int], continuation: list[int], tai
     head = context[: max(0, len(context) - tail)]
     if head:
         logits = tiny.forward(pair.model, cache, [head])[0, -1]
-    else:
+    else:  # the tail's ticks of the schedule's clock pass for the tokens that a short context lacks, too
         cache.mode = "decode"
+        cache.decoded = tail - len(context)
     total, greedy = 0.0, True
     for i, token in enumerate(context[len(head) :] + continuation):
         if len(head) + i >= len(context):
