@@ -186,7 +186,7 @@ class CompressedCache(Cache):
             self._trim_sliding(layer, window)
         q = self.new_pos.shape[1] if self.new_pos is not None else 0
         due = self.mode in ("prefill", "cut") or (
-            self.mode == "decode" and self.compression.schedule.due(self.decoded + q)
+            self.mode == "decode" and self.compression.schedule.due(self.decoded, self.decoded + q)
         )
         if due and self.facts.compressible(layer) and self.compression.method.compresses:
             self._cut(layer, scaling, softcap)

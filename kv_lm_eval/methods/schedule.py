@@ -29,9 +29,9 @@ class Schedule:
         """Whether cuts go on after the prefill."""
         return self.compress_every > 0
 
-    def due(self, t: int) -> bool:
-        """Whether a cut follows the t-th token fed since the prefill."""
-        return self.online and t % self.compress_every == 0
+    def due(self, before: int, after: int) -> bool:
+        """Whether a cut follows a forward that took the clock from `before` to `after` tokens."""
+        return self.online and before // self.compress_every < after // self.compress_every
 
     def until_due(self, t: int) -> int:
         """Tokens that may be fed in one forward from t on, so that it ends at the next cut."""
