@@ -12,8 +12,10 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
-from kv_lm_eval import __version__, plugin
+from kv_lm_eval import __version__, plugin, reports
 from kv_lm_eval.errors import UserError
 
 USAGE = """\
@@ -71,19 +73,36 @@ def _harness(arguments: list[str]) -> int:
     parser = HarnessCLI()
     sys.argv = ["kv-lm-eval", *arguments]  # HarnessCLI reads it, to put in a missing "run"
     args = parser.parse_args()
+    output = _output_folder(args)
+    before = reports.results_files(output) if output else set()
     with plugin.only_our_tasks() if _small_index_will_do(args) else nullcontext():
         parser.execute(args)
+    if output and (said := reports.write_all(reports.results_files(output) - before)):
+        print(said)
     return 0
+
+
+def _output_folder(args: argparse.Namespace) -> Path | None:
+    """Where the results go: --output_path is a folder, or a .json file in one."""
+    asked = _asked(args).get("output_path")
+    if not asked:
+        return None
+    return Path(asked).parent if str(asked).endswith(".json") else Path(asked)
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `run`, those of its --config file included."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    config = EvaluatorConfig.load_yaml_config(args.config) if getattr(args, "config", None) else {}
+    return {**config, **{key: value for key, value in vars(args).items() if value}}
 
 
 def _small_index_will_do(args: argparse.Namespace) -> bool:
     """A folder of the user's may replace our tasks and groups by some that need lm-eval's, so it rules this out."""
-    from lm_eval.config.evaluate_config import EvaluatorConfig
-
     if args.command == "ls":
         return True
-    config = EvaluatorConfig.load_yaml_config(args.config) if getattr(args, "config", None) else {}
-    asked = {**config, **{key: value for key, value in vars(args).items() if value}}
+    asked = _asked(args)
     tasks = asked.get("tasks") or []
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     return not asked.get("include_path") and all(isinstance(n, str) for n in names) and plugin.owns_tasks(names)

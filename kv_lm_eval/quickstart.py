@@ -7,9 +7,11 @@ methods at one budget, each a normal lm-eval run whose results file is kept, and
 from __future__ import annotations
 
 import argparse
-import logging
-import os
+import io
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +41,16 @@ def main(argv: list[str]) -> int:
         parser.error(f"--methods {unknown[0]} is not one of {', '.join(METHODS)}")
     if args.budget < 8:
         parser.error(f"--budget {args.budget} leaves no room for sinks and a window; take at least 8")
-    quieten()
     rows = []
     for i, name in enumerate(names, 1):
         print(f"[{i}/{len(names)}] {name} ...", end=" ", flush=True)
-        rows.append(run(name, METHODS[name](args.budget), args.output_path, args.limit))
+        with quietly():
+            rows.append(run(name, METHODS[name](args.budget), args.output_path, args.limit))
         print(f"{rows[-1]['seconds']} s", flush=True)
     print(f"\nkv-tiny on kv_quickstart, budget {args.budget} slots per KV head and layer\n")
     print(table(rows))
     print(
-        "\nneedle, choice: share right, higher is better; ppl: word perplexity of streamed text, lower is better;\n"
+        "\nneedle, choice: share right, higher is better; bits/byte: of a text streamed through the cache, lower is better;\n"
         "kept: share of pairs kept when a request ends; KV KiB: keys and values held after the "
         "prefill of a needle prompt."
     )
@@ -57,11 +59,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def quieten() -> None:
-    """One line a method instead of lm-eval's bars and notes; must come before the first import of tqdm."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Holds back lm-eval's bars and notes, and lets them out if something goes wrong."""
+    noise = io.StringIO()
+    try:
+        with redirect_stderr(noise), redirect_stdout(noise):
+            yield
+    except Exception:
+        print(f"failed\n{noise.getvalue()[-4000:]}", file=sys.stderr)
+        raise
 
 
 def run(name: str, model_args: dict[str, Any], output_path: str | None, limit: int | None) -> dict[str, Any]:
@@ -103,7 +110,7 @@ def row(name: str, results: dict[str, Any], seconds: float) -> dict[str, Any]:
         "method": name,
         "needle": _metric(scores["kv_quickstart_needle"], "exact_match"),
         "choice": _metric(scores["kv_quickstart_choice"], "acc"),
-        "ppl": _metric(scores["kv_quickstart_ppl"], "word_perplexity"),
+        "bits/byte": _metric(scores["kv_quickstart_ppl"], "bits_per_byte", 3),
         "compressed": f"{stats['compressed_share']:.0%}",
         "kept": f"{stats['kept_fraction_mean']:.0%}",
         "KV KiB": f"{needle['kv_bytes_prefill_mean'] / 1024:.0f}",
@@ -111,9 +118,9 @@ def row(name: str, results: dict[str, Any], seconds: float) -> dict[str, Any]:
     }
 
 
-def _metric(task: dict[str, Any], name: str) -> str:
+def _metric(task: dict[str, Any], name: str, digits: int = 2) -> str:
     value = next(v for k, v in task.items() if k.split(",")[0] == name)
-    return f"{value:.2f}"
+    return f"{value:.{digits}f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

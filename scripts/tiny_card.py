@@ -15,7 +15,7 @@ import argparse
 import json
 from pathlib import Path
 
-from kv_lm_eval.quickstart import METHODS, quieten, run
+from kv_lm_eval.quickstart import METHODS, quietly, run
 
 
 def main() -> None:
@@ -24,11 +24,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--card", type=Path, default=Path("kv_lm_eval/tiny/README.md"))
     args = parser.parse_args()
-    quieten()
     rows = []
     for method in args.methods:
         for budget in [None] if method == "full" else args.budgets:
-            row = run(method, METHODS[method](budget or 0), None, None)
+            with quietly():
+                row = run(method, METHODS[method](budget or 0), None, None)
             rows.append(
                 {"method": method, "budget": budget or "all", **{k: v for k, v in row.items() if k != "method"}}
             )
