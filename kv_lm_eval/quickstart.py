@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     print(f"\nkv-tiny on kv_quickstart, budget {args.budget} slots per KV head and layer\n")
     print(table(rows))
     print(
-        "\nneedle, choice: share right, higher is better; bits/byte: of a text streamed through the cache, lower is better;\n"
+        "\nneedle, choice: share right, higher is better; bits/byte: of text streamed through the cache, lower is better;\n"
         "kept: share of pairs kept when a request ends; KV KiB: keys and values held after the "
         "prefill of a needle prompt."
     )

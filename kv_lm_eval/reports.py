@@ -2,7 +2,7 @@
 
 A task package that wants to say more than lm-eval's table has a module `report` with one function:
 
-    write(results_file: Path) -> str     # writes its files beside it, returns text for the terminal, "" if not concerned
+    write(results_file: Path) -> str     # writes its files beside it, returns what to print, "" if not concerned
 
 The same function serves a script after a stock `lm_eval` run.
 """
