@@ -15,6 +15,9 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+LEGEND = """\
+needle, choice: share right, higher is better; bits/byte: of text streamed through the cache, lower is better;
+kept: share of pairs kept when a request ends; KV KiB: keys and values held after the prefill of a needle prompt."""
 TASKS = ["kv_quickstart_needle", "kv_quickstart_choice", "kv_quickstart_ppl"]
 METHODS = {  # at a budget of N slots a KV head and layer
     "full": lambda n: {"method": "full"},
@@ -49,11 +52,7 @@ def main(argv: list[str]) -> int:
         print(f"{rows[-1]['seconds']} s", flush=True)
     print(f"\nkv-tiny on kv_quickstart, budget {args.budget} slots per KV head and layer\n")
     print(table(rows))
-    print(
-        "\nneedle, choice: share right, higher is better; bits/byte: of text streamed through the cache, lower is better;\n"
-        "kept: share of pairs kept when a request ends; KV KiB: keys and values held after the "
-        "prefill of a needle prompt."
-    )
+    print(f"\n{LEGEND}")
     if args.output_path:
         print(f"results: {args.output_path}")
     return 0
