@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -404,6 +405,8 @@ class KVCompressedLM(HFLM):
         """Hash of all that decides an answer: model, revision, dtype, length limit, method, every setting."""
         what = {
             "pretrained": str(self._name),
+            "weights": self._weights_identity(),
+            "kv-lm-eval": __version__,
             "revision": str(self.revision),
             "peft": str(self.peft),
             "delta": str(self.delta),
@@ -416,6 +419,14 @@ class KVCompressedLM(HFLM):
             "settings": self.settings,
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _weights_identity(self) -> Any:
+        """Tells retrained weights of the same name apart: file sizes and times of a folder, a sum of those in memory."""
+        if not isinstance(self.pretrained, str):
+            return [self.model.config.to_json_string(), sum(float(p.double().sum()) for p in self.model.parameters())]
+        folder = Path(self.pretrained)
+        files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """--use_cache: answers of each model and method go into a table of their own in lm-eval's sqlite file.

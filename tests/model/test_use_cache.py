@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 from lm_eval.api.model import CachingLM
 from model.test_requests import STORY, load, request
+
+from kv_lm_eval import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -37,3 +43,11 @@ def test_the_same_settings_are_answered_from_the_cache_and_others_are_not(tmp_pa
     assert ask(again, tmp_path / "a.db", own_hook=True) == expected
     for other in ({"tail_tokens": 2}, {"kernel_size": 5}, {"max_capacity_prompt": 25}, {"max_length": 1000}):
         assert load("kvcompressed", **{**SNAPKV, **other}).fingerprint() != first.fingerprint()
+
+
+def test_retrained_weights_under_the_same_name_are_told_apart(tmp_path):
+    for file in Path(tiny.path()).iterdir():
+        shutil.copy(file, tmp_path)
+    before = load("kvcompressed", pretrained=str(tmp_path), **SNAPKV).fingerprint()
+    os.utime(tmp_path / "model.safetensors", ns=(0, 0))
+    assert load("kvcompressed", pretrained=str(tmp_path), **SNAPKV).fingerprint() != before
