@@ -6,16 +6,13 @@ and collation are inherited from lm-eval's `hf` model unchanged, and method=full
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import logging
 import os
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from kv_lm_eval import __version__, config, tiny
+from kv_lm_eval import __version__, config, request_cache, tiny
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
@@ -405,7 +402,7 @@ class KVCompressedLM(HFLM):
         """Hash of all that decides an answer: model, revision, dtype, length limit, method, every setting."""
         what = {
             "pretrained": str(self._name),
-            "weights": self._weights_identity(),
+            "weights": request_cache.weights_identity(self.pretrained, self.model),
             "kv-lm-eval": __version__,
             "revision": str(self.revision),
             "peft": str(self.peft),
@@ -418,15 +415,7 @@ class KVCompressedLM(HFLM):
             "think_end_token": self.think_end_token,
             "settings": self.settings,
         }
-        return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
-
-    def _weights_identity(self) -> Any:
-        """Tells retrained weights of the same name apart: file sizes and times of a folder, a sum of those in memory."""
-        if not isinstance(self.pretrained, str):
-            return [self.model.config.to_json_string(), sum(float(p.double().sum()) for p in self.model.parameters())]
-        folder = Path(self.pretrained)
-        files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-        return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return request_cache.digest(what)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """--use_cache: answers of each model and method go into a table of their own in lm-eval's sqlite file.
@@ -434,20 +423,13 @@ class KVCompressedLM(HFLM):
         lm-eval's key holds the request only, so that without this a compressed run would be answered from a full one.
         """
         if cache_hook.dbdict is not None:
-            own_table(cache_hook.dbdict, f"kv_{self.fingerprint()[:32]}")
+            request_cache.use_own_table(cache_hook.dbdict, self.fingerprint())
         super().set_cache_hook(cache_hook)
 
 
 def every_row(snapshot: dict[str, Any], step: int) -> dict[str, Any]:
     """A snapshot reduced to each step-th row."""
     return {k: v[::step] if isinstance(v, list) else v for k, v in snapshot.items()}
-
-
-def own_table(dbdict: Any, table: str) -> None:
-    """Points a SqliteDict at a table of its own within the same file."""
-    dbdict.tablename = table
-    dbdict.conn.execute(f'CREATE TABLE IF NOT EXISTS "{table}" (key TEXT PRIMARY KEY, value BLOB)')
-    dbdict.conn.commit()
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
