@@ -16,7 +16,7 @@ from typing import Any
 
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.methods import base
-from kv_lm_eval.methods.budget import Budget, Everything, Ratio, Slots
+from kv_lm_eval.methods.budget import Budget, Everything, Heads, Pyramid, Ratio, RatioAbove, Slots
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.methods.evicted import Drop
 from kv_lm_eval.methods.schedule import Schedule
@@ -34,6 +34,17 @@ ALIASES = {  # names used by the papers and their repositories -> ours
 }
 VALUE_ALIASES = {("pooling", "maxpool"): "max", ("pooling", "avgpool"): "avg"}
 BUDGET_KEYS = ("max_capacity_prompt", "keep_ratio", "compression_ratio")
+LAYER_BUDGETS = ("uniform", "pyramid")
+COMMON_KEYS = {
+    *BUDGET_KEYS,
+    "layer_budget",
+    "beta",
+    "prune_after",
+    "head_budget",
+    "alpha",
+    "compress_every",
+    "skip_layers",
+}
 
 # from_pretrained arguments that lm-eval users pass through --model_args beyond HFLM's own
 FROM_PRETRAINED_KEYS = frozenset(
@@ -129,7 +140,7 @@ def _put(ours: dict[str, Any], key: str, value: Any) -> None:
 def _known_keys(cls: type[base.Method]) -> set[str]:
     own = {f.name for f in dataclasses.fields(cls)}
     engine = {f.name for f in dataclasses.fields(EngineSettings)}
-    return own | engine | ({*BUDGET_KEYS, "compress_every"} if cls.compresses else set())
+    return own | engine | (COMMON_KEYS if cls.compresses else set())
 
 
 def _unknown(key: str, cls: type[base.Method], known: set[str], resembling: set[str]) -> str:
@@ -171,38 +182,51 @@ def _build(cls: type[base.Method], ours: dict[str, Any]) -> Compression:
     method.validate()
     if not cls.compresses:
         return Compression(method, Everything(), Schedule(), Drop())
-    schedule = _dataclass(Schedule, {**cls.presets, **ours})
-    compression = Compression(method, _budget(method, ours), schedule, Drop())
+    values = {**cls.presets, **ours}
+    schedule, heads = _dataclass(Schedule, values), _dataclass(Heads, values)
+    if "alpha" in ours and heads.head_budget != "ada":
+        raise UserError(f"alpha={ours['alpha']} has no effect: it is a setting of head_budget=ada")
+    compression = Compression(method, _budget(method, values), schedule, Drop(), heads)
     compression.budget.check(method.protected, method.name)
     return compression
 
 
-def _budget(method: base.Method, ours: dict[str, Any]) -> Budget:
-    given = [k for k in BUDGET_KEYS if ours.get(k) is not None]
+def _budget(method: base.Method, values: dict[str, Any]) -> Budget:
+    """The budget that the given settings name; exactly one total must be among them."""
+    given = [k for k in BUDGET_KEYS if values.get(k) is not None]
     own = method.own_capacity
     if own is not None:
         if given:
             raise UserError(
-                f"{given[0]}={ours[given[0]]} and window_size={ours.get('window_size')} both fix the budget of "
-                f"{method.name} (window_size makes it {own} slots); give one of them"
+                f"{given[0]}={values[given[0]]} and "
+                f"{method.capacity_setting}={values.get(method.capacity_setting)} both fix "
+                f"the budget of {method.name} (the second makes it {own} slots); give one of them"
             )
-        return Slots(own)
+        given, values = ["max_capacity_prompt"], {**values, "max_capacity_prompt": own}
     if len(given) != 1:
-        got = "none" if not given else " and ".join(f"{k}={ours[k]}" for k in given)
+        got = "none" if not given else " and ".join(f"{k}={values[k]}" for k in given)
         extra = f" (or {method.capacity_setting})" if method.capacity_setting else ""
         raise UserError(
             f"{method.name} needs one budget, got {got}: max_capacity_prompt=SLOTS{extra}, keep_ratio=SHARE kept, or "
             "compression_ratio=SHARE removed"
         )
-    key, value = given[0], ours[given[0]]
-    if key == "max_capacity_prompt":
-        return Slots(_coerce(value, int, key))
-    number = _coerce(value, float, key)
-    if key == "keep_ratio":
-        return Ratio(number)
-    if not 0 <= number < 1:
-        raise UserError(f"compression_ratio={number:g} is outside [0, 1): it is the share of pairs that is removed")
-    return Ratio(float(round(1 - number, 12)))
+    pyramid = values.get("layer_budget", "uniform")
+    if pyramid not in LAYER_BUDGETS:
+        raise UserError(f"layer_budget={pyramid} is not one of: {', '.join(LAYER_BUDGETS)}")
+    for key, needs in (("beta", pyramid == "pyramid"), ("prune_after", given[0] != "max_capacity_prompt")):
+        if values.get(key) is not None and not needs:
+            wanted = "layer_budget=pyramid" if key == "beta" else "keep_ratio or compression_ratio"
+            raise UserError(f"{key}={values[key]} has no effect without {wanted}")
+    if given[0] == "max_capacity_prompt":
+        return _dataclass(Pyramid if pyramid == "pyramid" else Slots, values)
+    if pyramid == "pyramid":
+        raise UserError(f"layer_budget=pyramid shares out slots: give max_capacity_prompt instead of {given[0]}")
+    share = _coerce(values[given[0]], float, given[0])
+    if given[0] == "compression_ratio":
+        if not 0 <= share < 1:
+            raise UserError(f"compression_ratio={share:g} is outside [0, 1): it is the share of pairs that is removed")
+        share = float(round(1 - share, 12))
+    return _dataclass(RatioAbove if values.get("prune_after") is not None else Ratio, {**values, "keep_ratio": share})
 
 
 def _dataclass(cls: Any, values: dict[str, Any]) -> Any:
@@ -238,6 +262,8 @@ def _coerce(value: Any, kind: Any, name: str) -> Any:
         raise UserError(f"{name}=None: a value is needed")
     target = next(o for o in options if o is not type(None))
     try:
+        if typing.get_origin(target) is tuple:
+            return _whole_numbers(value)
         if target is bool:
             if isinstance(value, bool):
                 return value
@@ -252,10 +278,22 @@ def _coerce(value: Any, kind: Any, name: str) -> Any:
             return float(value)
         return target(value) if target is str else value
     except (ValueError, KeyError, TypeError, OverflowError):
-        wanted = {"int": "a whole number", "float": "a number", "bool": "True or False"}.get(
-            target.__name__, target.__name__
-        )
+        names = {
+            "int": "a whole number",
+            "float": "a number",
+            "bool": "True or False",
+            "tuple": "whole numbers, as [0,1]",
+        }
+        wanted = names.get(target.__name__, target.__name__)
         raise UserError(f"{name}={value!r} must be {wanted}") from None
+
+
+def _whole_numbers(value: Any) -> tuple[int, ...]:
+    """0, [0, 1], "[0,1]" or "0;1" as a tuple."""
+    if isinstance(value, str):
+        value = [v for v in value.strip("[]() ").replace(";", ",").split(",") if v.strip()]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(_coerce(v, int, "one of them") for v in values)
 
 
 def check_pretrained(pretrained: Any) -> None:

@@ -9,6 +9,10 @@ import difflib
 from collections.abc import Iterable
 
 
+# What stands in place of an answer whose request ran out of memory, for tasks whose documents say `takes_failures`.
+OUT_OF_MEMORY = "<out of memory>"
+
+
 class UserError(ValueError):
     """A wrong setting or an unusable model or input: the message is the whole story, no traceback needed."""
 

@@ -29,7 +29,7 @@ from kv_lm_eval.cache.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.generate import check_generation_settings, without_cache
 from kv_lm_eval.engine.streaming import score_documents
-from kv_lm_eval.errors import UserError
+from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
 from kv_lm_eval.metrics.compression import CompressionLog
 
 log = logging.getLogger("lm_eval.models.kvcompressed")  # below lm-eval's logger: its format, its verbosity
@@ -66,6 +66,9 @@ class KVCompressedLM(HFLM):
         self.compression_log = CompressionLog()
         self._tasks: dict[Any, list[str]] = {}
         self._batch_contexts: list[str] = []
+        self._docs: dict[str, dict[str, Any]] = {}
+        self._out_of_memory: set[str] = set()
+        self._bar: Any = None
         try:
             super().__init__(tiny.path() if pretrained == tiny.NAME else pretrained, backend="causal", **rest)
         except OSError as error:
@@ -107,8 +110,15 @@ class KVCompressedLM(HFLM):
         self._tasks = defaultdict(list)
         for request in requests:
             self._tasks[request.args[0]].append(request.task_name or "")
+        self._docs = {r.args[0]: r.doc for r in requests if isinstance(r.doc, dict)}
+        self._out_of_memory.clear()
         self._check_prompts([self.tok_encode(r.args[0]) for r in requests], [self._room(r) for r in requests])
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        hidden = disable_tqdm or self.rank != 0
+        with tqdm(total=len(requests), disable=hidden, desc="Running generate_until requests") as self._bar:
+            answers = super().generate_until(requests, disable_tqdm=True)
+        return [
+            OUT_OF_MEMORY if r.args[0] in self._out_of_memory else a for r, a in zip(requests, answers, strict=True)
+        ]
 
     def _room(self, request: Instance) -> int:
         """Tokens that a prompt may have so that its answer still fits the model's maximum."""
@@ -122,6 +132,44 @@ class KVCompressedLM(HFLM):
         return super().tok_batch_encode(strings, *args, **kwargs)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
+        """One batch; where every document `takes_failures`, running out of memory costs only what does not fit."""
+        docs = [self._docs.get(text, {}) for text in self._batch_contexts]
+        if self._bar is not None:
+            self._bar.set_postfix_str("; ".join(dict.fromkeys(str(d.get("progress_label", "")) for d in docs)))
+        try:
+            out = self._generate(context, max_length, stop, **kwargs)
+        except torch.OutOfMemoryError:
+            if not docs or not all(d.get("takes_failures") for d in docs):
+                raise
+            out = None
+        if out is None:  # outside the handler, which keeps the failed forward's tensors alive
+            out = self._row_by_row(context, max_length, stop, **kwargs)
+        if self._bar is not None:
+            self._bar.update(len(docs))
+        return out
+
+    def _row_by_row(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
+        """A batch that ran out of memory, one prompt at a time; one that still does gets no token, and a mark."""
+        texts, mask, width = self._batch_contexts, kwargs.pop("attention_mask"), context.shape[1]
+        out = context.new_full((len(texts), max_length), self.tokenizer.pad_token_id)
+        out[:, :width] = context
+        for i, text in enumerate(texts):
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._batch_contexts, padding = [text], width - int(mask[i].sum())
+            row, row_mask = context[i : i + 1, padding:], mask[i : i + 1, padding:]
+            try:
+                answer = self._generate(row, max_length - padding, stop, attention_mask=row_mask, **kwargs)
+                new = answer[0, row.shape[1] :]
+                out[i, width : width + len(new)] = new
+            except torch.OutOfMemoryError:
+                self._out_of_memory.add(text)
+                label = self._docs[text].get("progress_label", "a prompt")
+                log.warning("out of memory: %s (%d tokens) is not scored; the rest goes on", label, row.shape[1])
+        self._batch_contexts = texts
+        return out
+
+    def _generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         tasks = [self._tasks[s][0] if self._tasks.get(s) else "" for s in self._batch_contexts]
         if not self.compression.method.uses_cache:
             out = super()._model_generate(context, max_length, stop, **kwargs)
@@ -417,6 +465,13 @@ class KVCompressedLM(HFLM):
         }
         return request_cache.digest(what)
 
+    def _unless_out_of_memory(self, add_partial: Any) -> Any:
+        def add(kind: str, request: tuple[Any, ...], answer: Any) -> None:
+            if kind != "generate_until" or request[0] not in self._out_of_memory:
+                add_partial(kind, request, answer)
+
+        return add
+
     def set_cache_hook(self, cache_hook: Any) -> None:
         """--use_cache: answers of each model and method go into a table of their own in lm-eval's sqlite file.
 
@@ -424,6 +479,9 @@ class KVCompressedLM(HFLM):
         """
         if cache_hook.dbdict is not None:
             request_cache.use_own_table(cache_hook.dbdict, self.fingerprint())
+            for key in [k for k, answer in cache_hook.dbdict.items() if answer == OUT_OF_MEMORY]:
+                del cache_hook.dbdict[key]  # tried again, perhaps on a larger device
+            cache_hook.add_partial = self._unless_out_of_memory(cache_hook.add_partial)
         super().set_cache_hook(cache_hook)
 
 

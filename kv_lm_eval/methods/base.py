@@ -200,5 +200,5 @@ def _only_method(module: Any, name: str, class_name: str | None) -> type[Method]
     if len(own) != 1:
         raise UserError(f"{module.__file__} must define one subclass of Method, it has {sorted(own) or 'none'}")
     method = next(iter(own.values()))
-    method.name = method.name or name
+    method.name = method.__dict__.get("name") or name  # its own: a preset of another method must not take its name
     return method

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kv_lm_eval.methods.base import Method
-from kv_lm_eval.methods.budget import Budget
+from kv_lm_eval.methods.budget import Budget, Heads
 from kv_lm_eval.methods.evicted import Evicted
 from kv_lm_eval.methods.schedule import Schedule
 
@@ -19,11 +19,15 @@ class Compression:
     budget: Budget
     schedule: Schedule
     evicted: Evicted
+    heads: Heads = field(default_factory=Heads)
 
     def keep(self, seen: list[int], held: list[int], layer: int, num_layers: int) -> list[int]:
         """Slots each row keeps: its budget, never less than what the method protects, never more than it holds."""
-        allowed = self.budget.keep(seen, layer, num_layers)
-        return [min(h, max(a, self.method.protected, 1)) for a, h in zip(allowed, held, strict=True)]
+        if layer in self.schedule.skip_layers:
+            return list(held)
+        protected = self.method.protected
+        allowed = self.budget.keep(seen, layer, num_layers, held, protected)
+        return [min(h, max(a, protected, 1)) for a, h in zip(allowed, held, strict=True)]
 
     def evicts(self, length: int, num_layers: int) -> bool:
         """Whether a row of `length` tokens would lose anything in any layer if it were cut now."""
@@ -34,10 +38,11 @@ class Compression:
     def settings(self) -> dict[str, Any]:
         """All settings after defaults, flat, by the names of --model_args."""
         flat: dict[str, Any] = {"method": self.method.name}
-        for part in (self.method, self.budget, self.schedule):
-            flat.update({f.name: getattr(part, f.name) for f in fields(part)})
         if self.method.source:
             flat["method_source"] = self.method.source
-        if not self.method.compresses:
-            flat.pop("compress_every", None)
+        parts = (self.method, self.budget, self.heads, self.schedule) if self.method.compresses else (self.method,)
+        for part in parts:
+            flat.update({f.name: getattr(part, f.name) for f in fields(part)})
+        if flat.get("head_budget") == "uniform":
+            del flat["alpha"]
         return flat

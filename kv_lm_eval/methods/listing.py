@@ -10,7 +10,7 @@ from typing import Any
 
 from kv_lm_eval.config import ALIASES, EngineSettings
 from kv_lm_eval.methods import base
-from kv_lm_eval.methods.budget import Ratio, Slots
+from kv_lm_eval.methods.budget import Heads, Pyramid, Ratio, RatioAbove, Slots
 from kv_lm_eval.methods.schedule import Schedule
 
 
@@ -51,8 +51,14 @@ def _print_one(cls: type[base.Method], width: int) -> None:
         _print_fields(Slots, {}, width)
         _print_fields(Ratio, {}, width)
         print(_line("compression_ratio", None, "share of the pairs that is removed, 1 - keep_ratio", width))
-        print("  and:")
+        print("  shared out by:")
+        layers = "how layers share max_capacity_prompt (uniform, pyramid)"
+        print(_line("layer_budget", cls.presets.get("layer_budget", "uniform"), layers, width))
+        _print_fields(Pyramid, cls.presets, width, only="beta")
+        _print_fields(Heads, cls.presets, width)
+        print("  cut when:")
         _print_fields(Schedule, cls.presets, width)
+        _print_fields(RatioAbove, cls.presets, width, only="prune_after")
     print("  every method:")
     _print_fields(EngineSettings, {}, width)
     names = {f.name for f in dataclasses.fields(cls)} | {"max_capacity_prompt"}
@@ -60,8 +66,10 @@ def _print_one(cls: type[base.Method], width: int) -> None:
         print("\n" + textwrap.fill("Other names understood: " + ", ".join(aliases) + ".", width))
 
 
-def _print_fields(cls: Any, presets: dict[str, Any], width: int) -> None:
+def _print_fields(cls: Any, presets: dict[str, Any], width: int, only: str = "") -> None:
     for field in dataclasses.fields(cls):
+        if only and field.name != only:
+            continue
         default = presets.get(field.name, field.default)
         about = field.metadata.get("help", "")
         if choices := field.metadata.get("choices"):

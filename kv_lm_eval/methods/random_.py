@@ -16,9 +16,14 @@ class Random(Method):
     seed: int = setting(0, "another seed, another choice")
 
     def score(self, view: View) -> Tensor:
-        heads = torch.arange(view.keys.shape[1], device=view.pos.device).view(1, -1, 1)
-        x = view.pos.long() + 0x9E3779B1 * (heads + 1) + 0x85EBCA77 * (view.layer + 1) + 0xC2B2AE3D * (self.seed + 1)
-        for factor in (0x7FEB352D, 0x846CA68B):  # two rounds of an avalanche hash on 32 bits
-            x = x & 0xFFFFFFFF
-            x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
-        return ((x ^ (x >> 15)) & 0xFFFFFF).float()
+        return position_hash(view, self.seed)
+
+
+def position_hash(view: View, seed: int) -> Tensor:
+    """A number in [0, 2^24) for every slot, [B, K, N]: two rounds of an avalanche hash on 32 bits."""
+    heads = torch.arange(view.keys.shape[1], device=view.pos.device).view(1, -1, 1)
+    x = view.pos.long() + 0x9E3779B1 * (heads + 1) + 0x85EBCA77 * (view.layer + 1) + 0xC2B2AE3D * (seed + 1)
+    for factor in (0x7FEB352D, 0x846CA68B):
+        x = x & 0xFFFFFFFF
+        x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
+    return ((x ^ (x >> 15)) & 0xFFFFFF).float()

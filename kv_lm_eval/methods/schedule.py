@@ -14,15 +14,21 @@ from kv_lm_eval.errors import UserError
 
 @dataclass(frozen=True)
 class Schedule:
-    """Cut after the prefill, and every `compress_every` tokens from then on."""
+    """Cut after the prefill, and every `compress_every` tokens from then on; some layers never."""
 
     compress_every: int = field(
         default=0, metadata={"help": "cut again every this many tokens fed after the prefill; 0: never again"}
     )
 
+    skip_layers: tuple[int, ...] = field(
+        default=(), metadata={"help": "indices of layers that are never cut, as [0,1] or 0"}
+    )
+
     def __post_init__(self) -> None:
         if self.compress_every < 0:
             raise UserError(f"compress_every={self.compress_every} is negative; 0 means 'only after the prefill'")
+        if any(layer < 0 for layer in self.skip_layers):
+            raise UserError(f"skip_layers={list(self.skip_layers)}: layers are counted from 0")
 
     @property
     def online(self) -> bool:

@@ -112,7 +112,7 @@ def test_appending_token_by_token_keeps_what_was_there() -> None:
 def test_kept_slots_are_in_order_and_rows_with_fewer_have_their_empty_ones_first() -> None:
     scores = torch.tensor([[[5.0, 1, 4, 2, 3]], [[0.0, 0, 9, 8, 7]]])
     pos = torch.tensor([[[0, 1, 2, 3, 4]], [[-1, -1, 0, 1, 2]]])
-    index, valid = choose(scores, pos, [3, 2])
+    index, valid = choose(scores, pos, torch.tensor([[3], [2]]))
     assert index[0, 0].tolist() == [0, 2, 4] and valid[0, 0].all()
     assert valid[1, 0].tolist() == [False, True, True] and index[1, 0, 1:].tolist() == [2, 3]
 
@@ -120,9 +120,11 @@ def test_kept_slots_are_in_order_and_rows_with_fewer_have_their_empty_ones_first
 def test_ties_go_to_the_older_token_and_empty_slots_are_never_chosen() -> None:
     pos = torch.tensor([[[-1, -1, *range(30)]]])
     scores = torch.zeros(1, 1, 32)
-    assert choose(scores, pos, [7])[0].tolist() == [[list(range(2, 9))]]
+    assert choose(scores, pos, torch.tensor([[7]]))[0].tolist() == [[list(range(2, 9))]]
     scores[..., 2:] = float("-inf")
-    assert choose(scores, pos, [7])[0].tolist() == [[list(range(2, 9))]], "even where all scores are minus infinity"
+    assert choose(scores, pos, torch.tensor([[7]]))[0].tolist() == [[list(range(2, 9))]], (
+        "even where all scores are minus infinity"
+    )
 
 
 def test_each_head_keeps_its_own_slots_with_their_positions_and_mass() -> None:

@@ -18,6 +18,10 @@ METHODS = {
     "window": {"method": "window"},
     "streaming_llm": {"method": "streaming_llm", "n_sink": 4, "positions": "absolute"},
     "streaming_llm in_cache": {"method": "streaming_llm", "n_sink": 4},
+    "keydiff": {"method": "keydiff"},
+    "lagkv": {"method": "lagkv", "n_sink": 2, "lag_size": 5},
+    "adakv": {"method": "adakv", "window_size": 4},
+    "knorm ada": {"method": "knorm", "head_budget": "ada", "alpha": 0},
 }
 STEPS = 8
 LENGTHS = st.lists(st.integers(1, 45), min_size=2, max_size=3)
