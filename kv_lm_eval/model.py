@@ -55,6 +55,7 @@ class KVCompressedLM(HFLM):
         if pretrained is None:
             raise UserError("which model? Add pretrained=NAME to --model_args (pretrained=kv-tiny is embedded)")
         config.check_pretrained(pretrained)
+        rest["device"] = rest.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
         if rest.pop("backend", "default") == "seq2seq":
             raise UserError("backend=seq2seq: only causal language models have the KV cache that is compressed here")
         if rest.get("attn_implementation") not in (None, "sdpa", "eager") and self.compression.method.uses_cache:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny as tiny_models
+import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
@@ -185,3 +187,24 @@ def test_sizes_do_not_depend_on_the_batch_size_although_batches_run_to_their_slo
         return {k: v for k, v in mine.items() if k not in ("kv_bytes_allocated_mean", "overhead_bytes_mean", "by_task")}
 
     assert stats(1) == pytest.approx(stats(4))
+
+
+def test_a_document_beyond_the_models_maximum_is_noted_where_positions_stay_true(caplog):
+    load("kvcompressed", method="snapkv", max_capacity_prompt=40, max_length=128).loglikelihood_rolling(
+        documents(), disable_tqdm=True
+    )
+    assert "passes the model's maximum of 128" in caplog.text
+    caplog.clear()
+    load(
+        "kvcompressed", method="streaming_llm", window_size=36, compress_every=8, max_length=128
+    ).loglikelihood_rolling(documents(), disable_tqdm=True)
+    assert "passes the model's maximum" not in caplog.text
+
+
+def test_learned_positions_cannot_be_streamed_beyond_their_end(tmp_path):
+    model = tiny_models.build("gpt2", vocab_size=2048, n_positions=128)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.path())
+    lm = get_model("kvcompressed")(pretrained=model, tokenizer=tokenizer, method="knorm", max_capacity_prompt=40)
+    with pytest.raises(UserError, match="passes the 128 positions that this model has learned"):
+        lm.loglikelihood_rolling(documents(), disable_tqdm=True)
+    assert lm.loglikelihood(choices()[:4], disable_tqdm=True)
