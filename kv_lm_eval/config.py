@@ -18,7 +18,7 @@ from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.methods import base
 from kv_lm_eval.methods.budget import Budget, Everything, Heads, Pyramid, Ratio, RatioAbove, Slots
 from kv_lm_eval.methods.compression import Compression
-from kv_lm_eval.methods.evicted import Drop
+from kv_lm_eval.methods.evicted import Compensate, Drop, Evicted
 from kv_lm_eval.methods.schedule import Schedule
 
 ALIASES = {  # names used by the papers and their repositories -> ours
@@ -32,9 +32,10 @@ ALIASES = {  # names used by the papers and their repositories -> ours
     "window_sizes": "window_size",
     "kernel_sizes": "kernel_size",
 }
-VALUE_ALIASES = {("pooling", "maxpool"): "max", ("pooling", "avgpool"): "avg"}
+VALUE_ALIASES = {("pooling", "maxpool"): "max", ("pooling", "avgpool"): "avg", ("block_size", "fullc"): "full"}
 BUDGET_KEYS = ("max_capacity_prompt", "keep_ratio", "compression_ratio")
 LAYER_BUDGETS = ("uniform", "pyramid")
+COMPENSATION_KEYS = ("block_size", "empty_block", "weight")
 COMMON_KEYS = {
     *BUDGET_KEYS,
     "layer_budget",
@@ -44,6 +45,8 @@ COMMON_KEYS = {
     "alpha",
     "compress_every",
     "skip_layers",
+    "evicted",
+    *COMPENSATION_KEYS,
 }
 
 # from_pretrained arguments that lm-eval users pass through --model_args beyond HFLM's own
@@ -186,7 +189,7 @@ def _build(cls: type[base.Method], ours: dict[str, Any]) -> Compression:
     schedule, heads = _dataclass(Schedule, values), _dataclass(Heads, values)
     if "alpha" in ours and heads.head_budget != "ada":
         raise UserError(f"alpha={ours['alpha']} has no effect: it is a setting of head_budget=ada")
-    compression = Compression(method, _budget(method, values), schedule, Drop(), heads)
+    compression = Compression(method, _budget(method, values), schedule, _evicted(method, values), heads)
     compression.budget.check(method.protected, method.name)
     return compression
 
@@ -227,6 +230,17 @@ def _budget(method: base.Method, values: dict[str, Any]) -> Budget:
             raise UserError(f"compression_ratio={share:g} is outside [0, 1): it is the share of pairs that is removed")
         share = float(round(1 - share, 12))
     return _dataclass(RatioAbove if values.get("prune_after") is not None else Ratio, {**values, "keep_ratio": share})
+
+
+def _evicted(method: base.Method, values: dict[str, Any]) -> Evicted:
+    kind = _dataclass(Drop, values).evicted  # coerced, and one of its choices
+    if kind == "drop":
+        if given := [k for k in COMPENSATION_KEYS if k in values]:
+            raise UserError(f"{given[0]}={values[given[0]]} has no effect: it is a setting of evicted=compensate")
+        return Drop()
+    evicted = _dataclass(Compensate, values)
+    evicted.check(method)
+    return evicted
 
 
 def _dataclass(cls: Any, values: dict[str, Any]) -> Any:
@@ -276,6 +290,8 @@ def _coerce(value: Any, kind: Any, name: str) -> Any:
             if isinstance(value, bool):
                 raise ValueError
             return float(value)
+        if target is str and isinstance(value, float) and value.is_integer():
+            return str(int(value))
         return target(value) if target is str else value
     except (ValueError, KeyError, TypeError, OverflowError):
         names = {

@@ -27,6 +27,12 @@ METHODS = {  # at a budget of N slots a KV head and layer
     "knorm": lambda n: {"method": "knorm", "max_capacity_prompt": n},
     "h2o": lambda n: {"method": "h2o", "max_capacity_prompt": n, "compress_every": 16},
     "tova": lambda n: {"method": "tova", "max_capacity_prompt": n, "compress_every": 16},
+    "snapkv_comp": lambda n: {
+        "method": "snapkv_comp",
+        "max_capacity_prompt": n,
+        "window_size": min(16, n // 2),
+        "block_size": n,
+    },
     "pyramidkv": lambda n: {"method": "pyramidkv", "max_capacity_prompt": n, "window_size": min(16, n // 2)},
     "adakv": lambda n: {"method": "adakv", "max_capacity_prompt": n, "window_size": min(16, n // 2)},
     "keydiff": lambda n: {"method": "keydiff", "max_capacity_prompt": n},

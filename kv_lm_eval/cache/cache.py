@@ -228,9 +228,9 @@ class CompressedCache(Cache):
         scores = self.compression.method.score(view)
         if self.mode != "decode" and not scores.isfinite().logical_or(scores.isinf()).all():
             raise FloatingPointError(f"{self.compression.method.name} scored a slot NaN in layer {layer}")
-        index, valid = choose(scores, store.pos, self.compression.heads.split(scores, store.pos, keep))
-        keys, values = self.compression.evicted.treat(view, index, valid)
-        store.replace(keys, values, index, valid, room=min(self.compression.schedule.compress_every, MAX_ROOM))
+        counts = self.compression.heads.split(scores, store.pos, keep)
+        kept = self.compression.evicted.cut(self.compression.method, view, scores, counts)
+        store.replace(kept, room=min(self.compression.schedule.compress_every, MAX_ROOM))
         fresh = [h == s for h, s in zip(held, self.seen, strict=True)]  # rows that lose tokens for the first time
         self.held[layer] = keep
         if self.compression.method.in_cache_sinks and self.facts.rope_kinds[layer] == "rope":
@@ -295,24 +295,3 @@ class CompressedCache(Cache):
             "overhead_bytes": sum(s.overhead_bytes for s in self.stores) / max(len(rows), 1),
             "peak_slots": list(peaks),
         }
-
-
-def choose(scores: torch.Tensor, pos: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The slots with the highest scores, in order of position.
-
-    Args:
-        scores: [B, 1 or K, N]. pos: [B, 1 or K, N], -1 where empty.
-        keep: [B, 1 or K] slots per row and head, on the host.
-
-    Returns:
-        index, valid: [B, heads, M] with M = max(keep); rows and heads that keep fewer have their empty entries first.
-        Ties go to the older token, so the choice does not depend on the batch, the device or the sort's mood.
-    """
-    smallest = torch.finfo(torch.float32).min
-    scores = scores.float()
-    scores = torch.where(pos >= 0, scores.clamp_min(smallest), float("-inf"))
-    order = scores.argsort(dim=-1, descending=True, stable=True)[..., : int(keep.max())]
-    rank = torch.arange(order.shape[-1], device=order.device)
-    valid = (rank < keep.to(order.device).unsqueeze(-1)).expand_as(order)
-    index = torch.where(valid, order, -1).sort(dim=-1).values
-    return index.clamp_min(0), index >= 0

@@ -8,9 +8,24 @@ first, as with left padding, so that new tokens always follow the newest old one
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 MIN_HEADROOM = 64  # slots allocated beyond those in use, so that decoding does not reallocate at every token
+
+
+@dataclass
+class Kept:
+    """What a layer holds after a cut: keys, values [B, K, M, D], pos [B, 1 or K, M], mass [B, K, M].
+
+    Empty slots come first, with pos -1.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    pos: torch.Tensor
+    mass: torch.Tensor | None
 
 
 class LayerStore:
@@ -93,37 +108,28 @@ class LayerStore:
         """Frees what only scoring needs, once no further cut will come."""
         self._mass = self.queries = self.query_pos = None
 
-    def replace(
-        self, keys: torch.Tensor, values: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, room: int
-    ) -> None:
-        """Puts M kept slots (already gathered keys and values, [B, K, M, D]) in the place of all slots.
+    def replace(self, kept: Kept, room: int) -> None:
+        """Puts the slots that stay in the place of all slots.
 
         Args:
-            index, valid: [B, 1 or K, M] which old slots they were, and which entries are real.
             room: tokens that will be added before the next cut; the storage is sized for them.
         """
-        kept = index.shape[2]
-        heads = max(self.pos.shape[1], index.shape[1])
-        index_pos = index.expand(-1, heads, -1)
-        old_pos = self.pos.expand(-1, heads, -1).gather(2, index_pos)
-        new_pos = torch.where(valid.expand_as(index_pos), old_pos, -1)
-        mass = self.mass
-        new_mass = None if mass is None else mass.gather(2, index.expand(-1, mass.shape[1], -1))
         assert self._keys is not None and self._values is not None and self._pos is not None
-        capacity = kept + max(room, MIN_HEADROOM)
-        fits = kept + room <= self._keys.shape[2] <= 2 * capacity and self._pos.shape[1] == new_pos.shape[1]
+        length = kept.keys.shape[2]
+        capacity = length + max(room, MIN_HEADROOM)
+        fits = length + room <= self._keys.shape[2] <= 2 * capacity and self._pos.shape[1] == kept.pos.shape[1]
         if not fits:
-            shape = (keys.shape[0], keys.shape[1], capacity)
-            self._keys = keys.new_empty(*shape, keys.shape[3])
-            self._values = values.new_empty(*shape, values.shape[3])
-            self._pos = new_pos.new_full((shape[0], new_pos.shape[1], capacity), -1)
-            self._mass = None if new_mass is None else new_mass.new_zeros(shape)
-        self._keys[:, :, :kept] = keys
-        self._values[:, :, :kept] = values
-        self._pos[:, :, :kept] = new_pos
-        if new_mass is not None and self._mass is not None:
-            self._mass[:, :, :kept] = new_mass
-        self.length = kept
+            shape = (*kept.keys.shape[:2], capacity)
+            self._keys = kept.keys.new_empty(*shape, kept.keys.shape[3])
+            self._values = kept.values.new_empty(*shape, kept.values.shape[3])
+            self._pos = kept.pos.new_full((shape[0], kept.pos.shape[1], capacity), -1)
+            self._mass = None if kept.mass is None else kept.mass.new_zeros(shape)
+        self._keys[:, :, :length] = kept.keys
+        self._values[:, :, :length] = kept.values
+        self._pos[:, :, :length] = kept.pos
+        if kept.mass is not None and self._mass is not None:
+            self._mass[:, :, :length] = kept.mass
+        self.length = length
 
     def drop_oldest(self, keep: int) -> None:
         """Keeps the last `keep` slots of every row (layers whose own attention is a sliding window)."""

@@ -106,6 +106,10 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} has no score()")
 
+    def weights(self, view: View) -> torch.Tensor | None:
+        """Attention that each token received, [B, K, N] float32, for treatments that average pairs; None: not known."""
+        return None
+
     @property
     def num_queries(self) -> int:
         """How many of the last queries `score` asks `view.attention` for; 0 if none."""

@@ -40,7 +40,11 @@ class Compression:
         flat: dict[str, Any] = {"method": self.method.name}
         if self.method.source:
             flat["method_source"] = self.method.source
-        parts = (self.method, self.budget, self.heads, self.schedule) if self.method.compresses else (self.method,)
+        parts = (
+            (self.method, self.budget, self.heads, self.schedule, self.evicted)
+            if self.method.compresses
+            else (self.method,)
+        )
         for part in parts:
             flat.update({f.name: getattr(part, f.name) for f in fields(part)})
         if flat.get("head_budget") == "uniform":

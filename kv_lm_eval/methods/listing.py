@@ -11,6 +11,7 @@ from typing import Any
 from kv_lm_eval.config import ALIASES, EngineSettings
 from kv_lm_eval.methods import base
 from kv_lm_eval.methods.budget import Heads, Pyramid, Ratio, RatioAbove, Slots
+from kv_lm_eval.methods.evicted import Compensate
 from kv_lm_eval.methods.schedule import Schedule
 
 
@@ -59,6 +60,8 @@ def _print_one(cls: type[base.Method], width: int) -> None:
         print("  cut when:")
         _print_fields(Schedule, cls.presets, width)
         _print_fields(RatioAbove, cls.presets, width, only="prune_after")
+        print("  the rest:")
+        _print_fields(Compensate, {"evicted": "drop", **cls.presets}, width)
     print("  every method:")
     _print_fields(EngineSettings, {}, width)
     names = {f.name for f in dataclasses.fields(cls)} | {"max_capacity_prompt"}

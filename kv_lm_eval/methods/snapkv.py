@@ -41,9 +41,12 @@ class SnapKV(Method):
     def protected(self) -> int:
         return self.window_size
 
+    def weights(self, view: View) -> Tensor:
+        votes = view.attention(self.window_size).sum(3).mean(2)  # [B, K, N]
+        return votes.masked_fill(view.recent(self.window_size), 0.0)
+
     def score(self, view: View) -> Tensor:
-        recent = view.recent(self.window_size)
-        votes = view.attention(self.window_size).sum(3).mean(2).masked_fill(recent, 0.0)  # [B, K, N]
+        recent, votes = view.recent(self.window_size), self.weights(view)
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
         pooled = pool(votes, self.kernel_size, stride=1, padding=self.kernel_size // 2)
         return pooled.masked_fill(recent, float("inf"))

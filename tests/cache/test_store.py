@@ -9,8 +9,8 @@ import pytest
 import tiny
 import torch
 
-from kv_lm_eval.cache.cache import choose
-from kv_lm_eval.cache.store import MIN_HEADROOM, LayerStore
+from kv_lm_eval.cache.store import MIN_HEADROOM, Kept, LayerStore
+from kv_lm_eval.methods.evicted import choose
 
 OBSERVING = {"method": "snapkv", "window_size": 5, "max_capacity_prompt": 12, "compress_every": 4}
 ACCUMULATING = {"method": "h2o", "max_capacity_prompt": 12, "compress_every": 4}
@@ -132,7 +132,8 @@ def test_each_head_keeps_its_own_slots_with_their_positions_and_mass() -> None:
     store.add_mass(torch.arange(12).float().view(1, 2, 6))
     index = torch.tensor([[[0, 2, 5], [1, 3, 4]]])
     keys = store.keys.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, 8))
-    store.replace(keys, -keys, index, torch.ones_like(index, dtype=torch.bool), room=1)
+    pos = store.pos.expand(-1, 2, -1).gather(2, index)
+    store.replace(Kept(keys, -keys, pos, store.mass.gather(2, index)), room=1)
     assert store.pos.tolist() == [[[0, 2, 5], [1, 3, 4]]]
     assert store.mass.tolist() == [[[0, 2, 5], [7, 9, 10]]]
     store.append(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), torch.tensor([[6]]))

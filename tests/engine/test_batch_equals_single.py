@@ -19,6 +19,7 @@ METHODS = {
     "streaming_llm": {"method": "streaming_llm", "n_sink": 4, "positions": "absolute"},
     "streaming_llm in_cache": {"method": "streaming_llm", "n_sink": 4},
     "keydiff": {"method": "keydiff"},
+    "snapkv_comp": {"method": "snapkv_comp", "window_size": 4, "block_size": 5},
     "lagkv": {"method": "lagkv", "n_sink": 2, "lag_size": 5},
     "adakv": {"method": "adakv", "window_size": 4},
     "knorm ada": {"method": "knorm", "head_budget": "ada", "alpha": 0},

@@ -22,6 +22,7 @@ METHODS = {
     "streaming_llm": {"method": "streaming_llm", "n_sink": 2, "window_size": 12, "positions": "absolute"},
     "streaming_llm in_cache": {"method": "streaming_llm", "n_sink": 2, "window_size": 12},
     "keydiff": {"method": "keydiff", "max_capacity_prompt": 14},
+    "snapkv_comp": {"method": "snapkv_comp", "window_size": 4, "block_size": 5, "max_capacity_prompt": 14},
     "adakv": {"method": "adakv", "window_size": 4, "max_capacity_prompt": 14},
     "pyramidkv": {"method": "pyramidkv", "window_size": 4, "max_capacity_prompt": 14},
     "l2_fixed": {"method": "l2_fixed", "cache_size": 14},
