@@ -38,7 +38,7 @@ def wrap(model: PreTrainedModel, compression: Compression) -> ModelFacts:
     """
     original = model.config._attn_implementation
     if original == attention.NAME:  # wrapped before, for another method
-        original = model._kv_own_attention
+        original = getattr(model, "_kv_own_attention", "sdpa")
     kind = type(model).__name__
     if not model._can_set_attn_implementation():
         raise UserError(
@@ -97,14 +97,23 @@ def _logits(model: PreTrainedModel, new_cache: Any, implementation: str) -> list
 
 
 def _compare(kind: str, expected: list[torch.Tensor], got: list[torch.Tensor], dtype: torch.dtype) -> None:
-    for name, a, b in zip(("prefill", "chunk", "decode", "decode"), expected, got, strict=True):
-        error = ((a - b).norm() / a.norm().clamp_min(1e-9)).item()
-        if not error <= TOLERANCE.get(dtype, 1e-1):  # also catches NaN
+    """Refuses the model if any token's logits differ by more than rounding.
+
+    In half precision one token in four may: a mixture of experts can route a token elsewhere over a rounding.
+    """
+    allowed = TOLERANCE.get(dtype, 1e-1)
+    share = 0.75 if dtype in (torch.float16, torch.bfloat16) else 1.0
+    for name, a, b in (
+        ("prefill", expected[0], got[0]),
+        ("chunk", expected[1], got[1]),
+        ("decode", torch.cat(expected[2:]), torch.cat(got[2:])),
+    ):
+        errors = (a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-9)
+        error = errors.quantile(share).item() if errors.isfinite().all() else float("nan")
+        if not error <= allowed:  # also catches NaN
             raise UserError(
-                f"{kind} does not pass the self-check: without any compression, its {name} logits "
-                "through our attention "
-                f"differ from its own by {error:.1e} (relative, allowed "
-                f"{TOLERANCE.get(dtype, 1e-1):.0e}). It probably shares "
+                f"{kind} does not pass the self-check: without any compression, its {name} logits through our "
+                f"attention differ from its own by {error:.1e} (relative, allowed {allowed:.0e}). It probably shares "
                 "caches between layers or uses attention that we do not reproduce, so its results would be wrong."
             )
 
@@ -112,9 +121,8 @@ def _compare(kind: str, expected: list[torch.Tensor], got: list[torch.Tensor], d
 def _check_positions(model: PreTrainedModel, facts: ModelFacts, kind: str) -> None:
     if facts.all_sliding:
         raise UserError(
-            f"positions=in_cache on {kind}: all of its layers are sliding windows of "
-            f"{facts.sliding_windows[0]} tokens, which "
-            "cut off the sinks by their true distance. Use positions=absolute, or switch the model's "
+            f"positions=in_cache on {kind}: all of its layers are sliding windows of {facts.sliding_windows[0]} "
+            "tokens, which cut off the sinks by their true distance. Use positions=absolute, or switch the model's "
             "sliding window off "
             "with model_kwargs={'sliding_window': None}."
         )
