@@ -102,6 +102,7 @@ def test_the_command_writes_a_results_file_that_says_what_was_compressed(tmp_pat
         "head_budget": "uniform",
         "compress_every": 0,
         "skip_layers": [],
+        "evicted": "drop",
         "tail_tokens": 1,
         "rolling_compress_every": 64,
         "overlong": "error",
