@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 # What stands in place of an answer whose request ran out of memory, for tasks whose documents say `takes_failures`.
 OUT_OF_MEMORY = "<out of memory>"
 

@@ -1,0 +1,42 @@
+"""Draws needle heat-maps from lm-eval results, after a stock `lm_eval` run or to compare runs of several folders.
+
+    python scripts/needle_heatmap.py RESULTS... [--output STEM] [--metric NAME] [--colours viridis] [--title TEXT]
+
+RESULTS are results_*.json or samples_*.jsonl files of kv_needle tasks, or folders that hold results. All runs of a task
+go side by side into one picture, full caches first. Writes STEM_<task>.png, .svg, .csv and .json; the last line printed
+is a JSON document with the files and the mean of each panel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from needle import heatmap
+
+
+def main() -> None:
+    """Read, group by task, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("heatmap"), help="path of the pictures, without ending")
+    parser.add_argument("--metric", help="a score's name; default: the main one of each task")
+    parser.add_argument("--colours", choices=heatmap.COLOURS, default="classic")
+    parser.add_argument("--title", default="")
+    args = parser.parse_args()
+    try:
+        panels = heatmap.read(args.results, args.metric)
+    except ValueError as error:
+        parser.error(str(error))
+    written = {}
+    for task in dict.fromkeys(panel.task for panel in panels):
+        of_task = [panel for panel in panels if panel.task == task]
+        stem = args.output.with_name(f"{args.output.name}_{task}")
+        files = heatmap.write(of_task, stem, args.colours, args.title)
+        written[task] = {"files": list(map(str, files)), "means": {p.label: p.mean for p in of_task}}
+    print(json.dumps(written))
+
+
+if __name__ == "__main__":
+    main()
