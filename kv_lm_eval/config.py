@@ -35,19 +35,15 @@ ALIASES = {  # names used by the papers and their repositories -> ours
 VALUE_ALIASES = {("pooling", "maxpool"): "max", ("pooling", "avgpool"): "avg", ("block_size", "fullc"): "full"}
 BUDGET_KEYS = ("max_capacity_prompt", "keep_ratio", "compression_ratio")
 LAYER_BUDGETS = ("uniform", "pyramid")
-COMPENSATION_KEYS = ("block_size", "empty_block", "weight")
-COMMON_KEYS = {
-    *BUDGET_KEYS,
-    "layer_budget",
-    "beta",
-    "prune_after",
-    "head_budget",
-    "alpha",
-    "compress_every",
-    "skip_layers",
-    "evicted",
-    *COMPENSATION_KEYS,
-}
+
+
+def _names(*parts: Any) -> set[str]:
+    return {field.name for part in parts for field in dataclasses.fields(part)}
+
+
+COMPENSATION_KEYS = _names(Compensate) - _names(Drop)
+PARTS = (Slots, Ratio, RatioAbove, Pyramid, Heads, Schedule, Compensate)
+COMMON_KEYS = _names(*PARTS) | {*BUDGET_KEYS, "layer_budget"}
 
 # from_pretrained arguments that lm-eval users pass through --model_args beyond HFLM's own
 FROM_PRETRAINED_KEYS = frozenset(
@@ -141,14 +137,11 @@ def _put(ours: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _known_keys(cls: type[base.Method]) -> set[str]:
-    own = {f.name for f in dataclasses.fields(cls)}
-    engine = {f.name for f in dataclasses.fields(EngineSettings)}
-    return own | engine | (COMMON_KEYS if cls.compresses else set())
+    return _names(cls, EngineSettings) | (COMMON_KEYS if cls.compresses else set())
 
 
 def _unknown(key: str, cls: type[base.Method], known: set[str], resembling: set[str]) -> str:
-    own = sorted(known - {f.name for f in dataclasses.fields(EngineSettings)})
-    engine = sorted(f.name for f in dataclasses.fields(EngineSettings))
+    own, engine = sorted(known - _names(EngineSettings)), sorted(_names(EngineSettings))
     takes = ", ".join(own) if own else "no settings"
     return (
         f"unknown setting {key!r}{close_names(key, resembling | set(ALIASES))}. method={cls.name} takes {takes}; every "
@@ -235,7 +228,7 @@ def _budget(method: base.Method, values: dict[str, Any]) -> Budget:
 def _evicted(method: base.Method, values: dict[str, Any]) -> Evicted:
     kind = _dataclass(Drop, values).evicted  # coerced, and one of its choices
     if kind == "drop":
-        if given := [k for k in COMPENSATION_KEYS if k in values]:
+        if given := sorted(COMPENSATION_KEYS & set(values)):
             raise UserError(f"{given[0]}={values[given[0]]} has no effect: it is a setting of evicted=compensate")
         return Drop()
     evicted = _dataclass(Compensate, values)

@@ -71,7 +71,7 @@ class KVCompressedLM(HFLM):
         self._out_of_memory: set[str] = set()
         self._bar: Any = None
         try:
-            super().__init__(tiny.path() if pretrained == tiny.NAME else pretrained, backend="causal", **rest)
+            super().__init__(tiny.resolve(pretrained), backend="causal", **rest)
         except OSError as error:
             raise UserError(f"pretrained={pretrained} could not be loaded: {str(error).splitlines()[0]}") from error
         self._set_ranks()

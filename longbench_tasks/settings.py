@@ -130,10 +130,6 @@ def _load_arguments(metadata: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple((key, metadata[key]) for key in keys if metadata.get(key))
 
 
-def _path(name: str) -> str:
-    return tiny.path() if name == tiny.NAME else name
-
-
 def _tokenizer(metadata: Mapping[str, Any]) -> Any:
     given = metadata.get("tokenizer") or metadata.get("pretrained")
     if given is None:
@@ -143,7 +139,7 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Any:
             return given  # a loaded tokenizer, from Python
         given = str(getattr(given, "name_or_path", ""))
     try:
-        return _load_tokenizer(_path(given), metadata.get("use_fast_tokenizer", True), _load_arguments(metadata))
+        return _load_tokenizer(tiny.resolve(given), metadata.get("use_fast_tokenizer", True), _load_arguments(metadata))
     except Exception as error:  # whatever transformers and the hub raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(NO_TOKENIZER.format(why=f"{given!r} has none that loads ({reason})")) from error
@@ -162,7 +158,7 @@ def _model_max_length(metadata: Mapping[str, Any], tokenizer: Any) -> int | None
         return int(float(metadata["max_length"]))
     given = metadata.get("pretrained")
     if given is not None:
-        config = getattr(given, "config", None) or _load_config(_path(str(given)), _load_arguments(metadata))
+        config = getattr(given, "config", None) or _load_config(tiny.resolve(str(given)), _load_arguments(metadata))
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         for key in LENGTH_KEYS:
             if length := getattr(config, key, None) or getattr(text_config, key, None):

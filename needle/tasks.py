@@ -289,7 +289,7 @@ def _tokenizer_name(metadata: Mapping[str, Any]) -> str:
         value = metadata.get(key)
         value = getattr(value, "name_or_path", value)
         if isinstance(value, str) and value:
-            return tiny.path() if value == tiny.NAME else value
+            return tiny.resolve(value)
     raise UserError(
         "the needle tasks count tokens with the model's own tokenizer and found none: add pretrained=NAME to "
         '--model_args, or "tokenizer": "NAME" to --metadata'

@@ -7,7 +7,9 @@ reason. A second probe says whether keys can be moved in position, for the metho
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -187,6 +189,7 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return next(model.get_input_embeddings().parameters()).device
 
 
-def takes_logits_to_keep(model: torch.nn.Module) -> bool:
-    """Whether forward() can be asked for the last logits only."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+@functools.cache
+def takes_logits_to_keep(forward: Callable[..., Any]) -> bool:
+    """Whether a class's forward() can be asked for the last logits only; asked at every forward, so looked up once."""
+    return "logits_to_keep" in inspect.signature(forward).parameters

@@ -29,6 +29,10 @@ class RopeKit:
             (m for m in model.modules() if "RotaryEmbedding" in type(m).__name__ and _has_frequencies(m)), None
         )
 
+        self._by_layer_type = (
+            self._rotary is not None and "layer_type" in inspect.signature(self._rotary.forward).parameters
+        )
+
     def available(self, layer: int) -> bool:
         """Whether the layer's file has a rotary function and the model a rotary table."""
         return self._rotary is not None and self._apply(layer) is not None
@@ -58,7 +62,7 @@ class RopeKit:
         rotary = self._rotary
         assert rotary is not None
         like = torch.empty(1, dtype=torch.float32, device=keys.device)  # float32 tables even for half-precision keys
-        if "layer_type" in inspect.signature(rotary.forward).parameters:
+        if self._by_layer_type:
             layer_type = getattr(self._modules[layer], "layer_type", None)
             cos, sin = rotary(like, positions, layer_type)
             scaling = getattr(rotary, f"{layer_type}_attention_scaling", 1.0)

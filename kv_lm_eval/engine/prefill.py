@@ -46,7 +46,7 @@ def feed(
         mask[b, part] = 1
     ragged = any(len(row) < width for row in rows)
     cache.next_counts = [len(row) for row in rows] if ragged else None
-    keep = {"logits_to_keep": logits} if takes_logits_to_keep(model) else {}
+    keep = {"logits_to_keep": logits} if takes_logits_to_keep(type(model).forward) else {}
     out = model(
         input_ids=ids.to(device),
         attention_mask=mask.to(device) if ragged else None,

@@ -59,7 +59,7 @@ def _print_one(cls: type[base.Method], width: int) -> None:
         _print_fields(Heads, cls.presets, width)
         print("  cut when:")
         _print_fields(Schedule, cls.presets, width)
-        _print_fields(RatioAbove, cls.presets, width, only="prune_after")
+        _print_fields(RatioAbove, {"prune_after": None}, width, only="prune_after")  # unset is not 0
         print("  the rest:")
         _print_fields(Compensate, {"evicted": "drop", **cls.presets}, width)
     print("  every method:")

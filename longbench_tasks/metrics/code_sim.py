@@ -9,18 +9,23 @@ Reference: THUDM/LongBench@2e00731, metrics.py code_sim_score; fuzzywuzzy 0.18.0
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 
 
 def score(prediction: str, reference: str, all_classes: Sequence[str] | None = None) -> float:
     """Returns a multiple of 0.01."""
+    return similarity(prediction, reference, lambda line, wanted: SequenceMatcher(None, line, wanted).ratio())
+
+
+def similarity(prediction: str, reference: str, ratio: Callable[[str, str], float]) -> float:
+    """The first line of code against the reference, in whole percent of a ratio of two different texts."""
     line = first_line_of_code(prediction)
     if line == reference:
         return 1.0
     if not line or not reference:
         return 0.0
-    return round(100 * SequenceMatcher(None, line, reference).ratio()) / 100
+    return round(100 * ratio(line, reference)) / 100
 
 
 def first_line_of_code(prediction: str) -> str:

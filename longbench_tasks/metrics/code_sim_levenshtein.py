@@ -8,17 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from longbench_tasks.metrics.code_sim import first_line_of_code
+from longbench_tasks.metrics.code_sim import similarity
 
 
 def score(prediction: str, reference: str, all_classes: Sequence[str] | None = None) -> float:
     """Returns a multiple of 0.01."""
-    line = first_line_of_code(prediction)
-    if line == reference:
-        return 1.0
-    if not line or not reference:
-        return 0.0
-    return round(100 * 2 * lcs_length(line, reference) / (len(line) + len(reference))) / 100
+    return similarity(prediction, reference, lambda a, b: 2 * lcs_length(a, b) / (len(a) + len(b)))
 
 
 def lcs_length(a: str, b: str) -> int:

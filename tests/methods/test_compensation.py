@@ -15,7 +15,9 @@ WINDOW, KERNEL, CAPACITY, LENGTH = 5, 3, 18, 60
 SNAPKV = {"method": "snapkv_comp", "window_size": WINDOW, "kernel_size": KERNEL, "max_capacity_prompt": CAPACITY}
 
 
-def expected_pairs(name: str, row: list[int], size: int) -> list[list[tuple[list[float], list[float]]]]:
+def expected_pairs(
+    name: str, row: list[int], size: int, weight: str = "attn", empty_block: str = "zero"
+) -> list[list[tuple[list[float], list[float]]]]:
     """Per KV head of the first layer: pairs (key, value) as the definition makes them, unordered."""
     stock, pair = Stock(name), tiny.pair(name)
     weights = stock.attentions(row)[0]
@@ -24,21 +26,30 @@ def expected_pairs(name: str, row: list[int], size: int) -> list[list[tuple[list
     store, out = full.stores[0], []
     for head in range(stock.kv_heads):
         keys, values = store.keys[0, head].double().tolist(), store.values[0, head].double().tolist()
-        old = range(LENGTH - WINDOW)
+        old = range(len(row) - WINDOW)
         group = range(head * stock.group, (head + 1) * stock.group)
         votes = [
-            sum(weights[h][q][t] for h in group for q in range(LENGTH - WINDOW, LENGTH)) / stock.group for t in old
+            sum(weights[h][q][t] for h in group for q in range(len(row) - WINDOW, len(row))) / stock.group for t in old
         ]
         pooled = {t: max(votes[u] for u in range(t - 1, t + 2) if u in old) for t in old}
+        if weight == "uniform":
+            votes = [1.0] * len(old)
         blocks = [list(old)[i : i + size] for i in range(0, len(old), size)]
-        room = CAPACITY - WINDOW
-        if room > len(blocks):
-            chosen = set(sorted(old, key=lambda t: (-pooled[t], t))[: room - len(blocks)])
+        room, ranked = CAPACITY - WINDOW, sorted(old, key=lambda t: (-pooled[t], t))
+        if room > len(blocks) and empty_block == "drop":
+            chosen = next(
+                set(ranked[:m])
+                for m in range(room, -1, -1)
+                if m + sum(not set(block) <= set(ranked[:m]) for block in blocks) <= room
+            )
+            blocks = [block for block in blocks if not set(block) <= chosen]
+        elif room > len(blocks):
+            chosen = set(ranked[: room - len(blocks)])
         else:
             chosen = set()
             heavy = sorted(range(len(blocks)), key=lambda j: (-sum(votes[t] for t in blocks[j]), j))[:room]
             blocks = [blocks[j] for j in sorted(heavy)]
-        pairs = [(keys[t], values[t]) for t in [*sorted(chosen), *range(LENGTH - WINDOW, LENGTH)]]
+        pairs = [(keys[t], values[t]) for t in [*sorted(chosen), *range(len(row) - WINDOW, len(row))]]
         for block in blocks:
             rest = [t for t in block if t not in chosen]
             total = sum(votes[t] for t in rest)
@@ -54,14 +65,17 @@ def expected_pairs(name: str, row: list[int], size: int) -> list[list[tuple[list
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("block_size", ["full", 100, 55, 20, 7, 4, 3, 1])
-def test_kept_and_averaged_pairs_are_those_of_the_definition(name, block_size):
-    pair, row = tiny.pair(name), tiny.tokens(LENGTH, seed=11)
-    cache = pair.cache(**SNAPKV, block_size=block_size)
+@pytest.mark.parametrize("weight", ["attn", "uniform"])
+@pytest.mark.parametrize("empty_block", ["zero", "drop"])
+@pytest.mark.parametrize("length", [LENGTH, 22], ids=["", "short: blocks are wholly kept"])
+@pytest.mark.parametrize("block_size", ["full", 100, 55, 20, 7, 5, 4, 3, 2, 1])
+def test_kept_and_averaged_pairs_are_those_of_the_definition(name, block_size, length, empty_block, weight):
+    pair, row = tiny.pair(name), tiny.tokens(length, seed=11)
+    cache = pair.cache(**SNAPKV, block_size=block_size, empty_block=empty_block, weight=weight)
     tiny.forward(pair.model, cache, [row])
     store = cache.stores[0]
     size = LENGTH if block_size == "full" else block_size
-    for head, pairs in enumerate(expected_pairs(name, row, size)):
+    for head, pairs in enumerate(expected_pairs(name, row, size, weight, empty_block)):
         assert len(pairs) == CAPACITY == store.length
         expected = torch.tensor([k + v for k, v in pairs])
         got = torch.cat([store.keys[0, head], store.values[0, head]], dim=-1)
