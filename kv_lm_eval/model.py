@@ -292,7 +292,7 @@ class KVCompressedLM(HFLM):
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             with self._autocast():
-                log_probs, cache = score_documents(
+                scored, cache = score_documents(
                     self.model,
                     self._new_cache,
                     self.prefix_token_id,
@@ -301,8 +301,8 @@ class KVCompressedLM(HFLM):
                     self.softmax_dtype,
                     bar.update,
                 )
-            for i, lp in zip(batch, log_probs, strict=True):
-                answers[i] = float(lp.double().sum())
+            for i, document in zip(batch, scored, strict=True):
+                answers[i] = float(document.log_probs.double().sum())
                 self.cache_hook.add_partial("loglikelihood_rolling", requests[i].args, answers[i])
             if cache.seen:
                 end = cache.snapshot()

@@ -8,6 +8,7 @@ Shapes: B batch rows, H query heads, K KV heads, G = H / K, q new tokens, N slot
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,11 +82,35 @@ def kv_attention(
         )
     if dropout and module.training:
         raise UserError("the model is in training mode: call model.eval() first")
+    cache.facts.meet(layer, module, sliding_window)
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    pos = cache.begin(position_ids, attention_mask, query.shape[0]) if cache.new_pos is None else cache.new_pos
-    pos = pos.to(query.device)
-    window = sliding_window
-    cache.facts.meet(layer, module, window)
+    step = Step(layer, query, key, value, position_ids, attention_mask, scaling, sliding_window, softcap)
+    return cache.attend(step).transpose(1, 2).contiguous(), None
+
+
+@dataclass
+class Step:
+    """One layer of one forward, as a cache's `attend` gets it; shapes as in `kv_attention`."""
+
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    scaling: float
+    window: int | None  # the layer's own sliding window in tokens
+    softcap: float | None
+
+
+def attend_stored(cache: CompressedCache, step: Step) -> torch.Tensor:
+    """Stores the new pairs in the layer's store and attends over all that it holds: [B, H, q, D]."""
+    layer, query, key, value = step.layer, step.query, step.key, step.value
+    scaling, softcap, window = step.scaling, step.softcap, step.window
+    if cache.new_pos is None:
+        cache.begin(step.position_ids, step.attention_mask, query.shape[0])
+    assert cache.new_pos is not None
+    pos = cache.new_pos.to(query.device)
     store = cache.stores[layer]
     old = 0 if store.is_empty else store.length
     had_empty = cache.has_empty(layer)
@@ -122,8 +147,7 @@ def kv_attention(
             store.observe(query, pos, method.num_queries)
         if method.accumulates:
             store.add_mass(_received_mass(query, keys, pos, slot_pos, old, scaling, softcap, window))
-    cache.after_attention(layer, scaling, softcap)
-    return out.transpose(1, 2).contiguous(), None
+    return out
 
 
 def _tagged(module: nn.Module, key: torch.Tensor) -> tuple[CompressedCache, int]:

@@ -9,19 +9,22 @@ Shapes: B batch rows, K KV heads, N slots, M slots kept, q new tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from math import ceil
 from typing import Any, Literal
 
 import torch
 from transformers import Cache
 
-from kv_lm_eval.cache.attention import window_attention
+from kv_lm_eval.cache.attention import Step, attend_stored, window_attention
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.store import LayerStore
 from kv_lm_eval.methods.base import View
 from kv_lm_eval.methods.compression import Compression
 
 MAX_ROOM = 1024  # slots reserved for the tokens until the next cut, at most; storage grows by itself
-Mode = Literal["prefill", "decode", "hold", "cut", "score"]
+Mode = Literal["prefill", "decode", "stream", "hold", "score"]
 
 
 class CompressedCache(Cache):
@@ -35,10 +38,13 @@ class CompressedCache(Cache):
         mode: what the next forward is.
             "prefill": the end of the prompts, cut after it; becomes "decode" by itself at the next forward;
             "decode": tokens after the prefill, cut when the schedule says so;
-            "hold": stored and not cut; "cut": stored and cut (a document streamed in segments);
+            "stream": the same for right-padded rows of documents: one that has ended is left as it is;
+            "hold": stored and not cut;
             "score": read only, nothing is stored (`branch` says which new tokens see each other).
         seen: tokens fed per row, padding not counted. held: slots in use per row, by layer. peaks: most slots that any
             layer of the row ever held.
+        decoded: the schedule's clock, tokens fed since the end of the prefill.
+        around_cut: a context manager entered for each layer's cut, to measure it.
         history: (held, peaks) after the prefill and after each decode step, so that a batch whose rows end at different
             steps can be told apart afterwards.
     """
@@ -50,12 +56,12 @@ class CompressedCache(Cache):
         self.mode: Mode = mode
         self.stores = [LayerStore() for _ in range(facts.num_layers)]
         self.seen: list[int] = []
-        self.held: list[list[int]] = [[] for _ in range(facts.num_layers)]
-        self.peaks: list[int] = []
+        self.held: list[list[float]] = [[] for _ in range(facts.num_layers)]
+        self.peaks: list[float] = []
         self.prefill_end: dict[str, Any] | None = None
-        self.history: list[tuple[list[list[int]], list[int]]] = []
-        self.more_cuts = compression.schedule.online  # whether cuts follow the prefill, so that observing goes on
-        self.decoded = 0  # tokens fed per row since the end of the prefill
+        self.history: list[tuple[list[list[float]], list[float]]] = []
+        self.decoded = 0
+        self.around_cut: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.branch: torch.Tensor | None = None
         self.new_pos: torch.Tensor | None = None  # [B, q] of the running forward
         self.new_counts: list[int] = []  # real tokens per row of the running forward
@@ -115,7 +121,7 @@ class CompressedCache(Cache):
         """A copy with the given rows (repeats allowed): the fork from which several continuations go on."""
         new = CompressedCache(self.compression, self.facts, self.mode)
         new._columns, new.decoded = self._columns, self.decoded
-        new.prefill_end, new.more_cuts = self.prefill_end, self.more_cuts
+        new.prefill_end = self.prefill_end
         picked = rows.tolist()
         new.seen, new.peaks = [self.seen[i] for i in picked], [self.peaks[i] for i in picked]
         new.held = [[held[i] for i in picked] for held in self.held]
@@ -129,9 +135,14 @@ class CompressedCache(Cache):
 
     # ------------------------------------------------------------------------------------ one forward
 
-    def begin(self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None, batch: int) -> torch.Tensor:
-        """Called by the first layer's attention: notes positions and counts of the new tokens;
-        returns new_pos [B, q]."""
+    def attend(self, step: Step) -> torch.Tensor:
+        """One layer's attention, [B, H, q, D]; the new pairs are stored before it and the layer is cut after it."""
+        out = attend_stored(self, step)
+        self.after_attention(step.layer, step.scaling, step.softcap)
+        return out
+
+    def begin(self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None, batch: int) -> None:
+        """Called by the first layer's attention: notes positions and counts of the new tokens."""
         if self.mode == "prefill" and self.prefill_end is not None:
             self.mode = "decode"
         q = position_ids.shape[-1]
@@ -159,7 +170,6 @@ class CompressedCache(Cache):
         if self.mode != "score":
             self.seen = [s + n for s, n in zip(self.seen, self.new_counts, strict=True)]
             self._columns += q
-        return pos
 
     def has_empty(self, layer: int) -> bool:
         """Whether any row of the layer has empty slots, so that a mask is needed."""
@@ -176,7 +186,7 @@ class CompressedCache(Cache):
         """Whether the running forward's queries may matter to a later cut."""
         if not self.compression.method.compresses or self.mode == "score":
             return False
-        return self.mode != "decode" or self.more_cuts
+        return self.mode in ("prefill", "hold") or self.compression.schedule.online
 
     def after_attention(self, layer: int, scaling: float, softcap: float | None) -> None:
         """Cuts the layer if this forward is the end of the prefill or the schedule says so."""
@@ -185,14 +195,14 @@ class CompressedCache(Cache):
         if window is not None and self.mode != "score":
             self._trim_sliding(layer, window)
         q = self.new_pos.shape[1] if self.new_pos is not None else 0
-        due = self.mode in ("prefill", "cut") or (
-            self.mode == "decode" and self.compression.schedule.due(self.decoded, self.decoded + q)
-        )
-        if due and self.facts.compressible(layer) and self.compression.method.compresses:
-            self._cut(layer, scaling, softcap)
-        if self.mode == "prefill" and not self.more_cuts:
+        if self.facts.compressible(layer) and self.compression.method.compresses:
+            keep = self._keep(layer, q)
+            if keep != self.held[layer]:
+                with self.around_cut():
+                    self._cut(layer, keep, scaling, softcap)
+        if self.mode == "prefill" and not self.compression.schedule.online:
             self.stores[layer].forget_observations()
-        if last and self.mode == "decode":
+        if last and self.mode in ("decode", "stream"):
             self.decoded += q
         if last and self.mode in ("prefill", "decode"):
             self.history.append(([list(h) for h in self.held], list(self.peaks)))
@@ -206,14 +216,52 @@ class CompressedCache(Cache):
             store.drop_oldest(max(window - 1, 1))
             self.held[layer] = [min(h, store.length) for h in self.held[layer]]
 
-    def _cut(self, layer: int, scaling: float, softcap: float | None) -> None:
+    def _keep(self, layer: int, q: int) -> list[float]:
+        """Slots each row of the layer keeps after this forward."""
+        held, layers = self.held[layer], len(self.stores)
+        if self.mode == "prefill":
+            return self.compression.keep(self.seen, held, layer, layers)
+        if self.mode not in ("decode", "stream"):
+            return held
+        keep = self.compression.after_forward(self.seen, held, self.decoded, self.decoded + q, layer, layers)
+        if keep is not None and self.mode == "stream":  # documents that have ended are left as they are
+            keep = [k if n == q else h for k, h, n in zip(keep, held, self.new_counts, strict=True)]
+        return held if keep is None else keep
+
+    def until_due(self, limit: int, alive: Sequence[bool] | None = None) -> int:
+        """Tokens that every row may be fed in one forward so that it ends at the next cut, and at most `limit`.
+
+        Args:
+            alive: rows that still grow; default all.
+        """
+        compression, schedule = self.compression, self.compression.schedule
+        layers = [i for i in range(len(self.stores)) if self.facts.compressible(i) and i not in schedule.skip_layers]
+        if not schedule.online or not compression.method.compresses or not layers:
+            return limit
+        growing = [b for b in range(len(self.seen)) if alive is None or alive[b]]
+
+        def excess(more: int) -> float:
+            """Most slots over its budget that any row would hold after so many more tokens."""
+            most = 0.0
+            for i in layers:
+                held = [self.held[i][b] + more for b in growing] or [more]
+                seen = [self.seen[b] + more for b in growing] or [more]
+                keep = compression.keep(seen, held, i, len(self.stores))
+                most = max(most, *(h - k for h, k in zip(held, keep, strict=True)))
+            return most
+
+        if schedule.trigger == "clock":
+            step = schedule.until_due(self.decoded)
+            while step < limit and not excess(step):  # a cut at which no row would lose anything changes nothing
+                step += schedule.compress_every
+        else:
+            step = 0
+            while step < limit and (lacking := schedule.compress_every - excess(step)) > 0:
+                step += ceil(lacking)  # it grows by one a token at most
+        return max(1, min(step, limit))
+
+    def _cut(self, layer: int, keep: list[float], scaling: float, softcap: float | None) -> None:
         store, held = self.stores[layer], self.held[layer]
-        keep = self.compression.keep(self.seen, held, layer, len(self.stores))
-        if self.mode == "cut":  # documents that have ended, in this segment or before, are left as they are
-            width = max(self.new_counts)
-            keep = [k if n == width else h for k, h, n in zip(keep, held, self.new_counts, strict=True)]
-        if keep == held:
-            return
         view = View(
             keys=store.keys,
             values=store.values,
@@ -226,7 +274,7 @@ class CompressedCache(Cache):
             _attend=lambda last: window_attention(store, last, scaling, softcap, self.facts.sliding_windows[layer]),
         )
         scores = self.compression.method.score(view)
-        if self.mode != "decode" and not scores.isfinite().logical_or(scores.isinf()).all():
+        if self.mode == "prefill" and not scores.isfinite().logical_or(scores.isinf()).all():
             raise FloatingPointError(f"{self.compression.method.name} scored a slot NaN in layer {layer}")
         counts = self.compression.heads.split(scores, store.pos, keep)
         kept = self.compression.evicted.cut(self.compression.method, view, scores, counts)

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.check import device_of
 from kv_lm_eval.engine.prefill import NewCache, feed, prefill
-from kv_lm_eval.methods.schedule import Schedule
 
 Score = tuple[float, bool]  # sum of log-probabilities in nats; whether greedy decoding would give the same tokens
 
@@ -51,14 +50,14 @@ def score_continuations(
         cache = new_cache()
         cache.mode = "decode"
     if any(tails):
-        first_logits = _feed_tail(model, cache, tails, tail_tokens, compression.schedule)
+        first_logits = _feed_tail(model, cache, tails, tail_tokens)
     if compression.schedule.online and compression.method.compresses:
-        return _score_in_forks(model, cache, first_logits, continuations, compression.schedule, dtype), cache
+        return _score_in_forks(model, cache, first_logits, continuations, dtype), cache
     return _score_packed(model, cache, first_logits, continuations, dtype), cache
 
 
 def _feed_tail(
-    model: PreTrainedModel, cache: CompressedCache, tails: Sequence[Sequence[int]], width: int, schedule: Schedule
+    model: PreTrainedModel, cache: CompressedCache, tails: Sequence[Sequence[int]], width: int
 ) -> torch.Tensor:
     """The tail over the compressed cache, cut where the schedule says; logits after the last token [B, V].
 
@@ -70,7 +69,7 @@ def _feed_tail(
     cache.decoded += done
     out = None
     while done < width:
-        step = min(width - done, schedule.until_due(cache.decoded) if schedule.online else width)
+        step = cache.until_due(width - done)
         part = [[t for t in row[done : done + step] if t is not None] for row in columns]
         if any(part):
             out = feed(model, cache, part, side="left", logits=1)[:, -1]
@@ -151,7 +150,6 @@ def _score_in_forks(
     cache: CompressedCache,
     first_logits: torch.Tensor,
     continuations: Sequence[Sequence[Sequence[int]]],
-    schedule: Schedule,
     dtype: torch.dtype | None,
 ) -> list[list[Score]]:
     """Cuts go on during the continuations: each on its own copy of the cache, in segments that end at the cuts."""
@@ -163,7 +161,7 @@ def _score_in_forks(
         fork = cache.select(torch.tensor(owner))
         done = 0
         while done < longest:
-            step = min(longest - done, schedule.until_due(fork.decoded))
+            step = fork.until_due(longest - done, [len(r) - 1 > done for r in rows])
             segment = [r[done : min(done + step, len(r) - 1)] for r in rows]
             logits = feed(model, fork, segment, side="right", logits=0)
             for i, s in enumerate(segment):

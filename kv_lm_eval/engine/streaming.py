@@ -6,6 +6,7 @@ it token by token, for every method; no window starts afresh with a context of o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,9 +15,27 @@ from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.prefill import HOLD_TOKENS, NewCache, feed
-from kv_lm_eval.methods.schedule import Schedule
+from kv_lm_eval.methods.compression import Compression
 
 LOGIT_ELEMENTS = 2**27  # logits held at a time
+
+
+@dataclasses.dataclass
+class ScoredDocument:
+    """One document of n tokens, token by token.
+
+    Attributes:
+        log_probs: [n] float32, nats. greedy: [n] bool, whether the token was the most likely one.
+        slots: [n] int32, slots per KV head that the query which predicted the token saw, itself included, in the layer
+            that holds most.
+        evictions: (tokens fed, slots dropped per KV head) of every cut, in order; the document's prefix token counts
+            as fed.
+    """
+
+    log_probs: torch.Tensor
+    greedy: torch.Tensor
+    slots: torch.Tensor
+    evictions: list[tuple[int, int]]
 
 
 @torch.inference_mode()
@@ -28,48 +47,76 @@ def score_documents(
     every: int,
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> tuple[list[torch.Tensor], CompressedCache]:
+    prefill_tokens: int = 0,
+) -> tuple[list[ScoredDocument], CompressedCache]:
     """Log-probability of every token of a batch of documents, each predicted from all that the cache still holds.
 
     Args:
         prefix_token: fed before each document, so that its first token is scored too.
-        documents: token rows. every: tokens between two cuts, counted from the first token fed.
+        documents: token rows. every: the schedule's compress_every for them, at least 1.
         progress: called with the number of tokens scored by each step.
+        prefill_tokens: so many tokens (prefix included) are one forward of full attention with one cut after it, and
+            the stream starts there; 0: the stream starts with the first token.
 
     Returns:
-        per document a float32 tensor of log-probabilities in nats, one a token; and the cache (for its numbers).
+        one ScoredDocument each; and the cache (for its numbers).
     """
     cache = new_cache()
-    cache.more_cuts = True
+    schedule = dataclasses.replace(cache.compression.schedule, compress_every=every)
+    cache.compression = dataclasses.replace(cache.compression, schedule=schedule)
     rows = [[prefix_token, *d] for d in documents]
-    parts: list[list[torch.Tensor]] = [[] for _ in rows]
+    parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in rows]
     longest = max(map(len, rows)) - 1
-    schedule = Schedule(every)
     vocab = model.config.get_text_config().vocab_size
     most = max(64, min(HOLD_TOKENS, LOGIT_ELEMENTS // (len(rows) * vocab)))
-    done, first_cut = 0, _first_cut(cache, every, longest)
+    done = 0
     while done < longest:
-        until_cut = first_cut - done if done < first_cut else schedule.until_due(done)
-        step = min(longest - done, until_cut, most)
+        if done < prefill_tokens:
+            cache.mode, step = "prefill", min(prefill_tokens, longest)
+        else:
+            cache.mode = "stream"
+            step = cache.until_due(min(longest - done, most), [len(r) - 1 > done for r in rows])
         segment = [r[done : min(done + step, len(r) - 1)] for r in rows]
-        cache.mode = "cut" if step == until_cut else "hold"
         logits = feed(model, cache, segment, side="right", logits=0)
-        log_probs = F.log_softmax(logits, dim=-1, dtype=dtype)
         for b, s in enumerate(segment):
             if s:
                 targets = torch.tensor(rows[b][done + 1 : done + 1 + len(s)], device=logits.device)
-                parts[b].append(log_probs[b, : len(s)].gather(1, targets[:, None]).squeeze(1).float())
+                parts[b].append(_scored(logits[b, : len(s)], targets, dtype))
         done += step
         progress(sum(map(len, segment)))
-    return [torch.cat(p) if p else torch.zeros(0) for p in parts], cache
+    return [_document(p, len(d), prefill_tokens, cache) for p, d in zip(parts, documents, strict=True)], cache
 
 
-def _first_cut(cache: CompressedCache, every: int, longest: int) -> int:
-    """The first multiple of `every` at which a row would lose anything: until then cuts change
-    nothing and are skipped."""
-    if not cache.compression.method.compresses:
-        return longest
-    at = every
-    while at < longest and not cache.compression.evicts(at, len(cache.stores)):
-        at += every
-    return at
+def _scored(
+    logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each target [n] and whether it is the most likely token, from logits [n, V]."""
+    log_probs = F.log_softmax(logits, dim=-1, dtype=dtype).gather(1, targets[:, None]).squeeze(1)
+    return log_probs.float(), logits.argmax(-1) == targets
+
+
+def _document(
+    parts: list[tuple[torch.Tensor, torch.Tensor]], n: int, prefill_tokens: int, cache: CompressedCache
+) -> ScoredDocument:
+    layers = [i for i in range(len(cache.stores)) if cache.facts.compressible(i)]
+    slots, evictions = visible_slots(cache.compression, n, prefill_tokens, layers, len(cache.stores))
+    log_probs = torch.cat([p for p, _ in parts]) if parts else torch.zeros(0)
+    greedy = torch.cat([g for _, g in parts]) if parts else torch.zeros(0, dtype=torch.bool)
+    return ScoredDocument(log_probs, greedy, slots, evictions)
+
+
+def visible_slots(
+    compression: Compression, tokens: int, prefill_tokens: int, layers: Sequence[int], num_layers: int
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """What a stream of `tokens` tokens will hold at each, and its cuts, from integers alone: see ScoredDocument."""
+    prompt = min(prefill_tokens, tokens)
+    slots = torch.zeros(tokens, dtype=torch.int32)
+    dropped: dict[int, int] = {}
+    for layer in compression.distinct_layers(layers):
+        trace = list(compression.trace(prompt, tokens - prompt, layer, num_layers))
+        held = [*range(1, prompt), *(round(h) for h, _ in trace)] if prompt else [round(h) for h, _ in trace]
+        slots = torch.maximum(slots, torch.tensor(held, dtype=torch.int32))
+        for fed, (before, after) in enumerate(trace, max(prompt, 1)):
+            if after < before:
+                dropped[fed] = max(dropped.get(fed, 0), round(before - after))
+    return slots, sorted(dropped.items())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil
+from typing import ClassVar
 
 import torch
 
@@ -19,6 +20,8 @@ from kv_lm_eval.errors import UserError
 @dataclass(frozen=True)
 class Budget:
     """How many slots each row of a layer keeps."""
+
+    per_layer: ClassVar[bool] = False  # whether layers have budgets of their own
 
     def keep(
         self, seen: list[int], layer: int, num_layers: int, held: list[int] | None = None, protected: int = 0
@@ -115,6 +118,8 @@ class Pyramid(Budget):
     Deviations: none in the arithmetic. Its integer division leaves the total a little off: at most half a slot a layer
     for each layer, which shows with tiny budgets only.
     """
+
+    per_layer: ClassVar[bool] = True
 
     max_capacity_prompt: int = field(metadata={"help": "pairs kept per KV head, mean over the layers"})
     beta: int = field(default=20, metadata={"help": "steepness: the top layer keeps about 1/beta of the mean"})

@@ -30,16 +30,16 @@ METHODS = {
 
 
 def scored(pair: tiny.Pair, documents: list[list[int]], every: int, **settings: object) -> list[torch.Tensor]:
-    return score_documents(pair.model, lambda: pair.cache(**settings), PREFIX, documents, every)[0]
+    documents_scored, _ = score_documents(pair.model, lambda: pair.cache(**settings), PREFIX, documents, every)
+    return [document.log_probs for document in documents_scored]
 
 
 def token_loop(pair: tiny.Pair, document: list[int], every: int, **settings: object) -> torch.Tensor:
-    """One token a forward; cut after every `every`-th token fed, the prefix included."""
-    cache = pair.cache(**settings)
-    cache.more_cuts = True
+    """One token a forward; a cut is forced after every `every`-th token fed, the prefix included."""
+    cache = pair.cache(**settings, **({"compress_every": every} if settings["method"] != "full" else {}))
     out = []
     for i, (token, target) in enumerate(zip([PREFIX, *document[:-1]], document, strict=True)):
-        cache.mode = "cut" if (i + 1) % every == 0 else "hold"
+        cache.mode, cache.prefill_end = "prefill" if (i + 1) % every == 0 else "hold", None
         logits = tiny.forward(pair.model, cache, [[token]], starts=[i])[0, -1]
         out.append(logits.log_softmax(-1)[target])
     return torch.stack(out)

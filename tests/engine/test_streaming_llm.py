@@ -131,7 +131,8 @@ def our_scores(name: str, rows: list[list[int]], every: int, **settings: object)
     pair, prefixes = doubled(name), {row[0] for row in rows}
     (prefix,) = prefixes
     documents = [row[1:] for row in rows]
-    return score_documents(pair.model, lambda: pair.cache(**settings), prefix, documents, every)[0]
+    scored, _ = score_documents(pair.model, lambda: pair.cache(**settings), prefix, documents, every)
+    return [document.log_probs for document in scored]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -252,7 +252,7 @@ def test_a_prompt_held_in_chunks_and_cut_at_its_end_keeps_what_one_forward_keeps
     settings = {"method": method, "max_capacity_prompt": 20, **({"window_size": 8} if method == "snapkv" else {})}
     cache = pair.cache(**settings)
     for start in (0, 25, 50, 55):
-        cache.mode = "hold" if start < 55 else "cut"
+        cache.mode = "hold" if start < 55 else "prefill"
         tiny.forward(pair.model, cache, [row[start : {0: 25, 25: 50, 50: 55, 55: 60}[start]]], starts=[start])
     assert held_by(cache) == ours(name, row, **settings)
 
