@@ -41,16 +41,28 @@ class RopeKit:
         module = sys.modules[type(self._modules[layer]).__module__]
         return getattr(module, "apply_rotary_pos_emb", None)
 
-    def rotate(self, keys: torch.Tensor, delta: torch.Tensor, layer: int) -> torch.Tensor:
+    def rotate(self, keys: torch.Tensor, delta: torch.Tensor, layer: int, over: int = 1) -> torch.Tensor:
         """Keys [B, K, N, D] at position p -> the same keys at p + delta; delta [B, N] or [B, 1], in tokens.
 
         Exact up to rounding: fp32 2e-5, half precision one rounding, since keys are never rotated twice.
+
+        Args:
+            delta: may be [B, K, N] too, a difference for each head; need not be whole.
+            over: mean of the keys at p + delta, ..., p + delta + over - 1: rotations are linear in their tables.
         """
+        if delta.dim() == 3:
+            b, k, n, d = keys.shape
+            each = delta.expand(b, k, n).reshape(b * k, n)
+            return self.rotate(keys.reshape(b * k, 1, n, d), each, layer, over).view(b, k, n, d)
         assert self._rotary is not None
-        positions = delta.expand(keys.shape[0], keys.shape[2])
-        cos, sin, scaling = self._tables(keys, positions, layer)
+        if over == 1:
+            cos, sin, scaling = self._tables(keys, delta.expand(keys.shape[0], keys.shape[2]), layer)
+        else:
+            positions = (delta.unsqueeze(2) + torch.arange(over, device=delta.device)).flatten(1)
+            cos, sin, scaling = self._tables(keys, positions, layer)
+            cos, sin = (x.unflatten(1, (-1, over)).mean(2) for x in (cos, sin))
         cos, sin = cos / scaling, sin / scaling
-        work = keys.to(cos.dtype)
+        work = keys.to(torch.promote_types(keys.dtype, cos.dtype))
         rotated_dim = cos.shape[-1]
         head, tail = work[..., :rotated_dim], work[..., rotated_dim:]
         turned, _ = self._apply(layer)(head, head, cos, sin)
@@ -61,7 +73,8 @@ class RopeKit:
     ) -> tuple[torch.Tensor, torch.Tensor, float]:
         rotary = self._rotary
         assert rotary is not None
-        like = torch.empty(1, dtype=torch.float32, device=keys.device)  # float32 tables even for half-precision keys
+        # float32 tables even for half-precision keys
+        like = torch.empty(1, dtype=torch.promote_types(keys.dtype, torch.float32), device=keys.device)
         if self._by_layer_type:
             layer_type = getattr(self._modules[layer], "layer_type", None)
             cos, sin = rotary(like, positions, layer_type)

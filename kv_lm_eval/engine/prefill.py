@@ -35,7 +35,7 @@ def feed(
     """
     width = max(map(len, rows))
     device = device_of(model)
-    starts = starts or cache.seen or [0] * len(rows)
+    starts = starts or cache.next_positions() or [0] * len(rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.zeros_like(ids)
     mask = torch.zeros_like(ids)

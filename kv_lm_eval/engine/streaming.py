@@ -1,23 +1,28 @@
 """Log-likelihood of whole documents with one cache carried from the first token to the last.
 
-A document of any length is fed in segments that end where the schedule cuts, which gives the same numbers as feeding
-it token by token, for every method; no window starts afresh with a context of one token.
+No window starts afresh with a context of one token, and the numbers are those of feeding one token at a time, for every
+method. Where the kept tokens follow from positions alone, a chunk of any length is one banded attention (`BandCache`).
+Where a score decides, the document is fed in segments that end where the schedule cuts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Callable, Sequence
+from math import ceil
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from kv_lm_eval.cache.band import BandCache
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.prefill import HOLD_TOKENS, NewCache, feed
 from kv_lm_eval.methods.compression import Compression
 
 LOGIT_ELEMENTS = 2**27  # logits held at a time
+MIN_CHUNK = 64  # tokens in one forward, however large the vocabulary
 
 
 @dataclasses.dataclass
@@ -61,21 +66,21 @@ def score_documents(
     Returns:
         one ScoredDocument each; and the cache (for its numbers).
     """
-    cache = new_cache()
-    schedule = dataclasses.replace(cache.compression.schedule, compress_every=every)
-    cache.compression = dataclasses.replace(cache.compression, schedule=schedule)
     rows = [[prefix_token, *d] for d in documents]
+    cache = _stream_cache(new_cache(), every, max(map(len, rows)) - 1, prefill_tokens)
     parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in rows]
     longest = max(map(len, rows)) - 1
     vocab = model.config.get_text_config().vocab_size
-    most = max(64, min(HOLD_TOKENS, LOGIT_ELEMENTS // (len(rows) * vocab)))
+    most = max(MIN_CHUNK, min(HOLD_TOKENS, LOGIT_ELEMENTS // (len(rows) * vocab)))
     done = 0
     while done < longest:
-        if done < prefill_tokens:
+        if done < prefill_tokens and not isinstance(cache, BandCache):
             cache.mode, step = "prefill", min(prefill_tokens, longest)
         else:
             cache.mode = "stream"
             step = cache.until_due(min(longest - done, most), [len(r) - 1 > done for r in rows])
+        if isinstance(cache, BandCache):
+            cache.prepare(step)
         segment = [r[done : min(done + step, len(r) - 1)] for r in rows]
         logits = feed(model, cache, segment, side="right", logits=0)
         for b, s in enumerate(segment):
@@ -85,6 +90,17 @@ def score_documents(
         done += step
         progress(sum(map(len, segment)))
     return [_document(p, len(d), prefill_tokens, cache) for p, d in zip(parts, documents, strict=True)], cache
+
+
+def _stream_cache(cache: CompressedCache, every: int, tokens: int, prefill_tokens: int) -> CompressedCache:
+    """The cache for documents of up to `tokens` tokens: the one given, or one that needs no segments."""
+    schedule = dataclasses.replace(cache.compression.schedule, compress_every=every)
+    compression = dataclasses.replace(cache.compression, schedule=schedule)
+    cache.compression = compression
+    if not compression.method.compresses or not compression.banded or tokens < 1:
+        return cache
+    slots, cuts = visible_slots(compression, tokens, prefill_tokens, [0], 1)
+    return BandCache(compression, cache.facts, slots, dict(cuts))
 
 
 def _scored(
@@ -113,10 +129,13 @@ def visible_slots(
     slots = torch.zeros(tokens, dtype=torch.int32)
     dropped: dict[int, int] = {}
     for layer in compression.distinct_layers(layers):
-        trace = list(compression.trace(prompt, tokens - prompt, layer, num_layers))
-        held = [*range(1, prompt), *(round(h) for h, _ in trace)] if prompt else [round(h) for h, _ in trace]
-        slots = torch.maximum(slots, torch.tensor(held, dtype=torch.int32))
-        for fed, (before, after) in enumerate(trace, max(prompt, 1)):
+        held = array("i", range(1, prompt))
+        for fed, (before, after) in enumerate(
+            compression.trace(prompt, tokens - prompt, layer, num_layers), max(prompt, 1)
+        ):
+            held.append(ceil(before))
             if after < before:
-                dropped[fed] = max(dropped.get(fed, 0), round(before - after))
+                dropped[fed] = max(dropped.get(fed, 0), ceil(before - after))
+        if held:
+            slots = torch.maximum(slots, torch.frombuffer(held, dtype=torch.int32))
     return slots, sorted(dropped.items())

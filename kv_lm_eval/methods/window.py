@@ -29,5 +29,9 @@ class Window(Method):
     def own_capacity(self) -> int | None:
         return self.window_size
 
+    @property
+    def sinks_and_recent(self) -> int:
+        return 0
+
     def score(self, view: View) -> Tensor:
         return view.pos.float()

@@ -113,7 +113,7 @@ def test_in_cache_positions_are_refused_where_the_sinks_cannot_follow(
 def test_a_model_whose_logits_differ_through_our_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build("llama")
     monkeypatch.setattr(
-        attention, "_packed", lambda query, kv_heads: 1.5 * query.reshape(query.shape[0], kv_heads, -1, 8)
+        attention, "packed_queries", lambda query, kv_heads: 1.5 * query.reshape(query.shape[0], kv_heads, -1, 8)
     )
     with pytest.raises(UserError, match="LlamaForCausalLM does not pass the self-check.*logits"):
         wrap(model, FULL)

@@ -35,13 +35,17 @@ def scored(pair: tiny.Pair, documents: list[list[int]], every: int, **settings: 
 
 
 def token_loop(pair: tiny.Pair, document: list[int], every: int, **settings: object) -> torch.Tensor:
-    """One token a forward; a cut is forced after every `every`-th token fed, the prefix included."""
+    """One token a forward, the prefix included. A cut is forced after every `every`-th; for sinks and windows, whenever
+    `every` slots more than the 14 of METHODS are held."""
     cache = pair.cache(**settings, **({"compress_every": every} if settings["method"] != "full" else {}))
-    out = []
+    out, held = [], 0
     for i, (token, target) in enumerate(zip([PREFIX, *document[:-1]], document, strict=True)):
-        cache.mode, cache.prefill_end = "prefill" if (i + 1) % every == 0 else "hold", None
+        held += 1
+        due = held == 14 + every if settings["method"] == "streaming_llm" else (i + 1) % every == 0
+        cache.mode, cache.prefill_end = "prefill" if due else "hold", None
         logits = tiny.forward(pair.model, cache, [[token]], starts=[i])[0, -1]
         out.append(logits.log_softmax(-1)[target])
+        held = 14 if due else held
     return torch.stack(out)
 
 

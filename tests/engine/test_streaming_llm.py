@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 
 class Reference:
-    """Attention sinks and a window of `window` tokens, cut after every `every`-th token fed."""
+    """Attention sinks and a window of `window` tokens, cut when `every` more than these are held."""
 
     def __init__(self, model: tf.PreTrainedModel, n_sink: int, window: int, every: int) -> None:
         self.weights = {k: v.double() for k, v in model.state_dict().items()}
@@ -92,7 +92,7 @@ class Reference:
             ]
             weights = torch.stack(scores).softmax(0)
             out.append(weights @ torch.stack([value[kv_head] for value in values]))
-        if self.fed % self.every == 0 and len(keys) > self.n_sink + self.window:
+        if len(keys) == self.n_sink + self.window + self.every:
             for held in (keys, values):
                 held[self.n_sink : len(held) - self.window] = []
         return torch.cat(out)
