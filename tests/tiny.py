@@ -13,6 +13,7 @@ import transformers as tf
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.check import wrap
 from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.config import parse
 from kv_lm_eval.methods.compression import Compression
 
@@ -77,7 +78,7 @@ class Pair:
     facts: ModelFacts
 
     def cache(self, **settings: object) -> CompressedCache:
-        return CompressedCache(compression(**settings), self.facts)
+        return make_cache(compression(**settings), self.facts)
 
 
 @functools.cache

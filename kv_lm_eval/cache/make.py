@@ -1,0 +1,14 @@
+"""The kind of cache that a compression asks for."""
+
+from __future__ import annotations
+
+from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.ring import RingCache
+from kv_lm_eval.methods.compression import Compression
+
+
+def make_cache(compression: Compression, facts: ModelFacts) -> CompressedCache:
+    """An empty cache for one batch."""
+    kind = RingCache if compression.method.ring else CompressedCache
+    return kind(compression, facts)
