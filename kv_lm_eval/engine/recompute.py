@@ -1,0 +1,66 @@
+"""A bounded context without a cache: every token is predicted by a fresh forward over the tokens just before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kv_lm_eval.engine.choices import Score
+from kv_lm_eval.engine.windows import Call, Window, score_windows
+
+
+def see_last(model: PreTrainedModel, length: int) -> None:
+    """Makes this model object's generate() see the last `length` tokens at each step, at positions from 0 on."""
+    prepare = model.prepare_inputs_for_generation
+
+    def prepare_last(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        mask = kwargs.get("attention_mask")
+        mask = (torch.ones_like(input_ids) if mask is None else mask)[:, -length:]
+        kwargs = {**kwargs, "attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)}
+        return prepare(input_ids[:, -length:], *args, **kwargs)
+
+    model.prepare_inputs_for_generation = prepare_last  # type: ignore[method-assign]
+
+
+def windows_of(tokens: Sequence[int], first: int, length: int) -> Iterator[Window]:
+    """Windows that predict tokens[first:], each token from the `length` tokens before it.
+
+    Tokens with no more than `length` before them share one window: there, a forward over all of them is the same.
+    """
+    shared = max(first, min(len(tokens), length + 1))
+    if shared > first:
+        yield Window(list(tokens[:first]), list(tokens[first:shared]), first)
+    for t in range(shared, len(tokens)):
+        yield Window(list(tokens[t - length : t]), [tokens[t]], t)
+
+
+def score_recomputed(
+    call: Call,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    length: int,
+    batch_size: int,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> list[Score]:
+    """Scores continuations token by token: (sum of log-probabilities in nats, whether greedy) for each.
+
+    Args:
+        call: see `score_windows`. contexts: at least one token each.
+        length: tokens that each prediction sees. batch_size: windows a forward.
+    """
+    owners, windows = [], []
+    for i, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+        for window in windows_of([*context, *continuation], len(context), length):
+            owners.append(i)
+            windows.append(window)
+    sums, greedy = [0.0] * len(contexts), [True] * len(contexts)
+    scored = score_windows(call, windows, batch_size, device, dtype, progress)
+    for i, (log_probs, most_likely) in zip(owners, scored, strict=True):
+        sums[i] += float(log_probs.double().sum())
+        greedy[i] = greedy[i] and bool(most_likely.all())
+    return list(zip(sums, greedy, strict=True))
