@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -27,10 +28,10 @@ TOLERANCE = 1e-4
 class Reference:
     """Attention sinks and a window of `window` tokens, cut when `every` more than these are held."""
 
-    def __init__(self, model: tf.PreTrainedModel, n_sink: int, window: int, every: int) -> None:
+    def __init__(self, model: tf.PreTrainedModel, n_sink: int, window: int, every: int, refresh: int = 0) -> None:
         self.weights = {k: v.double() for k, v in model.state_dict().items()}
         self.config, self.neox = model.config, model.config.model_type == "gpt_neox"
-        self.n_sink, self.window, self.every = n_sink, window, every
+        self.n_sink, self.window, self.every, self.refresh = n_sink, window, every, refresh
         self.keys: list[list[torch.Tensor]] = [[] for _ in range(self.config.num_hidden_layers)]  # unrotated [heads, D]
         self.values: list[list[torch.Tensor]] = [[] for _ in range(self.config.num_hidden_layers)]
         self.fed = 0
@@ -92,9 +93,13 @@ class Reference:
             ]
             weights = torch.stack(scores).softmax(0)
             out.append(weights @ torch.stack([value[kv_head] for value in values]))
-        if len(keys) == self.n_sink + self.window + self.every:
+        if len(keys) == self.n_sink + self.window + self.refresh + self.every:
             for held in (keys, values):
+                dropped = held[self.n_sink : len(held) - self.window]
                 held[self.n_sink : len(held) - self.window] = []
+                if self.refresh:  # the seeds' negative control: evenly spaced dropped ones come back at the end
+                    places = np.unique(np.linspace(0, len(dropped) - 1, self.refresh).round().astype(int))
+                    held += [dropped[i] for i in places]
         return torch.cat(out)
 
     def _rotated(self, x: torch.Tensor, place: int) -> torch.Tensor:
@@ -112,9 +117,9 @@ class Reference:
 
 @torch.inference_mode()
 def reference_scores(
-    model: tf.PreTrainedModel, tokens: list[int], n_sink: int, window: int, every: int
+    model: tf.PreTrainedModel, tokens: list[int], n_sink: int, window: int, every: int, refresh: int = 0
 ) -> torch.Tensor:
-    reference = Reference(model, n_sink, window, every)
+    reference = Reference(model, n_sink, window, every, refresh)
     logits = torch.stack([reference.feed(t) for t in tokens[:-1]])
     return logits.log_softmax(-1)[torch.arange(len(tokens) - 1), tokens[1:]].float()
 
@@ -153,6 +158,17 @@ def test_in_cache_positions_are_those_of_the_paper(name: str, n_sink: int, windo
     (absolute,) = our_scores(name, [row], every, **sinks, positions="absolute")
     assert (got - expected).abs().max() <= TOLERANCE
     assert (absolute - expected).abs().max() > 0.1, "the two numberings differ, so the comparison would notice"
+
+
+@pytest.mark.parametrize(("every", "refresh"), [(1, 2), (5, 3), (5, 7)])
+@pytest.mark.parametrize("name", MODELS)
+def test_reinserted_tokens_are_the_last_in_the_cache(name: str, every: int, refresh: int) -> None:
+    rows = [[7, *tiny.tokens(n, seed=n)] for n in (70, 41, 10)]
+    settings = {"n_sink": 3, "window_size": 10, "refresh_budget": refresh, "refresh_policy": "uniform"}
+    got = our_scores(name, rows, every, method="streaming_llm", **settings)
+    for row, scores in zip(rows, got, strict=True):
+        expected = reference_scores(doubled(name).stock, row, 3, 10, every, refresh)
+        assert (scores - expected).abs().max() <= TOLERANCE
 
 
 def test_without_sinks_the_numbering_makes_no_difference() -> None:

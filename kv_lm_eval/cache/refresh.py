@@ -1,0 +1,104 @@
+"""A negative control: tokens that a cut drops are put back at the end of the cache, as if they were the newest.
+
+At each cut `reinserted` of the dropped tokens, evenly spaced, are rotated to the places after the newest one, and the
+text goes on behind them. So everything that comes later stands that much further: a layer whose last slot is at
+position p goes on at p + 1, whatever number transformers gives the token, and queries and keys are turned by the
+difference. The pairs are consistent, and still the control is harmful: the neighbourhood that local heads read is no
+longer the text's, and the next cut takes the stale pairs for recent ones.
+
+Reference: hopecommon/CS3602@b3ebb26 (refresh_budget, refresh_policy=uniform). Deviations: the budget is counted once.
+
+Shapes: B batch rows, K KV heads, M slots kept, D head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from kv_lm_eval.cache.attention import Step
+from kv_lm_eval.cache.cache import MAX_ROOM, CompressedCache
+from kv_lm_eval.cache.store import Kept
+
+
+class RefreshCache(CompressedCache):
+    """A compressed cache for a method with sinks and a window that reinserts some of what it evicts."""
+
+    def attend(self, step: Step) -> torch.Tensor:
+        """[B, H, q, D]"""
+        if self.new_pos is None:
+            self.begin(step.position_ids, step.attention_mask, step.query.shape[0])
+            self._true_pos = self.new_pos
+        assert self._true_pos is not None
+        shift, rope = self._shifts.get(step.layer), self.facts.rope
+        self.new_pos = self._true_pos
+        if shift is not None and any(shift):
+            assert rope is not None
+            delta = torch.tensor(shift, device=step.query.device).view(-1, 1)
+            self.new_pos = torch.where(self._true_pos >= 0, self._true_pos + delta.to(self._true_pos.device), -1)
+            if self.facts.rope_kinds[step.layer] == "rope":
+                query, key = (rope.rotate(x, delta, step.layer) for x in (step.query, step.key))
+                step = dataclasses.replace(step, query=query, key=key)
+        return super().attend(step)
+
+    _true_pos: torch.Tensor | None = None
+
+    @property
+    def _shifts(self) -> dict[int, list[int]]:
+        """By layer, how much further than its true position each row's next token stands."""
+        return self.__dict__.setdefault("_shift_by_layer", {})
+
+    def select(self, rows: torch.Tensor) -> CompressedCache:
+        new = super().select(rows)
+        assert isinstance(new, RefreshCache)
+        new._shifts.update({layer: [shift[i] for i in rows.tolist()] for layer, shift in self._shifts.items()})
+        return new
+
+    def _lost(self, layer: int) -> list[float]:
+        return [lost + s for lost, s in zip(super()._lost(layer), self._shifts[layer], strict=True)]
+
+    def _cut(self, layer: int, keep: list[float], scaling: float, softcap: float | None) -> None:
+        store, held, method = self.stores[layer], self.held[layer], self.compression.method
+        shift = self._shifts.setdefault(layer, [0] * len(held))
+        sinks, back = method.in_cache_sinks, method.reinserted
+        all_pos = store.pos[:, 0].tolist()
+        length = max(int(k) for k in keep)
+        index = torch.zeros(len(held), length, dtype=torch.long)
+        pos, delta = torch.full_like(index, -1), torch.zeros_like(index)
+        for b, row in enumerate(all_pos):
+            slots = [i for i, p in enumerate(row) if p >= 0]
+            stale: list[int] = []
+            if keep[b] < held[b]:
+                window = int(keep[b]) - sinks - back
+                dropped = slots[sinks : len(slots) - window]
+                stale = [dropped[i] for i in evenly(len(dropped), back)]
+                slots = slots[:sinks] + slots[len(slots) - window :]
+                shift[b] += len(stale)
+            first = row[-1] + 1
+            places = [row[i] for i in slots] + [first + i for i in range(len(stale))]
+            chosen = slots + stale
+            at = slice(length - len(chosen), length)
+            index[b, at], pos[b, at] = torch.tensor(chosen), torch.tensor(places)
+            delta[b, at] = torch.tensor([new - row[i] for new, i in zip(places, chosen, strict=True)])
+        wide = index.to(store.keys.device)[:, None, :, None]
+        keys = store.keys.gather(2, wide.expand(-1, store.keys.shape[1], -1, store.keys.shape[3]))
+        values = store.values.gather(2, wide.expand(-1, store.values.shape[1], -1, store.values.shape[3]))
+        if self.facts.rope_kinds[layer] == "rope":
+            assert self.facts.rope is not None
+            keys = self.facts.rope.rotate(keys, delta.to(keys.device), layer)
+        fresh = [h == s for h, s in zip(held, self.seen, strict=True)]
+        store.replace(
+            Kept(keys, values, pos[:, None].to(store.pos), None),
+            min(self.compression.schedule.compress_every, MAX_ROOM),
+        )
+        self.held[layer] = keep
+        if self.facts.rope_kinds[layer] == "rope":
+            self._move_sinks(layer, fresh)
+
+
+def evenly(n: int, count: int) -> list[int]:
+    """`count` of the numbers 0 .. n - 1, evenly spaced from the first to the last; all where there are no more."""
+    if n <= count:
+        return list(range(n))
+    return sorted({round(i * (n - 1) / max(count - 1, 1)) for i in range(count)})
