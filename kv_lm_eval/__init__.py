@@ -10,9 +10,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "KVCompressedLM": "kv_lm_eval.model",
     "UserError": "kv_lm_eval.errors",
+    "evaluate": "kv_lm_eval.api",
 }
 
-__all__ = ["KVCompressedLM", "UserError", "__version__"]
+__all__ = ["KVCompressedLM", "UserError", "__version__", "evaluate"]
 
 
 def __getattr__(name: str) -> object:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from kv_lm_eval.errors import UserError, close_names
-from kv_lm_eval.methods import base
-from kv_lm_eval.methods.budget import Budget, Everything, Heads, Pyramid, Ratio, RatioAbove, Slots
+from kv_lm_eval.methods import base, evicted
+from kv_lm_eval.methods.budget import Budget, Everything, Heads, PerHead, Pyramid, Ratio, RatioAbove, Slots
 from kv_lm_eval.methods.compression import Compression
-from kv_lm_eval.methods.evicted import Compensate, Drop, Evicted
+from kv_lm_eval.methods.evicted import Drop, Evicted
 from kv_lm_eval.methods.schedule import Schedule
+from kv_lm_eval.methods.storage import Storage
 
 ALIASES = {  # names used by the papers and their repositories -> ours
     "start_size": "n_sink",
@@ -32,7 +33,12 @@ ALIASES = {  # names used by the papers and their repositories -> ours
     "window_sizes": "window_size",
     "kernel_sizes": "kernel_size",
 }
-VALUE_ALIASES = {("pooling", "maxpool"): "max", ("pooling", "avgpool"): "avg", ("block_size", "fullc"): "full"}
+VALUE_ALIASES: dict[tuple[str, str], Any] = {
+    ("pooling", "maxpool"): "max",
+    ("pooling", "avgpool"): "avg",
+    ("block_size", "fullc"): "full",
+}
+VALUE_ALIASES |= {("nbits", "None"): 0, ("nbits", "none"): 0}
 BUDGET_KEYS = ("max_capacity_prompt", "keep_ratio", "compression_ratio")
 LAYER_BUDGETS = ("uniform", "pyramid")
 
@@ -41,9 +47,10 @@ def _names(*parts: Any) -> set[str]:
     return {field.name for part in parts for field in dataclasses.fields(part)}
 
 
-COMPENSATION_KEYS = _names(Compensate) - _names(Drop)
-PARTS = (Slots, Ratio, RatioAbove, Pyramid, Heads, Schedule, Compensate)
-COMMON_KEYS = _names(*PARTS) | {*BUDGET_KEYS, "layer_budget"}
+TREATMENTS = {name: _names(evicted.load(name)) for name in evicted.available()}
+STORAGE_KEYS = _names(Storage)
+PARTS = (Slots, Ratio, RatioAbove, Pyramid, Heads, Schedule, Storage)
+COMMON_KEYS = _names(*PARTS).union(*TREATMENTS.values()) | {*BUDGET_KEYS, "layer_budget", "evicted"}
 
 # from_pretrained arguments that lm-eval users pass through --model_args beyond HFLM's own
 FROM_PRETRAINED_KEYS = frozenset(
@@ -78,12 +85,74 @@ class EngineSettings:
             "choices": ("error", "truncate_left"),
         },
     )
+    question_in_prompt: bool = dataclasses.field(
+        default=True,
+        metadata={
+            "help": "True: the whole prompt is compressed, its question included; False: what stands before the "
+            "question is compressed first, and the question is fed over the compressed cache"
+        },
+    )
+    question_field: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "question_in_prompt=False: the document's field with the question; None: the first of question, "
+            "input, query, problem, goal that is found in the prompt"
+        },
+    )
+
+    prefill_chunk: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "feed a prompt in chunks of this many tokens and cut after the last one: the same answers in less "
+            "memory; None: in one forward"
+        },
+    )
+    prefill_evict: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "the same with a cut after every chunk, so that the memory does not grow with the prompt: OTHER "
+            "answers, since later chunks do not see what was evicted; for methods that work online (not for documents, "
+            "which are streamed anyway)"
+        },
+    )
 
     def __post_init__(self) -> None:
+        for name in ("prefill_chunk", "prefill_evict"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise UserError(f"{name}={size} must be at least 1 token; None feeds a prompt in one forward")
+        if self.prefill_chunk is not None and self.prefill_evict is not None:
+            raise UserError(
+                f"prefill_chunk={self.prefill_chunk} and prefill_evict={self.prefill_evict} both cut the prompt up; "
+                "give the first for the answers of one forward, the second for memory that does not grow"
+            )
+        if self.question_field is not None and self.question_in_prompt:
+            raise UserError(
+                f"question_field={self.question_field} has no effect with question_in_prompt=True, under which the "
+                "whole prompt is compressed; add question_in_prompt=False"
+            )
         if self.tail_tokens < 0:
             raise UserError(f"tail_tokens={self.tail_tokens} is negative; it counts context tokens, 0 or more")
         if self.rolling_compress_every < 1:
             raise UserError(f"rolling_compress_every={self.rolling_compress_every} must be at least 1 token")
+
+    def check(self, method: base.Method) -> None:
+        """Raises UserError for settings that do nothing, or nothing sensible, with this method."""
+        for name in ("prefill_chunk", "prefill_evict"):
+            if getattr(self, name) is not None and not method.uses_cache:
+                raise UserError(f"{name}={getattr(self, name)} has no effect: method={method.name} has no cache")
+        if self.prefill_evict is None or method.evicts_in_prefill:
+            return
+        if not method.compresses:
+            raise UserError(
+                f"prefill_evict={self.prefill_evict} has no effect: method={method.name} evicts nothing; "
+                f"prefill_chunk={self.prefill_evict} feeds the prompt in chunks"
+            )
+        online = ", ".join(name for name in base.available() if base.load(name).evicts_in_prefill)
+        raise UserError(
+            f"prefill_evict={self.prefill_evict} would cut in the middle of the prompt, where method={method.name} is "
+            "defined by its end: each chunk's own last tokens would vote, which is another method. Use "
+            f"prefill_chunk={self.prefill_evict} for the same answers in less memory, or one of: {online}"
+        )
 
 
 def parse(
@@ -125,7 +194,9 @@ def parse(
         if pass_through is not None and key not in allowed:
             raise UserError(_unknown(key, cls, known, known | allowed))
     rest.update(args)
-    return _build(cls, ours), _dataclass(EngineSettings, ours), rest
+    compression, engine = _build(cls, ours), _dataclass(EngineSettings, ours)
+    engine.check(compression.method)
+    return compression, engine, rest
 
 
 def _put(ours: dict[str, Any], key: str, value: Any) -> None:
@@ -137,7 +208,8 @@ def _put(ours: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _known_keys(cls: type[base.Method]) -> set[str]:
-    return _names(cls, EngineSettings) | (COMMON_KEYS if cls.compresses else set())
+    common = COMMON_KEYS if cls.compresses else STORAGE_KEYS if STORAGE_KEYS & set(cls.presets) else set()
+    return _names(cls, EngineSettings) | common
 
 
 def _unknown(key: str, cls: type[base.Method], known: set[str], resembling: set[str]) -> str:
@@ -176,32 +248,51 @@ def _nested(value: Any) -> dict[str, Any]:
 def _build(cls: type[base.Method], ours: dict[str, Any]) -> Compression:
     method = _dataclass(cls, ours)
     method.validate()
-    if not cls.compresses:
-        return Compression(method, Everything(), Schedule(), Drop())
     values = {**cls.presets, **ours}
+    storage = _storage(cls, values, ours)
+    if not cls.compresses:
+        return Compression(method, Everything(), Schedule(), Drop(), storage=storage)
+    for key, why in method.without_effect.items():
+        if key in ours:
+            raise UserError(f"{key}={ours[key]} has no effect: {why}")
     schedule, heads = _dataclass(Schedule, values), _dataclass(Heads, values)
     if "alpha" in ours and heads.head_budget != "ada":
         raise UserError(f"alpha={ours['alpha']} has no effect: it is a setting of head_budget=ada")
-    compression = Compression(method, _budget(method, values), schedule, _evicted(method, values), heads)
+    compression = Compression(method, _budget(method, values), schedule, _evicted(method, values), heads, storage)
     compression.budget.check(method.protected, method.name)
+    if cls.ring and storage.quantises:
+        raise UserError(
+            f"nbits={storage.nbits}: method={cls.name} overwrites single pairs in place, which groups of coded ones do "
+            "not allow; method=streaming_llm keeps the same pairs and takes nbits"
+        )
+    if cls.ring and not (compression.banded and isinstance(compression.budget, Slots) and schedule.compress_every == 1):
+        raise UserError(
+            f"method={cls.name} overwrites one pair a token in a ring of fixed size: it takes a number of slots and "
+            "compress_every=1, the same for all layers and heads, and drops what it evicts. method=streaming_llm takes "
+            "everything else"
+        )
+    for name in _names(cls) & _names(Schedule):  # a method that computes with the schedule has its settings too
+        assert getattr(method, name) == getattr(schedule, name), f"{cls.name}: {name} has two defaults"
     return compression
 
 
 def _budget(method: base.Method, values: dict[str, Any]) -> Budget:
     """The budget that the given settings name; exactly one total must be among them."""
+    if method.head_slots is not None:
+        return PerHead(method.head_slots)
     given = [k for k in BUDGET_KEYS if values.get(k) is not None]
     own = method.own_capacity
     if own is not None:
         if given:
+            also = next((k for k in method.capacity_settings if values.get(k) is not None), method.capacity_settings[0])
             raise UserError(
-                f"{given[0]}={values[given[0]]} and "
-                f"{method.capacity_setting}={values.get(method.capacity_setting)} both fix "
-                f"the budget of {method.name} (the second makes it {own} slots); give one of them"
+                f"{given[0]}={values[given[0]]} and {also}={getattr(method, also)} both fix the budget of {method.name} "
+                f"(the second makes it {own} slots); give one of them"
             )
         given, values = ["max_capacity_prompt"], {**values, "max_capacity_prompt": own}
     if len(given) != 1:
         got = "none" if not given else " and ".join(f"{k}={values[k]}" for k in given)
-        extra = f" (or {method.capacity_setting})" if method.capacity_setting else ""
+        extra = f" (or {' or '.join(method.capacity_settings)})" if method.capacity_settings else ""
         raise UserError(
             f"{method.name} needs one budget, got {got}: max_capacity_prompt=SLOTS{extra}, keep_ratio=SHARE kept, or "
             "compression_ratio=SHARE removed"
@@ -225,15 +316,26 @@ def _budget(method: base.Method, values: dict[str, Any]) -> Budget:
     return _dataclass(RatioAbove if values.get("prune_after") is not None else Ratio, {**values, "keep_ratio": share})
 
 
+def _storage(cls: type[base.Method], values: dict[str, Any], ours: dict[str, Any]) -> Storage:
+    storage = _dataclass(Storage, values)
+    if not storage.quantises:
+        if given := sorted(STORAGE_KEYS & set(ours) - {"nbits"}):
+            raise UserError(f"{given[0]}={ours[given[0]]} has no effect without nbits=2, 4 or 8")
+        if cls.presets.get("nbits"):
+            raise UserError(f"nbits={storage.nbits} leaves method={cls.name} nothing to do: that is method=full")
+    return storage
+
+
 def _evicted(method: base.Method, values: dict[str, Any]) -> Evicted:
-    kind = _dataclass(Drop, values).evicted  # coerced, and one of its choices
-    if kind == "drop":
-        if given := sorted(COMPENSATION_KEYS & set(values)):
-            raise UserError(f"{given[0]}={values[given[0]]} has no effect: it is a setting of evicted=compensate")
-        return Drop()
-    evicted = _dataclass(Compensate, values)
-    evicted.check(method)
-    return evicted
+    name = str(values.get("evicted", "drop"))
+    treatment = _dataclass(evicted.load(name), values)
+    for key in sorted(set(values) - TREATMENTS[name] - _names(method)):
+        if others := [other for other, keys in TREATMENTS.items() if key in keys]:
+            raise UserError(
+                f"{key}={values[key]} has no effect with evicted={name}: it is a setting of evicted={others[0]}"
+            )
+    treatment.check(method)
+    return treatment
 
 
 def _dataclass(cls: Any, values: dict[str, Any]) -> Any:
@@ -243,8 +345,11 @@ def _dataclass(cls: Any, values: dict[str, Any]) -> Any:
     for field in dataclasses.fields(cls):
         if field.name in values:
             value = VALUE_ALIASES.get((field.name, str(values[field.name])), values[field.name])
-            value = _coerce(value, hints[field.name], field.name)
             choices = field.metadata.get("choices", ())
+            if "none" in choices and str(value).lower() == "none":  # a choice by that name, not a missing value
+                value = "none"
+            else:
+                value = _coerce(value, hints[field.name], field.name)
             if choices and value not in choices:
                 allowed = ", ".join(map(str, choices))
                 raise UserError(

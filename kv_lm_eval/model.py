@@ -10,27 +10,34 @@ import inspect
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from kv_lm_eval import __version__, config, request_cache, tiny
+from kv_lm_eval import __version__, boundaries, closing, config, request_cache, samples, tiny
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.check import wrap
-from kv_lm_eval.engine.choices import score_continuations
-from kv_lm_eval.engine.generate import check_generation_settings, without_cache
-from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.documents import score_requests
+from kv_lm_eval.engine.choices import Score, score_continuations
+from kv_lm_eval.engine.generate import check_generation_settings, decode_steps, noting_first_token, without_cache
+from kv_lm_eval.engine.prefill import feed_beginning, prefill
+from kv_lm_eval.engine.question import alike, as_fed, prefill_before_question
 from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
-from kv_lm_eval.metrics.compression import CompressionLog
+from kv_lm_eval.halving import Halving, largest_batch
+from kv_lm_eval.metrics.compression import CompressionLog, uncut
+from kv_lm_eval.metrics.latency import Stopwatch, Timing
+from kv_lm_eval.metrics.memory import PeakMemory
 
 log = logging.getLogger("lm_eval.models.kvcompressed")  # below lm-eval's logger: its format, its verbosity
 HFLM_KEYS = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
@@ -44,7 +51,8 @@ class KVCompressedLM(HFLM):
         pretrained: hub name, folder, a loaded model, or "kv-tiny" for the embedded model.
         method: a name from `kv-lm-eval methods`, or path/to/file.py:Class; its settings follow as flat keys, or
             together as compression={...} (a dict, a JSON string or a YAML file).
-        tail_tokens, rolling_compress_every, overlong: see `config.EngineSettings`.
+        tail_tokens, rolling_compress_every, overlong, question_in_prompt, question_field, prefill_chunk,
+            prefill_evict: see `config.EngineSettings`.
 
     Raises:
         UserError: before any weights are loaded for settings; after loading for a model the self-check refuses.
@@ -68,7 +76,12 @@ class KVCompressedLM(HFLM):
         self._tasks: dict[Any, list[str]] = {}
         self._batch_contexts: list[str] = []
         self._docs: dict[str, dict[str, Any]] = {}
+        self._questions: dict[str, boundaries.Boundary] = {}
         self._out_of_memory: set[str] = set()
+        self._halving = Halving(log)
+        self._warmed_up: set[str] = set()
+        self._request_cache: Any = None
+        self._from_request_cache = 0
         self._bar: Any = None
         try:
             super().__init__(tiny.resolve(pretrained), backend="causal", **rest)
@@ -77,12 +90,15 @@ class KVCompressedLM(HFLM):
         self._set_ranks()
         if self.compression.method.uses_cache:
             self.facts = wrap(self._causal_lm, self.compression)
-            self._new_cache = partial(CompressedCache, self.compression, self.facts)
-            for message in self.compression.method.warnings(self.facts):
+            evict = self.engine.prefill_evict
+            chunk = evict or self.engine.prefill_chunk
+            self._new_cache = partial(make_cache, self.compression, self.facts, chunk, evict is not None)
+            for message in self.compression.warnings(self.facts):
                 log.warning(message)
         else:
             without_cache(self._causal_lm)
-        if self.compression.method.compresses and self.engine.tail_tokens == 0:
+        self._memory = PeakMemory({p.device for p in self._causal_lm.parameters()})
+        if self.compression.lossy and self.engine.tail_tokens == 0:
             log.warning(
                 "tail_tokens=0: the first token of every continuation is scored from the uncompressed prompt, so "
                 "one-token choices will show exactly no effect of a compression after the prefill"
@@ -113,7 +129,11 @@ class KVCompressedLM(HFLM):
             self._tasks[request.args[0]].append(request.task_name or "")
         self._docs = {r.args[0]: r.doc for r in requests if isinstance(r.doc, dict)}
         self._out_of_memory.clear()
-        self._check_prompts([self.tok_encode(r.args[0]) for r in requests], [self._room(r) for r in requests])
+        prompts, room = [self.tok_encode(r.args[0]) for r in requests], [self._room(r) for r in requests]
+        self._check_prompts(prompts, room)
+        self._find_questions(requests)
+        full_length = (p + p[-1:] * (self.max_length - n) for p, n in zip(prompts, room, strict=True))
+        self._longest: list[int] = max(full_length, key=len, default=[])
         hidden = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=hidden, desc="Running generate_until requests") as self._bar:
             answers = super().generate_until(requests, disable_tqdm=True)
@@ -133,74 +153,147 @@ class KVCompressedLM(HFLM):
         return super().tok_batch_encode(strings, *args, **kwargs)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        """One batch; where every document `takes_failures`, running out of memory costs only what does not fit."""
-        docs = [self._docs.get(text, {}) for text in self._batch_contexts]
+        """One batch of lm-eval's, in parts that fit the memory; a document that `takes_failures` may fail alone."""
+        texts, mask, width = self._batch_contexts, kwargs.pop("attention_mask"), context.shape[1]
+        docs, lengths = [self._docs.get(text, {}) for text in texts], mask.sum(1).tolist()
         if self._bar is not None:
             self._bar.set_postfix_str("; ".join(dict.fromkeys(str(d.get("progress_label", "")) for d in docs)))
-        try:
-            out = self._generate(context, max_length, stop, **kwargs)
-        except torch.OutOfMemoryError:
-            if not docs or not all(d.get("takes_failures") for d in docs):
-                raise
-            out = None
-        if out is None:  # outside the handler, which keeps the failed forward's tensors alive
-            out = self._row_by_row(context, max_length, stop, **kwargs)
+
+        def work(rows: Sequence[int]) -> torch.Tensor:
+            self._batch_contexts, padding = [texts[i] for i in rows], width - max(lengths[i] for i in rows)
+            part, part_mask = context[list(rows), padding:], mask[list(rows), padding:]
+            out = self._generate(part, max_length - padding, stop, attention_mask=part_mask, **kwargs)
+            return out[:, width - padding :]
+
+        def length(i: int) -> int:
+            return lengths[i] + max_length - width
+
+        def forgive(i: int) -> bool:
+            return bool(docs[i].get("takes_failures"))
+
+        new: dict[int, torch.Tensor] = {}
+        tails = [
+            min(n, self._questions[text].tail_tokens) for n, text in zip(lengths, texts, strict=True) if self._questions
+        ]
+        for together in alike(tails, self.compression.schedule) if tails else [range(len(texts))]:
+            for rows, answer in self._halving.run(together, work, length, forgive):
+                if answer is None:
+                    self._out_of_memory.add(texts[rows[0]])
+                    label, tokens = docs[rows[0]].get("progress_label", "a prompt"), lengths[rows[0]]
+                    log.warning("out of memory: %s (%d tokens) is not scored; the rest goes on", label, tokens)
+                    answer = context.new_zeros(1, 0)
+                new.update(zip(rows, answer.split(1), strict=True))
+        self._batch_contexts = texts
+        longest = max(n.shape[1] for n in new.values())
+        padded = [
+            F.pad(n, (0, longest - n.shape[1]), value=self.tokenizer.pad_token_id) for _, n in sorted(new.items())
+        ]
         if self._bar is not None:
             self._bar.update(len(docs))
-        return out
-
-    def _row_by_row(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        """A batch that ran out of memory, one prompt at a time; one that still does gets no token, and a mark."""
-        texts, mask, width = self._batch_contexts, kwargs.pop("attention_mask"), context.shape[1]
-        out = context.new_full((len(texts), max_length), self.tokenizer.pad_token_id)
-        out[:, :width] = context
-        for i, text in enumerate(texts):
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self._batch_contexts, padding = [text], width - int(mask[i].sum())
-            row, row_mask = context[i : i + 1, padding:], mask[i : i + 1, padding:]
-            try:
-                answer = self._generate(row, max_length - padding, stop, attention_mask=row_mask, **kwargs)
-                new = answer[0, row.shape[1] :]
-                out[i, width : width + len(new)] = new
-            except torch.OutOfMemoryError:
-                self._out_of_memory.add(text)
-                label = self._docs[text].get("progress_label", "a prompt")
-                log.warning("out of memory: %s (%d tokens) is not scored; the rest goes on", label, row.shape[1])
-        self._batch_contexts = texts
-        return out
+        return torch.cat([context, torch.cat(padded)], dim=1)
 
     def _generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        tasks = [self._tasks[s][0] if self._tasks.get(s) else "" for s in self._batch_contexts]
-        if not self.compression.method.uses_cache:
-            out = super()._model_generate(context, max_length, stop, **kwargs)
-            lengths = kwargs["attention_mask"].sum(1).tolist()
-            self._log_uncached(tasks, self._batch_contexts, "generate_until", lengths)
+        texts, mask = self._batch_contexts, kwargs.pop("attention_mask")
+        tasks = [self._tasks[s][0] if self._tasks.get(s) else "" for s in texts]
+        questions = [self._questions[text] for text in texts] if self._questions else None
+        ids, watch, cache = context, self._stopwatch(), None
+        if self.compression.method.uses_cache:
+            check_generation_settings(kwargs)
+            cache = self._timed_cache(watch)
+        rows = [row[-n:] for row, n in zip(context.tolist(), mask.sum(1).tolist(), strict=True)]
+        if cache is not None and (questions or cache.prefill_chunk):
+            tails = [q.tail_tokens for q in questions or ()]
+            with self._autocast():
+                if questions:
+                    cache = prefill_before_question(self.model, partial(self._timed_cache, watch), rows, tails)
+                else:
+                    feed_beginning(self.model, cache, rows)
+            if (beams := max(int(kwargs.get(name) or 1) for name in ("num_beams", "num_return_sequences"))) > 1:
+                cache.batch_repeat_interleave(beams)
+        if questions:
+            ids, mask = (t.to(context.device) for t in as_fed(rows, tails, self.tokenizer.pad_token_id))
+            max_length += ids.shape[1] - context.shape[1]
+        steps_before = len(cache.history) if cache is not None else 0
+        with noting_first_token(self._causal_lm, watch.first_token):
+            held = {} if cache is None else {"past_key_values": cache}
+            out = super()._model_generate(ids, max_length, stop, attention_mask=mask, **held, **kwargs)
+        watch.end()
+        new = out[:, ids.shape[1] :]
+        ends = kwargs.get("eos_token_id", self._causal_lm.generation_config.eos_token_id)
+        steps = [
+            decode_steps(row, stop, ends if isinstance(ends, list) else [ends], self.tok_decode) for row in new.tolist()
+        ]
+        sequences = out.shape[0] // len(tasks)  # return sequences of one prompt
+        new_tokens = [n + 1 for n in steps[::sequences]]
+        timings = watch.timings(len(tasks), self._first_of("generate_until"), new_tokens, new.shape[1])
+        lengths = mask.sum(1).tolist()
+        if cache is None:
+            self._log_uncached(tasks, texts, "generate_until", lengths, timings)
             return out
-        check_generation_settings(kwargs)
-        cache = self._new_cache()
-        out = super()._model_generate(context, max_length, stop, past_key_values=cache, **kwargs)
-        rows = out.shape[0] // len(tasks)  # beams or return sequences of one prompt
-        steps = [self._decode_steps(ids, stop) for ids in out[:, context.shape[1] :].tolist()]
         beams = len(cache.seen) // len(steps)
-        end = every_row(cache.snapshot([n for n in steps for _ in range(beams)]), rows * beams)
-        prefill = every_row(cache.prefill_end or end, rows * beams)
-        self.compression_log.add_batch(tasks, self._batch_contexts, "generate_until", prefill, end)
-        return out
+        at = [steps_before + n for n in steps for _ in range(beams)]
+        end = every_row(cache.snapshot(at), sequences * beams)
+        prefilled = cache.prefill_end or end
+        prefilled = {**every_row(prefilled, len(prefilled["seen"]) // len(tasks)), "seen": lengths}
+        end = {**end, "timing": timings, **(boundaries.rows(questions) if questions else {})}
+        self.compression_log.add_batch(tasks, texts, "generate_until", prefilled, end)
+        return torch.cat([context.repeat_interleave(sequences, dim=0), new], dim=1)
 
-    def _decode_steps(self, new_ids: list[int], stop: list[str]) -> int:
-        """Decode steps that this answer took by itself: a batch goes on until its last row has met its stop."""
-        low, high = 1, len(new_ids)
-        while low < high:  # the shortest beginning that holds a stop: once it does, all longer ones do
-            middle = (low + high) // 2
-            text = self.tok_decode(new_ids[:middle], skip_special_tokens=False)
-            low, high = (low, middle) if any(s in text for s in stop if s) else (middle + 1, high)
-        return low - 1
+    # ------------------------------------------------------------------------------------ questions, times, memory
+
+    def _find_questions(self, requests: list[Instance]) -> None:
+        """With question_in_prompt=False: where each prompt's question begins; raises before any work is done."""
+        self._questions = {}
+        if self.engine.question_in_prompt or not self.compression.lossy:
+            return
+        self._questions = boundaries.find_all(requests, self.engine.question_field, self._tokens_from)
+
+    def _tokens_from(self, text: str, start: int) -> int:
+        """Tokens of a text from its character `start` on."""
+        if not self.tokenizer.is_fast:
+            return boundaries.tokens_by_prefix(self.tok_encode, text, start)
+        special = self.add_bos_token is not False
+        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        return boundaries.tokens_by_offsets(encoded["offset_mapping"], start)
+
+    def _stopwatch(self) -> Stopwatch:
+        return Stopwatch(self._memory, self.device)
+
+    def _timed_cache(self, watch: Stopwatch) -> CompressedCache:
+        cache = self._new_cache()
+        cache.around_cut = watch.around_cut
+        return cache
+
+    def _first_of(self, kind: str) -> bool:
+        """Whether this is the first batch of its kind, which warms the device up."""
+        first = kind not in self._warmed_up
+        self._warmed_up.add(kind)
+        return first
+
+    @property
+    def _gains_by_batches(self) -> bool:
+        """A CPU computes rows one after the other anyway."""
+        return self.device.type != "cpu"
+
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        """batch_size=auto of generate_until: prompts as long as the longest with its answer, prefilled and cut."""
+        if not self._gains_by_batches:
+            return 1
+
+        def attempt(n: int) -> None:
+            with torch.inference_mode(), self._autocast():
+                if self.compression.method.uses_cache:
+                    prefill(self.model, self._new_cache, [self._longest] * n)
+                else:
+                    self.model(torch.tensor([self._longest] * n, device=self.device), use_cache=False, logits_to_keep=1)
+
+        return largest_batch(attempt, self.max_batch_size)
 
     # ------------------------------------------------------------------------------------ loglikelihood
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._tasks = {"order": [r.task_name or "" for r in requests]}
+        self._find_questions(requests)
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
@@ -211,8 +304,11 @@ class KVCompressedLM(HFLM):
     ) -> list[tuple[float, bool]]:
         if not self.compression.method.uses_cache:
             if override_bs is None:  # with it, these are windows of a document, which is counted as one request
-                contexts = {tuple(r[1]): task for r, task in zip(requests, self._tasks["order"], strict=True)}
-                self._log_uncached(list(contexts.values()), list(contexts), "loglikelihood", list(map(len, contexts)))
+                texts = {r[0][0] if r[0] else "": i for i, r in enumerate(requests)}
+                tasks, lengths = zip(
+                    *((self._tasks["order"][i], len(requests[i][1])) for i in texts.values()), strict=True
+                )
+                self._log_uncached(list(tasks), list(texts), "loglikelihood", list(lengths))
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         return self._score_grouped(requests, disable_tqdm, override_bs)
 
@@ -235,35 +331,60 @@ class KVCompressedLM(HFLM):
                 "tokens: its continuation "
                 "alone is longer than the model's maximum"
             )
-        size = override_bs or self._contexts_per_batch(requests)
-        answers: dict[int, tuple[float, bool]] = {}
-        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="kvcompressed loglikelihood")
-        for start in range(0, len(keys), size):
-            batch = keys[start : start + size]
+
+        def score(batch: Sequence[tuple[int, ...]]) -> tuple[list[list[Score]], CompressedCache, Stopwatch]:
+            watch = self._stopwatch()
             continuations = [[requests[i][2] for i in groups[c]] for c in batch]
+            tails = [question(c).tail_tokens for c in batch] if self._questions else self.engine.tail_tokens
+            new_cache = partial(self._timed_cache, watch)
             with self._autocast():
                 scores, cache = score_continuations(
-                    self.model, self._new_cache, batch, continuations, self.engine.tail_tokens, self.softmax_dtype
+                    self.model, new_cache, batch, continuations, tails, self.softmax_dtype
                 )
+            watch.end()
+            return scores, cache, watch
+
+        def text(context: tuple[int, ...]) -> str:
+            strings = requests[groups[context][0]][0]
+            return strings[0] if strings else str(context)
+
+        def question(context: tuple[int, ...]) -> boundaries.Boundary:
+            found = self._questions.get(text(context), boundaries.Boundary(1, empty=True))
+            return replace(found, tail_tokens=max(found.tail_tokens, self.engine.tail_tokens))
+
+        size = override_bs or self._contexts_per_batch(keys, score)
+        answers: dict[int, tuple[float, bool]] = {}
+        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="kvcompressed loglikelihood")
+        batches = [keys[start : start + size] for start in range(0, len(keys), size)]
+        if self._questions:
+            tails = [[min(len(c), question(c).tail_tokens) for c in b] for b in batches]
+            rows = zip(batches, (alike(t, self.compression.schedule) for t in tails), strict=True)
+            batches = [[b[i] for i in together] for b, groups_of_rows in rows for together in groups_of_rows]
+        for batch, result in (part for b in batches for part in self._halving.run(b, score, len)):
+            assert result is not None
+            scores, cache, watch = result
             for key, group in zip(batch, scores, strict=True):
                 for i, answer in zip(groups[key], group, strict=True):
                     answers[i] = answer
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
-            end = cache.snapshot()
             if not rolling:
+                end = cache.snapshot()
                 tasks = [order[groups[c][0]] if order else "" for c in batch]
-                prefill = {**(cache.prefill_end or end), "seen": [len(c) for c in batch]}
-                self.compression_log.add_batch(tasks, batch, "loglikelihood", prefill, end)
+                prefilled = {**(cache.prefill_end or end), "seen": [len(c) for c in batch]}
+                end["timing"] = watch.timings(len(batch), self._first_of("loglikelihood"))
+                end.update(boundaries.rows(list(map(question, batch))) if self._questions else {})
+                self.compression_log.add_batch(tasks, list(map(text, batch)), "loglikelihood", prefilled, end)
             bar.update(sum(len(groups[c]) for c in batch))
         bar.close()
         return [answers[i] for i in range(len(requests))]
 
-    def _contexts_per_batch(self, requests: list[Any]) -> int:
+    def _contexts_per_batch(self, keys: list[tuple[int, ...]], score: Callable[[Any], object]) -> int:
         if self.batch_size != "auto":
             return int(self.batch_size)
-        longest = sorted(requests, key=lambda r: -len(r[1] + r[2]))
-        return self._detect_batch_size(longest, 0)
+        if not self._gains_by_batches or not keys:
+            return 1
+        return largest_batch(lambda n: score(keys[:1] * n), min(self.max_batch_size, len(keys)))
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
         """One plain forward (batch size detection): through our attention, without compression."""
@@ -278,59 +399,7 @@ class KVCompressedLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         self._tasks = {}
-        tasks = [r.task_name or "" for r in requests]
-        if not self.compression.method.compresses:
-            return self._score_windows(requests, tasks, disable_tqdm)
-        documents = [self.tok_encode(r.args[0]) for r in requests]
-        self._check_documents(documents)
-        every = self.compression.schedule.compress_every or self.engine.rolling_compress_every
-        order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
-        size = 1 if self.batch_size == "auto" else int(self.batch_size)
-        answers = [0.0] * len(documents)
-        total = sum(map(len, documents))
-        bar = tqdm(total=total, unit="tok", disable=disable_tqdm or self.rank != 0, desc="kvcompressed rolling")
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            with self._autocast():
-                scored, cache = score_documents(
-                    self.model,
-                    self._new_cache,
-                    self.prefix_token_id,
-                    [documents[i] for i in batch],
-                    every,
-                    self.softmax_dtype,
-                    bar.update,
-                )
-            for i, document in zip(batch, scored, strict=True):
-                answers[i] = float(document.log_probs.double().sum())
-                self.cache_hook.add_partial("loglikelihood_rolling", requests[i].args, answers[i])
-            if cache.seen:
-                end = cache.snapshot()
-                texts = [requests[i].args[0] for i in batch]
-                self.compression_log.add_batch([tasks[i] for i in batch], texts, "loglikelihood_rolling", end, end)
-        bar.close()
-        return answers
-
-    def _score_windows(self, requests: list[Instance], tasks: list[str], disable_tqdm: bool) -> list[float]:
-        """lm-eval's rolling windows, for the same number as its hf model; no rank waits for another."""
-        documents = [self.tok_encode(r.args[0]) for r in requests]
-        windows = []
-        for i, tokens in enumerate(documents):
-            rolling = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
-            windows += [(i, (None, *make_disjoint_window(w))) for w in rolling]
-        size = 1 if self.batch_size == "auto" else int(self.batch_size)
-        answers = [0.0] * len(documents)
-        hidden = disable_tqdm or self.rank != 0
-        for start in tqdm(range(0, len(windows), size), disable=hidden, desc="kvcompressed rolling windows"):
-            batch = windows[start : start + size]
-            scores = self._loglikelihood_tokens([w for _, w in batch], disable_tqdm=True, override_bs=len(batch))
-            for (i, _), (score, _) in zip(batch, scores, strict=True):
-                answers[i] += score
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
-        texts = [r.args[0] for r in requests]
-        self._log_uncached(tasks, texts, "loglikelihood_rolling", list(map(len, documents)))
-        return answers
+        return list(score_requests(self, requests, disable_tqdm))
 
     def _check_documents(self, documents: list[list[int]]) -> None:
         longest = max(map(len, documents), default=0)
@@ -376,20 +445,20 @@ class KVCompressedLM(HFLM):
 
     # ------------------------------------------------------------------------------------ results and caches
 
-    def _log_uncached(self, tasks: list[str], prompts: Sequence[Hashable], kind: str, lengths: list[int]) -> None:
+    def _log_uncached(
+        self,
+        tasks: list[str],
+        prompts: Sequence[Hashable],
+        kind: str,
+        lengths: list[int],
+        timings: list[Timing] | None = None,
+    ) -> None:
         """Records of requests that held no compressed cache: method=no_cache, and lm-eval's windows
         under method=full."""
         per_token = 0 if not self.compression.method.uses_cache else self._kv_bytes_per_token()
-        snapshot = {
-            "seen": lengths,
-            "kept_fraction": [1.0 if per_token else 0.0] * len(lengths),
-            "compressed": [False] * len(lengths),
-            "kv_bytes_valid": [min(n, self.max_length) * per_token for n in lengths],
-            "kv_bytes_allocated": max((min(n, self.max_length) for n in lengths), default=0) * per_token,
-            "overhead_bytes": 0,
-            "peak_slots": [min(n, self.max_length) if per_token else 0 for n in lengths],
-        }
-        self.compression_log.add_batch(tasks, prompts, kind, snapshot, snapshot)
+        snapshot = uncut(lengths, self.max_length, per_token)
+        end = {**snapshot, "timing": timings} if timings else snapshot
+        self.compression_log.add_batch(tasks, prompts, kind, snapshot, end)
 
     def _kv_bytes_per_token(self) -> int:
         cfg = self.model.config.get_text_config()
@@ -400,52 +469,31 @@ class KVCompressedLM(HFLM):
     def barrier(self) -> None:
         """Every rank passes here after each kind of request: rank 0 takes the others' records, which let go of them."""
         if self.world_size > 1:
-            gathered = self.gather_object(self.compression_log.records)
-            self.compression_log.records = [r for rank in gathered or [] for r in rank]
+            gathered = self.gather_object((self.compression_log.records, self._answers_taken())) or []
+            self.compression_log.records = [r for records, _ in gathered for r in records]
+            self._from_request_cache += sum(answers for _, answers in gathered)
         super().barrier()
+
+    def _answers_taken(self) -> int:
+        """Requests that this rank's --use_cache file has answered since the last time this was asked."""
+        taken = getattr(self._request_cache, "answers", 0)
+        if self._request_cache is not None:
+            self._request_cache.answers = 0
+        return taken
 
     def get_model_info(self) -> dict[str, Any]:
         """Goes into results["config"]: what was compressed and what was not, with all settings and versions."""
         summary = self.compression_log.summary()
-        self._say_what_happened(summary)
+        self._from_request_cache += self._answers_taken()
+        summary["from_request_cache"] = self._from_request_cache
+        closing.say(log, self.compression, summary)
+        samples.remember(self.compression_log.by_prompt())
         return {
             **super().get_model_info(),
             "kv_compression": self.settings,
             "kv_stats": summary,
             "kv_versions": {"kv-lm-eval": __version__, **{p: version(p) for p in ("transformers", "torch", "lm-eval")}},
         }
-
-    def _say_what_happened(self, summary: dict[str, Any]) -> None:
-        """One line for the run, and a warning for each task whose requests were all too short to be compressed."""
-        if not summary["requests"]:
-            log.warning("all answers came from the request cache: there are no numbers on memory or compression")
-            return
-        log.info(
-            "%s: %.0f %% of %d requests compressed, %.0f %% of pairs kept at their end, %.0f KiB of "
-            "keys and values after the "
-            "prefill on average",
-            self.compression.method.name,
-            100 * summary["compressed_share"],
-            summary["requests"],
-            100 * summary["kept_fraction_mean"],
-            summary["kv_bytes_prefill_mean"] / 1024,
-        )
-        budget = {k: v for k, v in self.compression.settings().items() if k in ("max_capacity_prompt", "keep_ratio")}
-        for task, one in summary["by_task"].items():
-            if self.compression.method.compresses and one["compressed_share"] == 0:
-                lengths = one["prompt_tokens"]
-                log.warning(
-                    "%s: compression triggered in NONE of %d requests, so its score is the full "
-                    "cache's: prompts have %d to %d "
-                    "tokens (median %d), the budget is %s. Take longer prompts (more few-shot "
-                    "examples) or a smaller budget.",
-                    task or "this run",
-                    one["requests"],
-                    lengths["min"],
-                    lengths["max"],
-                    lengths["median"],
-                    budget,
-                )
 
     def fingerprint(self) -> str:
         """Hash of all that decides an answer: model, revision, dtype, length limit, method, every setting."""
@@ -480,6 +528,8 @@ class KVCompressedLM(HFLM):
         """
         if cache_hook.dbdict is not None:
             request_cache.use_own_table(cache_hook.dbdict, self.fingerprint())
+            request_cache.count_answers(cache_hook.dbdict)
+            self._request_cache = cache_hook.dbdict
             for key in [k for k, answer in cache_hook.dbdict.items() if answer == OUT_OF_MEMORY]:
                 del cache_hook.dbdict[key]  # tried again, perhaps on a larger device
             cache_hook.add_partial = self._unless_out_of_memory(cache_hook.add_partial)

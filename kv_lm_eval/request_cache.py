@@ -26,6 +26,20 @@ def weights_identity(pretrained: Any, model: Any) -> list[Any]:
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
+def count_answers(dbdict: Any) -> None:
+    """Lets lm-eval's SqliteDict count in `answers` how many requests it has answered: the model never sees those."""
+
+    class Counting(type(dbdict)):  # type: ignore[misc]
+        answers = 0
+
+        def __getitem__(self, key: str) -> Any:
+            found = super().__getitem__(key)
+            self.answers += 1
+            return found
+
+    dbdict.__class__ = Counting
+
+
 def use_own_table(dbdict: Any, fingerprint: str) -> None:
     """Points lm-eval's SqliteDict at the table of this configuration."""
     dbdict.tablename = f"kv_{fingerprint[:32]}"

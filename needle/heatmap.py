@@ -127,17 +127,18 @@ def _read(file: Path, metric: str | None) -> list[Panel]:
         task, _, date = file.stem.removeprefix("samples_").rpartition("_")
         beside = file.with_name(f"results_{date}.json")
         config = json.loads(beside.read_text(encoding="utf-8"))["config"] if beside.is_file() else {}
-        return [_panel(task, list(grid(answers)), config, file, metric)]
+        return [panel_of(task, list(grid(answers)), config, file, metric)]
     results = json.loads(file.read_text(encoding="utf-8"))
     found = []
     for task, numbers in results.get("results", {}).items():
         cells = next((v for k, v in numbers.items() if k.startswith("cells,") and isinstance(v, list)), None)
         if cells:
-            found.append(_panel(task, cells, results.get("config", {}), file, metric))
+            found.append(panel_of(task, cells, results.get("config", {}), file, metric))
     return found
 
 
-def _panel(task: str, cells: list[dict[str, Any]], config: dict[str, Any], file: Path, metric: str | None) -> Panel:
+def panel_of(task: str, cells: list[dict[str, Any]], config: dict[str, Any], file: Path, metric: str | None) -> Panel:
+    """One panel from a grid's cells; config is that of lm-eval's results."""
     settings = config.get("kv_compression") or {}
     method = settings.get("method") or config.get("model") or "model"
     metric = metric or cells[0]["primary"]

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods.base import Sight
 
 if TYPE_CHECKING:
     from kv_lm_eval.cache.cache import CompressedCache
@@ -82,7 +83,7 @@ def kv_attention(
         )
     if dropout and module.training:
         raise UserError("the model is in training mode: call model.eval() first")
-    cache.facts.meet(layer, module, sliding_window)
+    cache.facts.meet(layer, module, sliding_window, (query.shape[1], key.shape[1]))
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     step = Step(layer, query, key, value, position_ids, attention_mask, scaling, sliding_window, softcap)
     return cache.attend(step).transpose(1, 2).contiguous(), None
@@ -112,6 +113,8 @@ def attend_stored(cache: CompressedCache, step: Step) -> torch.Tensor:
     assert cache.new_pos is not None
     pos = cache.new_pos.to(query.device)
     store = cache.stores[layer]
+    if cache.per_query_head(layer):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     old = 0 if store.is_empty else store.length
     had_empty = cache.has_empty(layer)
     if cache.mode == "score":
@@ -120,33 +123,43 @@ def attend_stored(cache: CompressedCache, step: Step) -> torch.Tensor:
             [store.pos, pos.unsqueeze(1).expand(-1, store.pos.shape[1], -1).to(store.pos.dtype)], dim=2
         )
     else:
-        store.append(key, value, pos)
+        store.append(key, value, pos, cache.new_counts)
         cache.appended(layer)
         keys, values, slot_pos = store.keys, store.values, store.pos
+    bias = store.bias
+    if bias is not None and cache.mode == "score":
+        bias = F.pad(bias, (0, key.shape[2]))
+    sight = cache.compression.sight(layer) if cache.facts.compressible(layer) else None
     masked = (
         had_empty
+        or bias is not None
+        or sight is not None
         or cache.padded
         or cache.branch is not None
         or (window is not None and cache.get_seq_length() + query.shape[2] > window)
     )
     if softcap is not None:
-        out = _attend_blocks(query, keys, values, pos, slot_pos, old, window, cache.branch, scaling, softcap)
+        out = _attend_blocks(
+            query, keys, values, pos, slot_pos, old, window, cache.branch, scaling, softcap, bias, sight
+        )
     elif not masked and old == 0:
         grouped = query.shape[1] != keys.shape[1]
         out = F.scaled_dot_product_attention(
             query, keys, values, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=grouped
         )
     elif not masked and query.shape[2] == 1:
-        out = F.scaled_dot_product_attention(_packed(query, keys.shape[1]), keys, values, scale=scaling)
+        out = F.scaled_dot_product_attention(packed_queries(query, keys.shape[1]), keys, values, scale=scaling)
         out = out.reshape(query.shape[0], query.shape[1], 1, -1)
     else:
-        out = _attend_blocks(query, keys, values, pos, slot_pos, old, window, cache.branch, scaling, None)
+        out = _attend_blocks(query, keys, values, pos, slot_pos, old, window, cache.branch, scaling, None, bias, sight)
     if cache.observes and cache.facts.compressible(layer):
         method = cache.compression.method
         if method.num_queries:
             store.observe(query, pos, method.num_queries)
         if method.accumulates:
-            store.add_mass(_received_mass(query, keys, pos, slot_pos, old, scaling, softcap, window))
+            store.add_mass(_received_mass(query, keys, pos, slot_pos, old, scaling, softcap, window, bias))
+        if method.moments_from is not None:
+            cache.add_moments(layer, query, pos)
     return out
 
 
@@ -160,11 +173,11 @@ def _tagged(module: nn.Module, key: torch.Tensor) -> tuple[CompressedCache, int]
             "between layers, or keys "
             "are changed after caching (multi-head latent attention); none of these is supported"
         )
-    del key._kv_tag  # type: ignore[attr-defined]  # else the store, which may adopt this tensor, would hold the cache
+    key._kv_tag = None  # type: ignore[attr-defined]  # else the store, which may adopt this tensor, would hold the cache
     return tag
 
 
-def _packed(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+def packed_queries(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """[B, H, q, D] -> [B, K, G * q, D]: the query heads of a group become queries of their KV head."""
     b, h, q, d = query.shape
     return query.reshape(b, kv_heads, h // kv_heads * q, d)
@@ -195,6 +208,17 @@ def visible(
     return allowed | (itself & (pos < 0)[:, None, :, None])  # a padded query sees itself: its row would be NaN
 
 
+def _in_sight(sight: Sight, pos: torch.Tensor, slot_pos: torch.Tensor, group: int) -> torch.Tensor:
+    """Which slots each query head may see: [B, 1 or K, G * q, N], bool; pos [B, q], slot_pos [B, 1 or K, N]."""
+    everything = torch.iinfo(torch.int32).max
+    shape = (1, 1, 1, 1, 1) if len(sight.sinks) == 1 else (1, -1, group, 1, 1)
+    sinks = torch.tensor(sight.sinks, device=pos.device).view(shape)
+    windows = torch.tensor([everything if w is None else w for w in sight.windows], device=pos.device).view(shape)
+    slots = slot_pos[:, :, None, None, :]
+    seen = (slots < sinks) | (pos[:, None, None, :, None] - slots < windows)  # [B, 1 or K, 1 or G, q, N]
+    return seen.expand(-1, -1, group, -1, -1).flatten(2, 3)
+
+
 def _attend_blocks(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -206,11 +230,19 @@ def _attend_blocks(
     branch: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
+    bias: torch.Tensor | None,
+    sight: Sight | None,
 ) -> torch.Tensor:
-    """Masked attention in blocks of queries: [B, H, q, D]. Memory is bounded by the block, whatever the length."""
+    """Masked attention in blocks of queries: [B, H, q, D]. Memory is bounded by the block, whatever the length.
+
+    Args:
+        bias: [B, K, N] float32 added to the logits of each slot, or None.
+        sight: what each query head may see of what is visible, or None: all.
+    """
     b, h, q, _ = query.shape
     kv_heads, n = keys.shape[1], keys.shape[2]
-    per_query = b * n * (h if softcap is not None else h // kv_heads * slot_pos.shape[1])
+    every_head = softcap is not None or bias is not None or sight is not None
+    per_query = b * n * (h if every_head else h // kv_heads * slot_pos.shape[1])
     block = max(1, min(q, (WEIGHT_ELEMENTS if softcap is not None else MASK_ELEMENTS) // per_query))
     if q > 256 and branch is None:
         block = min(block, max(128, q // 8))  # causal: early blocks need only early slots
@@ -223,25 +255,37 @@ def _attend_blocks(
         part = slice(start, end)
         mask = visible(pos[:, first:last], slot_pos[:, :, :end], first, old, window, branch)[..., start:]
         mask = mask.repeat(1, 1, h // kv_heads, 1)  # [B, 1 or K, G * q, N]
-        packed = _packed(query[:, :, first:last], kv_heads)
+        if sight is not None:
+            mask = mask & _in_sight(sight, pos[:, first:last], slot_pos[:, :, part], h // kv_heads)
+        packed = packed_queries(query[:, :, first:last], kv_heads)
+        added = None if bias is None else bias[:, :, None, part]
         if softcap is None:
+            if added is not None:
+                mask = torch.where(mask, added, float("-inf")).to(query.dtype)
             out = F.scaled_dot_product_attention(
                 packed, keys[:, :, part], values[:, :, part], attn_mask=mask, scale=scaling
             )
         else:
-            weights = _weights(packed, keys[:, :, part], mask, scaling, softcap)
+            weights = attention_weights(packed, keys[:, :, part], mask, scaling, softcap, added)
             out = weights.to(values.dtype) @ values[:, :, part]
         outs.append(out.reshape(b, h, last - first, -1))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 
-def _weights(
-    packed: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scaling: float, softcap: float | None
+def attention_weights(
+    packed: torch.Tensor,
+    keys: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention weights of packed queries [B, K, x, D] over [B, K, N, D]: [B, K, x, N] float32."""
+    """Attention weights of packed queries [B, K, x, D] over [B, K, N, D], bias [B, K, 1, N]: [B, K, x, N] float32."""
     scores = (packed @ keys.transpose(2, 3)).float() * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
     return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
 
 
@@ -254,6 +298,7 @@ def _received_mass(
     scaling: float,
     softcap: float | None,
     window: int | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention that each slot receives from the new queries, mean over the query heads of a group:
     [B, K, N] float32."""
@@ -266,7 +311,10 @@ def _received_mass(
         end = old + last
         block_pos = pos[:, first:last]
         mask = visible(block_pos, slot_pos[:, :, :end], first, old, window, None).repeat(1, 1, h // kv_heads, 1)
-        weights = _weights(_packed(query[:, :, first:last], kv_heads), keys[:, :, :end], mask, scaling, softcap)
+        added = None if bias is None else bias[:, :, None, :end]
+        weights = attention_weights(
+            packed_queries(query[:, :, first:last], kv_heads), keys[:, :, :end], mask, scaling, softcap, added
+        )
         weights = weights.view(b, kv_heads, h // kv_heads, last - first, end).mean(2)
         mass[:, :, :end] += (weights * (block_pos >= 0)[:, None, :, None]).sum(2)
     return mass
@@ -289,7 +337,8 @@ def window_attention(
         allowed = allowed & (distance < window)
     real = (query_pos >= 0)[:, None, :, None] & allowed.any(-1, keepdim=True)
     mask = (allowed | ~real).repeat(1, 1, h // kv_heads, 1)
-    weights = _weights(_packed(queries, kv_heads), store.keys, mask, scaling, softcap).view(
+    added = None if store.bias is None else store.bias[:, :, None]
+    weights = attention_weights(packed_queries(queries, kv_heads), store.keys, mask, scaling, softcap, added).view(
         b, kv_heads, h // kv_heads, w, n
     )
     weights = weights * real.unsqueeze(2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from math import ceil
 from typing import Any, Literal
 
@@ -19,11 +20,14 @@ from transformers import Cache
 
 from kv_lm_eval.cache.attention import Step, attend_stored, window_attention
 from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.moments import QueryMoments
+from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.cache.store import LayerStore
 from kv_lm_eval.methods.base import View
 from kv_lm_eval.methods.compression import Compression
 
 MAX_ROOM = 1024  # slots reserved for the tokens until the next cut, at most; storage grows by itself
+MOMENTS_BLOCK = 1024  # queries turned back in float32 at a time
 Mode = Literal["prefill", "decode", "stream", "hold", "score"]
 
 
@@ -42,11 +46,13 @@ class CompressedCache(Cache):
             "hold": stored and not cut;
             "score": read only, nothing is stored (`branch` says which new tokens see each other).
         seen: tokens fed per row, padding not counted. held: slots in use per row, by layer. peaks: most slots that any
-            layer of the row ever held.
+            layer of the row that may be cut ever held.
         decoded: the schedule's clock, tokens fed since the end of the prefill.
         around_cut: a context manager entered for each layer's cut, to measure it.
-        history: (held, peaks) after the prefill and after each decode step, so that a batch whose rows end at different
-            steps can be told apart afterwards.
+        prefill_chunk: tokens of a prompt in one forward, None: all (`engine/prefill.py` does it). prefill_evicts: whether
+            the cache is cut between the chunks.
+        history: (held, peaks, valid bytes) after the prefill and after each decode step, so that a batch whose rows end
+            at different steps can be told apart afterwards.
     """
 
     def __init__(self, compression: Compression, facts: ModelFacts, mode: Mode = "prefill") -> None:
@@ -54,19 +60,27 @@ class CompressedCache(Cache):
         self.compression = compression
         self.facts = facts
         self.mode: Mode = mode
-        self.stores = [LayerStore() for _ in range(facts.num_layers)]
+        self.stores = [self._new_store(i) for i in range(facts.num_layers)]
         self.seen: list[int] = []
         self.held: list[list[float]] = [[] for _ in range(facts.num_layers)]
         self.peaks: list[float] = []
         self.prefill_end: dict[str, Any] | None = None
-        self.history: list[tuple[list[list[float]], list[float]]] = []
+        self.history: list[tuple[list[list[float]], list[float], list[float]]] = []
         self.decoded = 0
         self.around_cut: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.prefill_chunk: int | None = None
+        self.prefill_evicts = False
         self.branch: torch.Tensor | None = None
         self.new_pos: torch.Tensor | None = None  # [B, q] of the running forward
         self.new_counts: list[int] = []  # real tokens per row of the running forward
         self.next_counts: list[int] | None = None  # the same for the next forward, where the caller knows
         self.padded = False  # whether the running forward has padded tokens
+
+    def _new_store(self, layer: int) -> LayerStore:
+        storage = self.compression.storage
+        if not storage.quantises:
+            return LayerStore()
+        return QuantizedStore(storage, self.compression.method.in_cache_sinks if self.facts.compressible(layer) else 0)
 
     # ------------------------------------------------------------------------------------ transformers' protocol
 
@@ -119,7 +133,7 @@ class CompressedCache(Cache):
 
     def select(self, rows: torch.Tensor) -> CompressedCache:
         """A copy with the given rows (repeats allowed): the fork from which several continuations go on."""
-        new = CompressedCache(self.compression, self.facts, self.mode)
+        new = type(self)(self.compression, self.facts, self.mode)
         new._columns, new.decoded = self._columns, self.decoded
         new.prefill_end = self.prefill_end
         picked = rows.tolist()
@@ -134,6 +148,10 @@ class CompressedCache(Cache):
         self.history = []  # rows are no longer those of before
 
     # ------------------------------------------------------------------------------------ one forward
+
+    def next_positions(self) -> list[int]:
+        """Position of each row's next token."""
+        return self.seen
 
     def attend(self, step: Step) -> torch.Tensor:
         """One layer's attention, [B, H, q, D]; the new pairs are stored before it and the layer is cut after it."""
@@ -179,7 +197,8 @@ class CompressedCache(Cache):
     def appended(self, layer: int) -> None:
         """Counts the new slots of a layer, after they were stored."""
         self.held[layer] = [h + n for h, n in zip(self.held[layer], self.new_counts, strict=True)]
-        self.peaks = [max(p, h) for p, h in zip(self.peaks, self.held[layer], strict=True)]
+        if self.facts.compressible(layer):
+            self.peaks = [max(p, h) for p, h in zip(self.peaks, self.held[layer], strict=True)]
 
     @property
     def observes(self) -> bool:
@@ -187,6 +206,25 @@ class CompressedCache(Cache):
         if not self.compression.method.compresses or self.mode == "score":
             return False
         return self.mode in ("prefill", "hold") or self.compression.schedule.online
+
+    def per_query_head(self, layer: int) -> bool:
+        """Whether the layer holds keys and values for every query head, as methods ask that choose for each."""
+        return self.compression.method.per_query_head and self.facts.compressible(layer)
+
+    def add_moments(self, layer: int, query: torch.Tensor, pos: torch.Tensor) -> None:
+        """Adds queries [B, H, q, D] at positions [B, q] (-1: padding) to the layer's moments, turned back to 0."""
+        store, first = self.stores[layer], self.compression.method.moments_from
+        if store.moments is None:
+            store.moments = QueryMoments.none_yet(query)
+        for block, at in zip(query.split(MOMENTS_BLOCK, dim=2), pos.split(MOMENTS_BLOCK, dim=1), strict=True):
+            store.moments.add(self._rotate(layer, block.float(), -at), (at >= 0) & (at >= first))
+
+    def _rotate(self, layer: int, x: torch.Tensor, delta: torch.Tensor, over: int = 1) -> torch.Tensor:
+        """See `RopeKit.rotate`; what the model does not rotate stays as it is."""
+        assert self.facts.rope is not None
+        if self.facts.rope_kinds[layer] == "nope":
+            return x
+        return self.facts.rope.rotate(x, delta, layer, over)
 
     def after_attention(self, layer: int, scaling: float, softcap: float | None) -> None:
         """Cuts the layer if this forward is the end of the prefill or the schedule says so."""
@@ -202,12 +240,25 @@ class CompressedCache(Cache):
                     self._cut(layer, keep, scaling, softcap)
         if self.mode == "prefill" and not self.compression.schedule.online:
             self.stores[layer].forget_observations()
+        if self.compression.storage.quantises and self.mode in ("prefill", "decode", "stream"):
+            self.stores[layer].settle(self._due_rows())
         if last and self.mode in ("decode", "stream"):
             self.decoded += q
         if last and self.mode in ("prefill", "decode"):
-            self.history.append(([list(h) for h in self.held], list(self.peaks)))
+            self.history.append(([list(h) for h in self.held], list(self.peaks), self._valid_bytes()))
         if last and self.mode == "prefill":
             self.prefill_end = self.snapshot()
+
+    def _due_rows(self) -> list[bool]:
+        """Rows whose pairs change their form after this forward: all at the end of their prompt."""
+        if self.mode == "prefill":
+            return [True] * len(self.seen)
+        due = self.compression.storage.due
+        return [due(seen - new, seen) for seen, new in zip(self.seen, self.new_counts, strict=True)]
+
+    def _valid_bytes(self) -> list[float]:
+        by_layer = [store.valid_bytes(held) for store, held in zip(self.stores, self.held, strict=True)]
+        return [sum(row) for row in zip(*by_layer, strict=True)]
 
     def _trim_sliding(self, layer: int, window: int) -> None:
         """Drops what a sliding-window layer can never see again, every 64 tokens rather than at each."""
@@ -229,16 +280,19 @@ class CompressedCache(Cache):
         return held if keep is None else keep
 
     def until_due(self, limit: int, alive: Sequence[bool] | None = None) -> int:
-        """Tokens that every row may be fed in one forward so that it ends at the next cut, and at most `limit`.
+        """Tokens that every row may be fed in one forward so that it ends at the next cut, or where the next pairs are
+        quantised, and at most `limit`.
 
         Args:
             alive: rows that still grow; default all.
         """
         compression, schedule = self.compression, self.compression.schedule
         layers = [i for i in range(len(self.stores)) if self.facts.compressible(i) and i not in schedule.skip_layers]
+        growing = [b for b in range(len(self.seen)) if alive is None or alive[b]]
+        if compression.storage.quantises:
+            limit = min(limit, *(compression.storage.until_due(n) for n in [self.seen[b] for b in growing] or [0]))
         if not schedule.online or not compression.method.compresses or not layers:
             return limit
-        growing = [b for b in range(len(self.seen)) if alive is None or alive[b]]
 
         def excess(more: int) -> float:
             """Most slots over its budget that any row would hold after so many more tokens."""
@@ -271,18 +325,27 @@ class CompressedCache(Cache):
             layer=layer,
             num_layers=len(self.stores),
             mass=store.mass,
+            bias=store.bias,
+            memory=store.memory,
+            moments=store.moments,
+            scaling=scaling,
+            _rotate=partial(self._rotate, layer),
             _attend=lambda last: window_attention(store, last, scaling, softcap, self.facts.sliding_windows[layer]),
         )
         scores = self.compression.method.score(view)
         if self.mode == "prefill" and not scores.isfinite().logical_or(scores.isinf()).all():
             raise FloatingPointError(f"{self.compression.method.name} scored a slot NaN in layer {layer}")
-        counts = self.compression.heads.split(scores, store.pos, keep)
+        counts = self.compression.counts(scores, store.pos, keep, self.seen, held, layer)
         kept = self.compression.evicted.cut(self.compression.method, view, scores, counts)
         store.replace(kept, room=min(self.compression.schedule.compress_every, MAX_ROOM))
         fresh = [h == s for h, s in zip(held, self.seen, strict=True)]  # rows that lose tokens for the first time
         self.held[layer] = keep
         if self.compression.method.in_cache_sinks and self.facts.rope_kinds[layer] == "rope":
             self._move_sinks(layer, fresh)
+
+    def _lost(self, layer: int) -> list[float]:
+        """How many places each row's sinks have to move up to be right before the window."""
+        return [seen - held for seen, held in zip(self.seen, self.held[layer], strict=True)]
 
     def _move_sinks(self, layer: int, fresh: list[bool]) -> None:
         """Rotates the sink keys of each row forward by the number of tokens it has lost, from their pristine copy."""
@@ -299,11 +362,11 @@ class CompressedCache(Cache):
         else:
             first_time = torch.tensor(fresh, device=device).view(-1, 1, 1, 1)
             store.pristine_sinks = torch.where(first_time, current, store.pristine_sinks)
-        lost = [s - h for s, h in zip(self.seen, self.held[layer], strict=True)]
+        lost = self._lost(layer)
         delta = torch.tensor(lost, device=device).view(-1, 1)
         moved = rope.rotate(store.pristine_sinks, delta, layer)
         untouched = torch.tensor([n == 0 for n in lost], device=device).view(-1, 1, 1, 1)
-        store.keys.scatter_(2, index, torch.where(untouched, current, moved))
+        store.write_sinks(index, torch.where(untouched, current, moved))
 
     # ------------------------------------------------------------------------------------ numbers
 
@@ -325,20 +388,23 @@ class CompressedCache(Cache):
         """
         rows = range(len(self.seen))
         held, peaks, seen = self.held, self.peaks, list(self.seen)
+        valid = self._valid_bytes()
         if decode_steps is not None and self.history:
             picked = [self.history[min(n, len(self.history) - 1)] for n in decode_steps]
             held = [[picked[b][0][i][b] for b in rows] for i in range(len(self.stores))]
-            peaks = [picked[b][1][b] for b in rows]
+            peaks, valid = [picked[b][1][b] for b in rows], [picked[b][2][b] for b in rows]
             taken = len(self.history) - 1
             seen = [s - max(0, taken - n) for s, n in zip(seen, decode_steps, strict=True)]
         cut = [i for i in range(len(self.stores)) if self.facts.compressible(i)]
-        slot_bytes = [s.keys.shape[1] * s.bytes_per_slot for s in self.stores]
+        exact = [sum(row) for row in zip(*map(LayerStore.valid_bytes, self.stores, held), strict=True)]
+        in_view, layers = self.compression.in_view, len(self.stores)
+        used = [[in_view(seen[b], held[i][b], i, layers) for i in cut] for b in rows]
         compresses = self.compression.method.compresses
         return {
             "seen": seen,
-            "kept_fraction": [sum(held[i][b] for i in cut) / len(cut) / seen[b] if seen[b] else 1.0 for b in rows],
-            "compressed": [compresses and any(held[i][b] < seen[b] for i in cut) for b in rows],
-            "kv_bytes_valid": [sum(held[i][b] * slot_bytes[i] for i in range(len(self.stores))) for b in rows],
+            "kept_fraction": [sum(used[b]) / len(cut) / seen[b] if seen[b] else 1.0 for b in rows],
+            "compressed": [(compresses and min(used[b]) < seen[b]) or valid[b] != exact[b] for b in rows],
+            "kv_bytes_valid": valid,
             "kv_bytes_allocated": sum(s.allocated_bytes for s in self.stores) / max(len(rows), 1),
             "overhead_bytes": sum(s.overhead_bytes for s in self.stores) / max(len(rows), 1),
             "peak_slots": list(peaks),

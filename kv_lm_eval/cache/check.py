@@ -55,8 +55,9 @@ def wrap(model: PreTrainedModel, compression: Compression) -> ModelFacts:
         got = _logits(model, lambda: CompressedCache(FULL, facts), attention.NAME)
         _compare(kind, expected, got, model.dtype)
         facts.rope = RopeKit(model, facts.modules)
-        if compression.method.in_cache_sinks:
-            _check_positions(model, facts, kind)
+        if compression.moves_keys is not None:
+            _check_positions(model, facts, kind, compression)
+        compression.method.check_model(facts)
     except UserError:
         model.set_attn_implementation(original)
         raise
@@ -120,8 +121,8 @@ def _compare(kind: str, expected: list[torch.Tensor], got: list[torch.Tensor], d
             )
 
 
-def _check_positions(model: PreTrainedModel, facts: ModelFacts, kind: str) -> None:
-    if facts.all_sliding:
+def _check_positions(model: PreTrainedModel, facts: ModelFacts, kind: str, compression: Compression) -> None:
+    if facts.all_sliding and compression.method.in_cache_sinks:
         raise UserError(
             f"positions=in_cache on {kind}: all of its layers are sliding windows of {facts.sliding_windows[0]} "
             "tokens, which cut off the sinks by their true distance. Use positions=absolute, or switch the model's "
@@ -130,10 +131,11 @@ def _check_positions(model: PreTrainedModel, facts: ModelFacts, kind: str) -> No
         )
     facts.rope_kinds = probe_positions(model, facts)
     if "other" in facts.rope_kinds:
+        assert compression.moves_keys is not None
+        asks, instead = compression.moves_keys
         raise UserError(
-            f"positions=in_cache on {kind}: its keys cannot be moved by a rotation (learned "
-            "positions, or frequencies that "
-            "change with the length), so the sinks cannot follow the window. Use positions=absolute."
+            f"{asks} on {kind}: its keys cannot be moved by a rotation (learned positions, or frequencies that change "
+            f"with the length), which it needs. Use {instead}."
         )
 
 

@@ -9,8 +9,13 @@ from kv_lm_eval.cache.ring import RingCache
 from kv_lm_eval.methods.compression import Compression
 
 
-def make_cache(compression: Compression, facts: ModelFacts) -> CompressedCache:
-    """An empty cache for one batch."""
+def make_cache(
+    compression: Compression, facts: ModelFacts, prefill_chunk: int | None = None, prefill_evicts: bool = False
+) -> CompressedCache:
+    """An empty cache for one batch; prompts are fed to it in chunks of `prefill_chunk` tokens, None: in one."""
     if compression.method.ring:
-        return RingCache(compression, facts)
-    return (RefreshCache if compression.method.reinserted else CompressedCache)(compression, facts)
+        cache: CompressedCache = RingCache(compression, facts)
+    else:
+        cache = (RefreshCache if compression.method.reinserted else CompressedCache)(compression, facts)
+    cache.prefill_chunk, cache.prefill_evicts = prefill_chunk, prefill_evicts
+    return cache

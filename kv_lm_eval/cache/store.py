@@ -8,9 +8,12 @@ first, as with left padding, so that new tokens always follow the newest old one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from kv_lm_eval.cache.moments import QueryMoments
 
 MIN_HEADROOM = 64  # slots allocated beyond those in use, so that decoding does not reallocate at every token
 
@@ -19,13 +22,16 @@ MIN_HEADROOM = 64  # slots allocated beyond those in use, so that decoding does 
 class Kept:
     """What a layer holds after a cut: keys, values [B, K, M, D], pos [B, 1 or K, M], mass [B, K, M].
 
-    Empty slots come first, with pos -1.
+    Empty slots come first, with pos -1. bias: [B, K, M] float32 or None, added to the attention logits of each slot.
+    memory: [B, K] float32 or None, what the treatment of the evicted remembers until its next cut.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     pos: torch.Tensor
     mass: torch.Tensor | None
+    bias: torch.Tensor | None = None
+    memory: torch.Tensor | None = None
 
 
 class LayerStore:
@@ -35,6 +41,9 @@ class LayerStore:
         length: slots in use per row, empty ones included (N).
         pos: [B, 1 or K, N] original position of each slot's token, -1 where empty.
         mass: [B, K, N] attention received so far, or None if the method does not ask for it.
+        bias: [B, K, N] float32 added to each slot's attention logits, or None: nothing is added.
+        memory: [B, K] what the treatment of the evicted remembers, or None.
+        moments: mean and covariance of the queries so far, or None if the method does not ask for them.
         queries, query_pos: the last W queries [B, H, W, D] and their positions [B, W], or None.
     """
 
@@ -44,6 +53,9 @@ class LayerStore:
         self._values: torch.Tensor | None = None
         self._pos: torch.Tensor | None = None
         self._mass: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+        self.memory: torch.Tensor | None = None
+        self.moments: QueryMoments | None = None
         self.queries: torch.Tensor | None = None
         self.query_pos: torch.Tensor | None = None
         self.pristine_sinks: torch.Tensor | None = None  # [B, K, S, D] sink keys as the model made them
@@ -68,11 +80,18 @@ class LayerStore:
         return None if self._mass is None else self._mass[:, :, : self.length]
 
     @property
+    def bias(self) -> torch.Tensor | None:
+        return None if self._bias is None else self._bias[:, :, : self.length]
+
+    @property
     def is_empty(self) -> bool:
         return self._keys is None
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor) -> None:
-        """Adds q slots: keys, values [B, K, q, D], pos [B, q] (-1: a padded token)."""
+    def append(
+        self, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor, counts: Sequence[int] | None = None
+    ) -> None:
+        """Adds q slots: keys, values [B, K, q, D], pos [B, q] (-1: a padded token); counts: real tokens of each row,
+        None: all are."""
         q = keys.shape[2]
         if self._keys is None or self._values is None or self._pos is None:
             self._keys, self._values = _own_storage(keys), _own_storage(values)
@@ -87,6 +106,8 @@ class LayerStore:
         self._pos[:, :, self.length : end] = pos.unsqueeze(1)
         if self._mass is not None:
             self._mass[:, :, self.length : end] = 0
+        if self._bias is not None:
+            self._bias[:, :, self.length : end] = 0
         self.length = end
 
     def add_mass(self, mass: torch.Tensor) -> None:
@@ -106,7 +127,7 @@ class LayerStore:
 
     def forget_observations(self) -> None:
         """Frees what only scoring needs, once no further cut will come."""
-        self._mass = self.queries = self.query_pos = None
+        self._mass = self.queries = self.query_pos = self.moments = None
 
     def replace(self, kept: Kept, room: int) -> None:
         """Puts the slots that stay in the place of all slots.
@@ -129,7 +150,22 @@ class LayerStore:
         self._pos[:, :, :length] = kept.pos
         if kept.mass is not None and self._mass is not None:
             self._mass[:, :, :length] = kept.mass
+        if kept.bias is None:
+            self._bias = None
+        else:
+            if self._bias is None or not fits:
+                self._bias = kept.bias.new_zeros(self._keys.shape[:3])
+            self._bias[:, :, :length] = kept.bias
+        self.memory = kept.memory
         self.length = length
+
+    def settle(self, due: Sequence[bool]) -> None:
+        """After a forward and its cut: a store that holds old pairs in another form moves those of the rows that are
+        due."""
+
+    def write_sinks(self, index: torch.Tensor, keys: torch.Tensor) -> None:
+        """Puts keys [B, K, S, D] in the place of the first S pairs of each row, which are the slots at index."""
+        self.keys.scatter_(2, index, keys)
 
     def drop_oldest(self, keep: int) -> None:
         """Keeps the last `keep` slots of every row (layers whose own attention is a sliding window)."""
@@ -137,24 +173,36 @@ class LayerStore:
             return
         assert self._keys is not None and self._values is not None and self._pos is not None
         first = self.length - keep
-        for name in ("_keys", "_values", "_pos", "_mass"):
+        for name in ("_keys", "_values", "_pos", "_mass", "_bias"):
             old = getattr(self, name)
             if old is not None:
                 setattr(self, name, old[:, :, first : self.length].clone())
         self.length = keep
 
+    def drop_between(self, first: int, last: int) -> None:
+        """Takes out the slots first .. last - 1; those after them move up."""
+        for name in ("_keys", "_values", "_pos", "_mass", "_bias"):
+            old = getattr(self, name)
+            if old is not None:
+                old[:, :, first : first + self.length - last] = old[:, :, last : self.length].clone()
+        self.length -= last - first
+
     def select(self, rows: torch.Tensor) -> LayerStore:
         """A copy that holds the given batch rows (repeats allowed): everything that belongs to a row moves with it."""
-        new = LayerStore()
+        new = self._blank()
         new.length = self.length
-        for name in ("_keys", "_values", "_pos", "_mass", "queries", "query_pos", "pristine_sinks"):
+        new.moments = None if self.moments is None else self.moments.select(rows)
+        for name in ("_keys", "_values", "_pos", "_mass", "_bias", "memory", "queries", "query_pos", "pristine_sinks"):
             old = getattr(self, name)
             if old is not None:
                 setattr(new, name, old.index_select(0, rows.to(old.device)))
         return new
 
+    def _blank(self) -> LayerStore:
+        return LayerStore()
+
     def _reallocate(self, capacity: int) -> None:
-        for name in ("_keys", "_values", "_pos", "_mass"):
+        for name in ("_keys", "_values", "_pos", "_mass", "_bias"):
             old = getattr(self, name)
             if old is not None:
                 shape = list(old.shape)
@@ -169,6 +217,11 @@ class LayerStore:
         assert self._keys is not None and self._values is not None
         return self._keys.shape[3] * self._keys.element_size() + self._values.shape[3] * self._values.element_size()
 
+    def valid_bytes(self, held: Sequence[float]) -> list[float]:
+        """Bytes of keys and values of each row, which holds so many slots per KV head: empty ones left out."""
+        assert self._keys is not None
+        return [slots * self._keys.shape[1] * self.bytes_per_slot for slots in held]
+
     @property
     def allocated_bytes(self) -> int:
         """Bytes of the key and value storage, headroom and empty slots included."""
@@ -177,9 +230,11 @@ class LayerStore:
 
     @property
     def overhead_bytes(self) -> int:
-        """Bytes held beside keys and values: positions, accumulated attention, last queries, pristine sinks."""
-        held = (self._pos, self._mass, self.queries, self.query_pos, self.pristine_sinks)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        """Bytes held beside keys and values: positions, accumulated attention, logit biases, last queries and moments
+        of all, pristine sinks."""
+        held = (self._pos, self._mass, self._bias, self.memory, self.queries, self.query_pos, self.pristine_sinks)
+        moments = 0 if self.moments is None else self.moments.nbytes
+        return sum(t.numel() * t.element_size() for t in held if t is not None) + moments
 
 
 def _own_storage(x: torch.Tensor) -> torch.Tensor:

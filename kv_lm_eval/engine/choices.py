@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.check import device_of
 from kv_lm_eval.engine.prefill import NewCache, feed, prefill
+from kv_lm_eval.engine.question import prefill_before_question
 
 Score = tuple[float, bool]  # sum of log-probabilities in nats; whether greedy decoding would give the same tokens
 
@@ -26,24 +27,39 @@ def score_continuations(
     new_cache: NewCache,
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[Sequence[int]]],
-    tail_tokens: int,
+    tail_tokens: int | Sequence[int],
     dtype: torch.dtype | None = None,
 ) -> tuple[list[list[Score]], CompressedCache]:
     """Scores the continuations of a batch of contexts.
 
     Args:
         contexts: token rows, each at least one token. continuations: for each context, one or more token rows.
-        tail_tokens: last tokens of each context that are fed after the compression.
+        tail_tokens: last tokens of each context that are fed after the compression; one number for each context
+            where they are its question (`question.py`).
         dtype: of the softmax; None: that of the logits.
 
     Returns:
         scores in the order given, and the cache of the contexts (for its numbers).
     """
+    compression = new_cache().compression
+    if not isinstance(tail_tokens, int):
+        cache = prefill_before_question(model, new_cache, contexts, tail_tokens)
+        first_logits = feed(model, cache, [c[-1:] for c in contexts], side="left", logits=1)[:, -1]
+    elif not compression.lossy and all(len(group) == 1 for group in continuations):
+        return _score_in_one_forward(model, new_cache, contexts, continuations, tail_tokens, dtype)
+    else:
+        cache, first_logits = _prefill_and_tail(model, new_cache, contexts, tail_tokens)
+    if compression.schedule.online and compression.method.compresses:
+        return _score_in_forks(model, cache, first_logits, continuations, dtype), cache
+    return _score_packed(model, cache, first_logits, continuations, dtype), cache
+
+
+def _prefill_and_tail(
+    model: PreTrainedModel, new_cache: NewCache, contexts: Sequence[Sequence[int]], tail_tokens: int
+) -> tuple[CompressedCache, torch.Tensor]:
+    """The contexts but for their last `tail_tokens`, cut, and then those; logits after the last token [B, V]."""
     heads = [c[: max(0, len(c) - tail_tokens)] for c in contexts]
     tails = [c[len(h) :] for c, h in zip(contexts, heads, strict=True)]
-    compression = new_cache().compression
-    if not compression.method.compresses and all(len(group) == 1 for group in continuations):
-        return _score_in_one_forward(model, new_cache, contexts, continuations, tail_tokens, dtype)
     if any(heads):
         cache, first_logits = prefill(model, new_cache, heads)
     else:  # contexts of tail_tokens or fewer have nothing to compress before their tail
@@ -51,9 +67,7 @@ def score_continuations(
         cache.mode = "decode"
     if any(tails):
         first_logits = _feed_tail(model, cache, tails, tail_tokens)
-    if compression.schedule.online and compression.method.compresses:
-        return _score_in_forks(model, cache, first_logits, continuations, dtype), cache
-    return _score_packed(model, cache, first_logits, continuations, dtype), cache
+    return cache, first_logits
 
 
 def _feed_tail(

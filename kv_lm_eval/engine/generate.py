@@ -2,11 +2,14 @@
 
 `model.generate(input_ids, attention_mask=..., past_key_values=CompressedCache(...))`: the prompt is one forward, cut
 after it, and every further forward is a decode step under the method's schedule. The first new token comes from the
-whole prompt, as in all published methods.
+whole prompt, as in all published methods. With question_in_prompt=False (`question.py`) the cache comes with all but
+the last prompt token in it, and that token is generate()'s first forward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -31,6 +34,43 @@ def check_generation_settings(settings: dict[str, Any]) -> None:
         )
     if settings.get("assistant_model") is not None or settings.get("prompt_lookup_num_tokens"):
         raise UserError("assisted decoding takes tokens back, which a compressed cache cannot; remove the setting")
+
+
+@contextmanager
+def noting_first_token(model: PreTrainedModel, note: Callable[[], None]) -> Iterator[None]:
+    """Calls `note` when the first new token of a generate() inside is on the host: as its second forward begins.
+
+    Nothing is called for the other tokens, so that decoding is timed undisturbed. A generate() of one token has no
+    second forward and calls nothing.
+    """
+    forwards = 0
+
+    def before_forward(*args: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+        if forwards == 2:
+            note()
+
+    hook = model.register_forward_pre_hook(before_forward)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def decode_steps(new_ids: list[int], stop: list[str], ends: list[int | None], decode: Callable[..., str]) -> int:
+    """Decode steps that an answer took by itself: a batch goes on until its last row has met its stop.
+
+    Args:
+        stop: strings that end an answer. ends: tokens that do. decode: tokens to text.
+    """
+    last = next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids) - 1)
+    low, high = 1, last + 1
+    while low < high:  # the shortest beginning that holds a stop: once it does, all longer ones do
+        middle = (low + high) // 2
+        text = decode(new_ids[:middle], skip_special_tokens=False)
+        low, high = (low, middle) if any(s in text for s in stop if s) else (middle + 1, high)
+    return low - 1
 
 
 def without_cache(model: PreTrainedModel) -> None:

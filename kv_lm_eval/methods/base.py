@@ -27,6 +27,7 @@ from kv_lm_eval.errors import UserError, close_names
 
 if TYPE_CHECKING:
     from kv_lm_eval.cache.facts import ModelFacts
+    from kv_lm_eval.cache.moments import QueryMoments
 
 
 def setting(default: Any = dataclasses.MISSING, help: str = "", choices: tuple[Any, ...] = ()) -> Any:
@@ -46,6 +47,11 @@ class View:
         layer: index of the layer; num_layers: how many there are.
         mass: [B, K, N] float32 attention each key has received from all queries so far, mean over the query heads
             of its group; only for methods with `accumulates = True`.
+        bias: [B, K, N] float32 added to the attention logits of each slot, the logarithm of the number of tokens that
+            it stands for; None: each stands for one.
+        memory: [B, K] float32 what the treatment of the evicted remembers from the last cut, or None.
+        moments: mean and covariance of the queries before their rotary embedding; for methods with `moments_from`.
+        scaling: factor of the layer's attention logits, mostly D ** -0.5.
     """
 
     keys: torch.Tensor
@@ -57,6 +63,17 @@ class View:
     num_layers: int
     mass: torch.Tensor | None
     _attend: Callable[[int], torch.Tensor]
+    bias: torch.Tensor | None = None
+    memory: torch.Tensor | None = None
+    moments: QueryMoments | None = None
+    scaling: float = 1.0
+    _rotate: Callable[..., torch.Tensor] | None = None
+
+    def rotate(self, x: torch.Tensor, delta: torch.Tensor, over: int = 1) -> torch.Tensor:
+        """Keys or queries [B, K, N, D] moved by delta positions ([B, N], [B, 1] or [B, K, N]); mean over `over` of
+        them from there on. Only where `moves_keys` or `moments_from` asked for it."""
+        assert self._rotate is not None
+        return self._rotate(x, delta, over)
 
     def attention(self, last: int) -> torch.Tensor:
         """Attention weights of the `last` most recent queries over the slots: [B, K, G, last, N], float32.
@@ -76,6 +93,19 @@ class View:
         return (self.pos >= 0) & (self.pos < count)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """What the query heads of a layer may see where a method hides pairs instead of dropping them.
+
+    Attributes:
+        sinks: first tokens of the sequence, one entry per query head or one for all.
+        windows: most recent tokens, the query's own included, in the same way; None: all.
+    """
+
+    sinks: tuple[int, ...]
+    windows: tuple[int | None, ...]
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(setting,))
 class Method:
     """A scorer and its presets. Subclasses are frozen dataclasses: their fields are their hyper-parameters.
@@ -90,7 +120,10 @@ class Method:
     presets: ClassVar[dict[str, Any]] = {}  # defaults of the other three parts, e.g. {"compress_every": 1}
     accumulates: ClassVar[bool] = False  # score() reads view.mass, the attention summed over all queries
     compresses: ClassVar[bool] = True  # False: everything is kept, no budget is taken
-    capacity_setting: ClassVar[str] = ""  # the setting that fixes the budget by itself, if there is one (own_capacity)
+    takes_budget: ClassVar[bool] = True  # False: its own settings always fix the budget, and no other is taken
+    capacity_settings: ClassVar[tuple[str, ...]] = ()  # those that fix the budget by themselves (own_capacity)
+    ring: ClassVar[bool] = False  # a new token overwrites the oldest: see cache/ring.py; needs sinks_and_recent
+    evicts_in_prefill: ClassVar[bool] = False  # prefill_evict may cut between chunks: it makes sense online
     uses_cache: ClassVar[bool] = True  # False: the model recomputes everything (use_cache=False)
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -126,12 +159,65 @@ class Method:
         return None
 
     @property
+    def head_slots(self) -> tuple[tuple[int | None, ...], ...] | None:
+        """The budget in slots of each KV head, by layer, where the method's own settings fix it; None within: all
+        tokens. None: all heads are alike, `own_capacity` says how many."""
+        return None
+
+    @property
+    def hides(self) -> bool:
+        """Whether pairs beyond the budget stay in memory and are hidden by `sight`: a simulation of a cache."""
+        return False
+
+    def sight(self, layer: int) -> Sight | None:
+        """What the queries of a layer may see; None: all that is held."""
+        return None
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings of the other parts that do nothing with this method as it is set, and why: they are refused."""
+        return {}
+
+    @property
     def in_cache_sinks(self) -> int:
         """Number of first tokens whose keys follow the window in position (StreamingLLM); 0: positions stay true."""
         return 0
 
+    @property
+    def reinserted(self) -> int:
+        """How many of the tokens that a cut drops are put back at the end of the cache: see cache/refresh.py."""
+        return 0
+
+    @property
+    def recomputed_tokens(self) -> int | None:
+        """Without a cache: how many of the last tokens every new one is predicted from; None: all."""
+        return None
+
+    @property
+    def sinks_and_recent(self) -> int | None:
+        """Where the first so many tokens and the most recent ones are all that `score` ever keeps; None: it looks
+        at more than positions."""
+        return None
+
+    @property
+    def per_query_head(self) -> bool:
+        """Whether every query head chooses for itself, from keys and values repeated for it (G times the bytes)."""
+        return False
+
+    @property
+    def moments_from(self) -> int | None:
+        """Position from which on queries count for `view.moments`; None: `score` does not ask for them."""
+        return None
+
     def validate(self) -> None:
         """Raises UserError for settings that make no sense."""
+
+    def check_model(self, facts: ModelFacts) -> None:
+        """Raises UserError where the method cannot go with this model."""
+
+    def notes(self) -> dict[str, Any]:
+        """What decides answers beside the settings, such as the contents of a file: goes into results and hashes."""
+        return {}
 
     def warnings(self, facts: ModelFacts) -> list[str]:
         """What a user should know before trusting this method on this model."""
@@ -146,7 +232,7 @@ def available() -> list[str]:
 
     A trailing underscore is dropped, so that `random_.py` does not shadow the standard library's `random`.
     """
-    parts = {"base", "budget", "schedule", "evicted", "compression", "listing"}
+    parts = {"base", "budget", "schedule", "evicted", "treatments", "storage", "compression", "listing"}
     return sorted(m.name.rstrip("_") for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in parts)
 
 

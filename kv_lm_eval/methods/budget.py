@@ -7,6 +7,7 @@ leave the total as it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil
@@ -22,16 +23,21 @@ class Budget:
     """How many slots each row of a layer keeps."""
 
     per_layer: ClassVar[bool] = False  # whether layers have budgets of their own
+    least: ClassVar[int] = 1  # slots that a layer keeps in any case
 
     def keep(
         self, seen: list[int], layer: int, num_layers: int, held: list[int] | None = None, protected: int = 0
-    ) -> list[int]:
-        """Slots per KV head that each row of this layer may keep.
+    ) -> Sequence[float]:
+        """Slots per KV head (their mean) that each row of this layer may keep.
 
         Args:
             seen: tokens each row has seen. held: slots it holds now. protected: slots the method always keeps.
         """
         raise NotImplementedError
+
+    def by_head(self, seen: int, layer: int) -> list[int] | None:
+        """Slots that each KV head keeps of `seen` tokens, where heads have fixed budgets of their own; else None."""
+        return None
 
     def check(self, protected: int, method: str) -> None:
         """Raises UserError where the method's always-kept slots leave no room for a choice."""
@@ -147,6 +153,24 @@ class Pyramid(Budget):
 
     def check(self, protected: int, method: str) -> None:
         Slots(self.max_capacity_prompt).check(protected, method)
+
+
+@dataclass(frozen=True)
+class PerHead(Budget):
+    """A fixed number of slots for each KV head of each layer, given by the method itself."""
+
+    per_layer: ClassVar[bool] = True
+    least: ClassVar[int] = 0
+
+    slots: tuple[tuple[int | None, ...], ...] = field(repr=False)  # by layer; None: all tokens
+
+    def by_head(self, seen: int, layer: int) -> list[int]:
+        return [seen if most is None else min(seen, most) for most in self.slots[layer]]
+
+    def keep(
+        self, seen: list[int], layer: int, num_layers: int, held: list[int] | None = None, protected: int = 0
+    ) -> list[float]:
+        return [sum(self.by_head(n, layer)) / len(self.slots[layer]) for n in seen]
 
 
 @dataclass(frozen=True)

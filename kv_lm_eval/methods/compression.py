@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kv_lm_eval.methods.base import Method
+import torch
+
+from kv_lm_eval.methods.base import Method, Sight
 from kv_lm_eval.methods.budget import Budget, Heads
 from kv_lm_eval.methods.evicted import Evicted
 from kv_lm_eval.methods.schedule import Schedule
+from kv_lm_eval.methods.storage import Storage
+
+if TYPE_CHECKING:
+    from kv_lm_eval.cache.facts import ModelFacts
 
 
 @dataclass(frozen=True)
@@ -22,14 +28,44 @@ class Compression:
     schedule: Schedule
     evicted: Evicted
     heads: Heads = field(default_factory=Heads)
+    storage: Storage = field(default_factory=Storage)
 
     def keep(self, seen: list[int], held: list[float], layer: int, num_layers: int) -> list[float]:
         """Slots each row may keep: its budget, never less than what the method protects, never more than it holds."""
-        if layer in self.schedule.skip_layers:
+        if layer in self.schedule.skip_layers or self.method.hides:
             return list(held)
         protected = self.method.protected
         allowed = self.budget.keep(seen, layer, num_layers, held, protected)
-        return [min(h, max(a, protected, 1)) for a, h in zip(allowed, held, strict=True)]
+        return [min(h, max(a, protected, self.budget.least)) for a, h in zip(allowed, held, strict=True)]
+
+    def counts(
+        self,
+        scores: torch.Tensor,
+        pos: torch.Tensor,
+        keep: list[float],
+        seen: list[int],
+        held: list[float],
+        layer: int,
+    ) -> torch.Tensor:
+        """Slots per row and head that a cut leaves, [B, heads], on the host; keep is their mean over the heads."""
+        shares = [self.budget.by_head(n, layer) for n in seen]
+        if not all(shares):
+            return self.heads.split(scores, pos, keep)
+        whole = [k == h for k, h in zip(keep, held, strict=True)]  # rows left as they are, whatever their heads hold
+        if any(whole):
+            real = (pos >= 0).sum(-1).expand(-1, scores.shape[1]).tolist()
+            shares = [r if w else s for r, w, s in zip(real, whole, shares, strict=True)]
+        return torch.tensor(shares)
+
+    def sight(self, layer: int) -> Sight | None:
+        """What the queries of a layer may see of what is held; None: all of it."""
+        return None if layer in self.schedule.skip_layers else self.method.sight(layer)
+
+    def in_view(self, seen: int, held: float, layer: int, num_layers: int) -> float:
+        """Slots of those held that count as kept: all, or where the method hides pairs, what a cache would hold."""
+        if not self.method.hides or layer in self.schedule.skip_layers:
+            return held
+        return min(held, self.budget.keep([seen], layer, num_layers)[0])
 
     def after_forward(
         self, seen: list[int], held: list[float], before: int, after: int, layer: int, num_layers: int
@@ -60,6 +96,36 @@ class Compression:
             yield held, kept
             held = kept
 
+    def warnings(self, facts: ModelFacts) -> list[str]:
+        """What a user should know before trusting this compression on this model."""
+        return [*self.method.warnings(facts), *self.schedule.warnings()]
+
+    @property
+    def moves_keys(self) -> tuple[str, str] | None:
+        """Where keys must be movable in position: the setting that asks for it and one that does not; else None."""
+        if self.method.in_cache_sinks:
+            return "positions=in_cache", "positions=absolute"
+        if self.method.moments_from is not None:
+            return f"method={self.method.name}", "a method that does not look at queries without their positions"
+        return self.evicted.moves_keys
+
+    @property
+    def banded(self) -> bool:
+        """Whether every layer keeps the same first and most recent tokens at every step, known before anything runs."""
+        return (
+            self.method.sinks_and_recent is not None
+            and self.evicted.evicted == "drop"
+            and self.heads.head_budget == "uniform"
+            and not self.schedule.skip_layers
+            and not self.budget.per_layer
+            and not self.storage.quantises
+        )
+
+    @property
+    def lossy(self) -> bool:
+        """Whether a later query can find anything but all pairs as the model made them."""
+        return self.method.compresses or self.storage.quantises
+
     def distinct_layers(self, layers: Sequence[int]) -> list[int]:
         """Enough of the layers to have one of every budget and schedule among them."""
         if self.budget.per_layer:
@@ -88,7 +154,12 @@ class Compression:
             else (self.method,)
         )
         for part in parts:
-            flat.update({f.name: getattr(part, f.name) for f in fields(part)})
+            flat.update({f.name: getattr(part, f.name) for f in fields(part) if f.repr})
+        if self.method.compresses:
+            flat["evicted"] = self.evicted.evicted
+        flat.update(self.method.notes())
+        if self.storage.quantises:
+            flat.update({f.name: getattr(self.storage, f.name) for f in fields(self.storage)})
         if flat.get("head_budget") == "uniform":
             del flat["alpha"]
         return flat

@@ -1,27 +1,34 @@
-"""What becomes of the REST: the pairs that were not kept.
+"""What becomes of the REST: the pairs that were not kept. The treatments beside `drop` are files of `treatments/`.
 
 Shapes: B batch rows, K KV heads, N slots before the cut, M slots after it, D head size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import importlib
+import inspect
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from kv_lm_eval.cache.store import Kept
-from kv_lm_eval.errors import UserError
+from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.methods.base import Method, View
 
 
 @dataclass(frozen=True)
 class Evicted:
-    """Treatment of the evicted pairs: what a layer holds after a cut."""
+    """Treatment of the evicted pairs: what a layer holds after a cut. Its fields are its settings."""
 
-    evicted: str = field(
-        default="drop",
-        metadata={"help": "what becomes of the pairs that are not kept", "choices": ("drop", "compensate")},
-    )
+    evicted: ClassVar[str] = ""  # the name under which `evicted=` asks for it
+
+    @property
+    def moves_keys(self) -> tuple[str, str] | None:
+        """Where keys must be movable in position: the setting that asks for it and one that does not; else None."""
+        return None
 
     def check(self, method: Method) -> None:
         """Raises UserError where the treatment needs what the method does not have."""
@@ -40,120 +47,43 @@ class Evicted:
 class Drop(Evicted):
     """Evicted pairs are gone: the treatment of nearly all published methods."""
 
+    evicted: ClassVar[str] = "drop"
+
     def cut(self, method: Method, view: View, scores: torch.Tensor, counts: torch.Tensor) -> Kept:
         return gather(view, *choose(scores, view.pos, counts))
 
 
-@dataclass(frozen=True)
-class Compensate(Evicted):
-    """Compensation tokens: blocks of evicted pairs live on as one averaged pair each, inside the budget.
+def available() -> list[str]:
+    """Names of the treatments: drop, and every module of `treatments/`."""
+    folder = Path(__file__).parent / "treatments"
+    return ["drop", *sorted(m.name for m in pkgutil.iter_modules([str(folder)]))]
 
-    The tokens that are not always kept are cut into blocks. Each block costs one slot, which holds the average of those
-    of its pairs that were not kept, weighted by the attention they got; the other slots go to the best tokens as
-    before. Where there are more blocks than slots, only the averages of the heaviest blocks are held.
 
-    Reference: raetselhaftesKEN/SnapKV@3e98f87, snapkv_utils.py (block compensation).
-    Deviations: per KV head instead of per query head; in float32 without the original's 1e-8 (0 in half precision); an
-    average takes the position of its block's last token, which only orders the slots. Averages of rotated keys shrink,
-    the more the longer the block.
+def load(name: str) -> type[Evicted]:
+    """The treatment of that name.
+
+    Raises:
+        UserError: there is none.
     """
-
-    block_size: str = field(default="256", metadata={"help": "tokens in a block, or full: one block for all"})
-    empty_block: str = field(
-        default="zero",
-        metadata={
-            "help": "for a block all of whose tokens were kept: zero, a pair of zeros, which takes attention, as in "
-            "the original; drop, its slot goes to the next best token",
-            "choices": ("zero", "drop"),
-        },
+    if name == "drop":
+        return Drop
+    if name not in available():
+        names = available()
+        raise UserError(f"evicted={name} is not one of: {', '.join(names)}{close_names(name, names)}")
+    module = importlib.import_module(f"{__name__.rpartition('.')[0]}.treatments.{name}")
+    (cls,) = (
+        c
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, Evicted) and c.__module__ == module.__name__
     )
-    weight: str = field(
-        default="attn",
-        metadata={"help": "weights of the average: attention received, or equal", "choices": ("attn", "uniform")},
-    )
+    cls.evicted = name
+    return cls
 
-    def __post_init__(self) -> None:
-        if self.block_size != "full" and (not self.block_size.isdigit() or int(self.block_size) < 1):
-            raise UserError(f"block_size={self.block_size} must be a number of tokens, at least 1, or full")
 
-    def check(self, method: Method) -> None:
-        if self.weight == "attn" and type(method).weights is Method.weights:
-            raise UserError(
-                "evicted=compensate,weight=attn averages by the attention that tokens received, which "
-                f"{method.name} does not look at; use weight=uniform"
-            )
-
-    def cut(self, method: Method, view: View, scores: torch.Tensor, counts: torch.Tensor) -> Kept:
-        b, k, n, _ = view.keys.shape
-        weights = method.weights(view) if self.weight == "attn" else torch.ones(b, k, n, device=view.keys.device)
-        assert weights is not None
-        mass = torch.zeros(b, k, n, device=view.keys.device) if view.mass is None else view.mass
-        pos, scores, counts = view.pos.expand(b, k, n), scores.float().expand(b, k, n), counts.expand(b, k)
-        ones = [
-            [self._head(scores[i, j], pos[i, j], weights[i, j], int(counts[i, j])) for j in range(k)] for i in range(b)
-        ]
-        length = max(len(slots) for row in ones for slots, _ in row)
-        keys = view.keys.new_zeros(b, k, length, view.keys.shape[3])
-        values = view.values.new_zeros(b, k, length, view.values.shape[3])
-        kept = Kept(keys, values, pos.new_full((b, k, length), -1), mass.new_zeros(b, k, length))
-        for i, row in enumerate(ones):
-            for j, (slots, share) in enumerate(row):
-                first = length - len(slots)
-                kept.pos[i, j, first:] = pos[i, j, slots]
-                for new, old in ((keys, view.keys), (values, view.values)):
-                    new[i, j, first:] = (share @ old[i, j].float()).to(new.dtype)
-                kept.mass[i, j, first:] = (share > 0).float() @ mass[i, j]  # type: ignore[index]
-        return kept if view.mass is not None else Kept(keys, values, kept.pos, None)
-
-    def _head(
-        self, scores: torch.Tensor, pos: torch.Tensor, weights: torch.Tensor, count: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One row and head, each argument [N].
-
-        Returns:
-            its new slots [m], each named by the old slot whose position it takes, and the share of every old pair in
-            each, [m, N]: one for a kept token, weights that add up to one for an average.
-        """
-        real = (pos >= 0).nonzero().squeeze(1)
-        always = real[scores[real].isposinf()]
-        old = real[~scores[real].isposinf()]
-        if len(real) <= count:
-            tokens, blocks = old, list[torch.Tensor]()
-        else:
-            tokens, blocks = self._tokens_and_blocks(old, scores[old], weights[old], count - len(always))
-        stays = torch.cat([tokens, always])
-        shares = torch.zeros(len(stays) + len(blocks), len(pos), device=pos.device)
-        shares[torch.arange(len(stays)), stays] = 1
-        gone = torch.ones(len(pos), device=pos.device)
-        gone[stays] = 0
-        for i, block in enumerate(blocks, len(stays)):
-            part = weights[block] * gone[block]
-            shares[i, block] = part / part.sum().clamp_min(torch.finfo(torch.float32).tiny)
-        slots = torch.cat([stays, *(block[-1:] for block in blocks)])
-        order = pos[slots].argsort(stable=True)
-        return slots[order], shares[order]
-
-    def _tokens_and_blocks(
-        self, old: torch.Tensor, scores: torch.Tensor, weights: torch.Tensor, room: int
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Which old slots are kept as they are, and which blocks of old slots get an average, in `room` slots."""
-        size = len(old) if self.block_size == "full" else int(self.block_size)
-        blocks = list(old.split(size))
-        best = scores.argsort(descending=True, stable=True)
-        if room <= len(blocks):
-            heaviness = torch.stack([w.sum() for w in weights.split(size)])
-            heaviest = heaviness.argsort(descending=True, stable=True)[:room]
-            return old[:0], [blocks[i] for i in sorted(heaviest.tolist())]
-        kept = room - len(blocks)
-        if self.empty_block == "drop":
-            in_block = torch.arange(len(old), device=old.device) // size
-            sizes = torch.bincount(in_block)
-            for kept in range(room, -1, -1):  # as many tokens as fit beside the blocks that are not wholly kept
-                left = (torch.bincount(in_block[best[:kept]], minlength=len(sizes)) < sizes).nonzero().squeeze(1)
-                if kept + len(left) <= room:
-                    blocks = [blocks[i] for i in left.tolist()]
-                    break
-        return old[best[:kept]], blocks
+def needs_weights(method: Method, setting: str, remedy: str) -> None:
+    """Raises UserError where a setting reads `method.weights` and the method has none."""
+    if type(method).weights is Method.weights:
+        raise UserError(f"{setting} the attention that tokens received, which {method.name} does not look at; {remedy}")
 
 
 def choose(scores: torch.Tensor, pos: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,3 +117,11 @@ def gather(view: View, index: torch.Tensor, valid: torch.Tensor) -> Kept:
     keys = view.keys.gather(2, wide.expand(-1, -1, -1, view.keys.shape[3]))
     values = view.values.gather(2, wide.expand(-1, -1, -1, view.values.shape[3]))
     return Kept(keys, values, pos, None if view.mass is None else view.mass.gather(2, per_head))
+
+
+def split(view: View, index: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which slots stay and which are evicted, [B, K, N] bool each; empty ones are neither."""
+    b, k, n, _ = view.keys.shape
+    index, valid = index.expand(b, k, -1), valid.expand(b, k, -1)
+    stays = torch.zeros(b, k, n, dtype=torch.int32, device=index.device).scatter_add_(2, index, valid.int()) > 0
+    return stays, (view.pos >= 0) & ~stays

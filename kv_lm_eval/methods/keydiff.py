@@ -12,6 +12,7 @@ class KeyDiff(Method):
     """
 
     paper = "arXiv:2504.15364"
+    evicts_in_prefill = True
 
     def score(self, view: View) -> Tensor:
         real = (view.pos >= 0).unsqueeze(-1)

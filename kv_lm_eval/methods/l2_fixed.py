@@ -21,7 +21,8 @@ class L2Fixed(Method):
 
     paper = "arXiv:2406.11430"
     presets = {"compress_every": 1}
-    capacity_setting = "cache_size"
+    capacity_settings = ("cache_size",)
+    evicts_in_prefill = True
 
     cache_size: int = setting(512, "slots per KV head, protected ones included")
     strategy: str = setting("keep_low", "which older tokens stay", ("keep_low", "keep_high", "random", "recent_only"))

@@ -9,10 +9,10 @@ import textwrap
 from typing import Any
 
 from kv_lm_eval.config import ALIASES, EngineSettings
-from kv_lm_eval.methods import base
+from kv_lm_eval.methods import base, evicted
 from kv_lm_eval.methods.budget import Heads, Pyramid, Ratio, RatioAbove, Slots
-from kv_lm_eval.methods.evicted import Compensate
 from kv_lm_eval.methods.schedule import Schedule
+from kv_lm_eval.methods.storage import Storage
 
 
 def print_methods(name: str | None) -> int:
@@ -25,12 +25,53 @@ def print_methods(name: str | None) -> int:
     return 0
 
 
+def markdown() -> str:
+    """The table of docs/methods.md: every method, its settings, when it cuts and what it looks at."""
+    heads = ("method", "what it does", "settings (defaults)", "paper", "cuts", "streamed documents", "looks at")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for name in base.available():
+        cls = base.load(name)
+        own = [f for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING]
+        settings = ", ".join(f"`{f.name}`" + ("" if f.default is None else f" ({f.default})") for f in own)
+        paper = cls.paper.split(" ")[0] or "-"
+        lines.append(f"| `{name}` | {_summary(cls)} | {settings or '-'} | {paper} | " + " | ".join(_when(cls)) + " |")
+    return "\n".join(lines).replace("<", "&lt;")
+
+
+def _summary(cls: type[base.Method]) -> str:
+    return _doc(cls).split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".")
+
+
+def _when(cls: type[base.Method]) -> tuple[str, str, str]:
+    """When a method cuts after a prompt, when in a streamed document, and what its choice looks at, by its defaults."""
+    if not cls.uses_cache:
+        return "no cache: recomputes", "the same", "-"
+    if not cls.compresses:
+        return ("never", "never", "-") if not cls.presets.get("nbits") else ("never; quantises", "the same", "-")
+    method, every = cls(), cls.presets.get("compress_every", 0)
+    step = every or EngineSettings().rolling_compress_every
+    rolling = "at every token" if step == 1 else f"every {step} tokens"
+    after = "after the prompt, " + (f"then {rolling}" if every else "once")
+    if method.sinks_and_recent is not None:
+        looks = "positions"
+    elif cls.accumulates:
+        looks = "attention of all queries"
+    elif method.moments_from is not None:
+        looks = "keys, values, mean and covariance of the queries"
+    elif method.num_queries:
+        looks = f"attention of the last {method.num_queries} queries".replace("last 1 queries", "last query")
+    elif method.moments_from is not None:
+        looks = "keys, values, and mean and covariance of the queries so far"
+    else:
+        looks = "keys, values or positions"
+    return after, rolling, looks
+
+
 def _print_table(width: int) -> None:
     rows = []
     for name in base.available():
         cls = base.load(name)
-        first = _doc(cls).split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".")
-        rows.append((name, cls.paper.split(" ")[0] or "-", first))
+        rows.append((name, cls.paper.split(" ")[0] or "-", _summary(cls)))
     left, middle = (max(len(r[i]) for r in rows) + 2 for i in (0, 1))
     print(f"{'method':{left}}{'paper':{middle}}what it does")
     for name, paper, first in rows:
@@ -44,10 +85,13 @@ def _print_table(width: int) -> None:
 def _print_one(cls: type[base.Method], width: int) -> None:
     print(f"method={cls.name}\n")
     print(_doc(cls))
+    after, rolling, looks = _when(cls)
+    print(f"\nCuts: {after}. In streamed documents: {rolling}. Looks at: {looks}.")
+    own = frozenset(f.name for f in dataclasses.fields(cls))
     print("\nSettings (--model_args NAME=VALUE):")
     _print_fields(cls, {}, width)
-    if cls.compresses:
-        unless = f", unless {cls.capacity_setting} is given," if cls.capacity_setting else ""
+    if cls.compresses and cls.takes_budget:
+        unless = f", unless {' or '.join(cls.capacity_settings)} is given," if cls.capacity_settings else ""
         print(f"  and{unless} one budget of:")
         _print_fields(Slots, {}, width)
         _print_fields(Ratio, {}, width)
@@ -57,11 +101,21 @@ def _print_one(cls: type[base.Method], width: int) -> None:
         print(_line("layer_budget", cls.presets.get("layer_budget", "uniform"), layers, width))
         _print_fields(Pyramid, cls.presets, width, only="beta")
         _print_fields(Heads, cls.presets, width)
+    if cls.compresses:
         print("  cut when:")
-        _print_fields(Schedule, cls.presets, width)
+        _print_fields(Schedule, cls.presets, width, without=own)
         _print_fields(RatioAbove, {"prune_after": None}, width, only="prune_after")  # unset is not 0
         print("  the rest:")
-        _print_fields(Compensate, {"evicted": "drop", **cls.presets}, width)
+        default = cls.presets.get("evicted", "drop")
+        about = f"what becomes of the pairs that are not kept ({', '.join(evicted.available())})"
+        print(_line("evicted", default, about, width))
+        for name in evicted.available():
+            if dataclasses.fields(evicted.load(name)):
+                print(f"  evicted={name}:")
+                _print_fields(evicted.load(name), cls.presets, width)
+    if cls.compresses or "nbits" in cls.presets:
+        print("  pairs held as:")
+        _print_fields(Storage, cls.presets, width)
     print("  every method:")
     _print_fields(EngineSettings, {}, width)
     names = {f.name for f in dataclasses.fields(cls)} | {"max_capacity_prompt"}
@@ -69,9 +123,11 @@ def _print_one(cls: type[base.Method], width: int) -> None:
         print("\n" + textwrap.fill("Other names understood: " + ", ".join(aliases) + ".", width))
 
 
-def _print_fields(cls: Any, presets: dict[str, Any], width: int, only: str = "") -> None:
+def _print_fields(
+    cls: Any, presets: dict[str, Any], width: int, only: str = "", without: frozenset[str] = frozenset()
+) -> None:
     for field in dataclasses.fields(cls):
-        if only and field.name != only:
+        if (only and field.name != only) or field.name in without:
             continue
         default = presets.get(field.name, field.default)
         about = field.metadata.get("help", "")

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View, setting
+
+if TYPE_CHECKING:
+    from kv_lm_eval.cache.facts import ModelFacts
 
 
 class SnapKV(Method):
@@ -12,8 +17,9 @@ class SnapKV(Method):
 
     Paper: arXiv:2404.14469, section 4. Reference: FasterDecoding/SnapKV, snapkv/monkeypatch/snapkv_utils.py.
     Defaults: those of the LongBench configurations (window 32, kernel 7, max pooling).
-    Deviations: one choice per KV head, by the mean over its query heads (the original repeats keys and values and
-    chooses per query head, a cache G times as large); votes are summed in float32; ties go to the older token.
+    Deviations: gqa=kv_head makes one choice per KV head, by the mean over its query heads; gqa=query_head is the
+    original, which repeats keys and values and chooses per query head: a cache G times as large, counted as such. Votes
+    are summed in float32; ties go to the older token.
     """
 
     paper = "arXiv:2404.14469"
@@ -21,6 +27,7 @@ class SnapKV(Method):
     window_size: int = setting(32, "observation window: last queries that vote, always kept")
     kernel_size: int = setting(7, "width of the pooling over neighbouring tokens, odd")
     pooling: str = setting("max", "how votes are pooled", ("max", "avg"))
+    gqa: str = setting("kv_head", "who chooses; query heads: from a cache repeated for each", ("kv_head", "query_head"))
 
     def validate(self) -> None:
         if self.window_size < 1:
@@ -41,12 +48,22 @@ class SnapKV(Method):
     def protected(self) -> int:
         return self.window_size
 
+    @property
+    def per_query_head(self) -> bool:
+        return self.gqa == "query_head"
+
+    def warnings(self, facts: ModelFacts) -> list[str]:
+        groups = [getattr(module, "num_key_value_groups", 1) for module in facts.modules.values()]
+        if self.per_query_head and groups and max(groups) == 1:
+            return ["gqa=query_head has no effect: the model has as many KV heads as query heads"]
+        return []
+
     def weights(self, view: View) -> Tensor:
-        votes = view.attention(self.window_size).sum(3).mean(2)  # [B, K, N]
-        return votes.masked_fill(view.recent(self.window_size), 0.0)
+        return view.attention(self.window_size).sum(3).mean(2)  # [B, K, N]
 
     def score(self, view: View) -> Tensor:
-        recent, votes = view.recent(self.window_size), self.weights(view)
+        recent = view.recent(self.window_size)
+        votes = self.weights(view).masked_fill(recent, 0.0)
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
         pooled = pool(votes, self.kernel_size, stride=1, padding=self.kernel_size // 2)
         return pooled.masked_fill(recent, float("inf"))

@@ -8,7 +8,7 @@ class SnapKVComp(SnapKV):
     is the likely reason why small blocks lower the score.
 
     Reference: raetselhaftesKEN/SnapKV@3e98f87, snapkv_utils.py.
-    Deviations: those of snapkv, and of `Compensate` in evicted.py.
+    Deviations: those of snapkv, and of `Compensate` in treatments/compensate.py.
     """
 
     presets = {"evicted": "compensate"}

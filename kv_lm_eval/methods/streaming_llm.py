@@ -33,7 +33,8 @@ class StreamingLLM(Method):
 
     paper = "arXiv:2309.17453"
     presets = {"compress_every": 1, "trigger": "excess"}
-    capacity_setting = "window_size or total_budget"
+    capacity_settings = ("window_size", "total_budget")
+    evicts_in_prefill = True
 
     n_sink: int = setting(4, "first tokens of the sequence that always stay")
     window_size: int | None = setting(None, "most recent tokens kept; or name the total by max_capacity_prompt")

@@ -18,8 +18,9 @@ class StreamingRing(Method):
 
     paper = "arXiv:2309.17453"
     presets = {"compress_every": 1}
-    capacity_setting = "window_size"
+    capacity_settings = ("window_size",)
     ring = True
+    evicts_in_prefill = True
 
     n_sink: int = setting(4, "first tokens of the sequence that always stay")
     window_size: int | None = setting(None, "most recent tokens kept; or name the total by max_capacity_prompt")

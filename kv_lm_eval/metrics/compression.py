@@ -1,16 +1,23 @@
-"""What compression did to a run's requests: how many were touched, how much was kept, how many bytes it took."""
+"""What compression did to a run's requests: how many were touched, how much was kept, bytes and seconds it took."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
+
+from kv_lm_eval.metrics import latency
+from kv_lm_eval.metrics.latency import Timing
 
 
 @dataclass
 class RequestRecord:
-    """One request. Sizes are of keys and values; kept_fraction counts the layers that the method may cut."""
+    """One request. Sizes are of keys and values; kept_fraction counts the layers that the method may cut.
+
+    question_tokens were fed after the compression (question_in_prompt=False); None: the whole prompt was compressed.
+    """
 
     task: str
     kind: str  # generate_until, loglikelihood, loglikelihood_rolling
@@ -22,6 +29,28 @@ class RequestRecord:
     kv_bytes_allocated: float
     overhead_bytes: float
     peak_slots: int
+    prompt: str = ""  # its digest
+    question_tokens: int | None = None
+    question_empty: bool = False
+    timing: Timing | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.timing, dict):  # read back from JSON
+            self.timing = Timing(**self.timing)
+
+    def efficiency(self) -> dict[str, Any]:
+        """What one sample's record says of its request."""
+        timing = asdict(self.timing) if self.timing else {}
+        sizes = ("prompt_tokens", "kept_fraction", "kv_bytes_prefill", "kv_bytes_decode", "peak_slots")
+        return {**{name: getattr(self, name) for name in sizes}, **timing}
+
+
+OF_THE_MODEL = ("prompt", "question_tokens", "question_empty", "timing")
+
+
+def digest(prompt: Hashable) -> str:
+    """Tells prompts apart."""
+    return hashlib.sha256(str(prompt).encode(errors="replace")).hexdigest()[:16]
 
 
 @dataclass
@@ -35,9 +64,17 @@ class CompressionLog:
     _known: set[Hashable] = field(default_factory=set)
 
     def add_batch(
-        self, tasks: list[str], prompts: Sequence[Hashable], kind: str, prefill: dict[str, Any], end: dict[str, Any]
+        self,
+        tasks: list[str],
+        prompts: Sequence[Hashable],
+        kind: str,
+        prefill: dict[str, Any],
+        end: dict[str, Any],
     ) -> None:
-        """One batch, from the cache's snapshots at the end of the prefill and at the end."""
+        """One batch, from the cache's snapshots at the end of the prefill and at the end.
+
+        `end` may also hold, a list each, `prompt` (digests), `timing`, `question_tokens` and `question_empty`.
+        """
         for b, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
             if (task, kind, prompt) in self._known:
                 continue
@@ -54,6 +91,7 @@ class CompressionLog:
                     kv_bytes_allocated=end["kv_bytes_allocated"],
                     overhead_bytes=end["overhead_bytes"],
                     peak_slots=end["peak_slots"][b],
+                    **{"prompt": digest(prompt), **{name: end[name][b] for name in OF_THE_MODEL if name in end}},
                 )
             )
 
@@ -66,17 +104,49 @@ class CompressionLog:
         out["by_task"] = {t: _summary([r for r in self.records if r.task == t]) for t in tasks}
         return out
 
+    def by_prompt(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """The numbers of each request by task and digest of its prompt."""
+        return {(r.task, r.prompt): r.efficiency() for r in self.records}
+
+
+def uncut(lengths: list[int], most: int, bytes_per_token: int) -> dict[str, Any]:
+    """The snapshot of requests that ran without a compressed cache: all of their tokens held, at most `most`.
+
+    Args:
+        bytes_per_token: of keys and values; 0 where there was no cache at all.
+    """
+    held = [min(n, most) for n in lengths]
+    return {
+        "seen": lengths,
+        "kept_fraction": [1.0 if bytes_per_token else 0.0] * len(lengths),
+        "compressed": [False] * len(lengths),
+        "kv_bytes_valid": [n * bytes_per_token for n in held],
+        "kv_bytes_allocated": max(held, default=0) * bytes_per_token,
+        "overhead_bytes": 0,
+        "peak_slots": [n if bytes_per_token else 0 for n in held],
+    }
+
 
 def _summary(records: list[RequestRecord]) -> dict[str, Any]:
     lengths = [r.prompt_tokens for r in records]
-    return {
+    out: dict[str, Any] = {
         "requests": len(records),
         "compressed_share": fmean(r.compressed for r in records),
         "kept_fraction_mean": fmean(r.kept_fraction for r in records),
-        "prompt_tokens": {"min": min(lengths), "median": median(lengths), "max": max(lengths)},
+        "prompt_tokens": _range(lengths),
         "kv_bytes_prefill_mean": fmean(r.kv_bytes_prefill for r in records),
         "kv_bytes_decode_mean": fmean(r.kv_bytes_decode for r in records),
         "kv_bytes_allocated_mean": fmean(r.kv_bytes_allocated for r in records),
         "overhead_bytes_mean": fmean(r.overhead_bytes for r in records),
         "peak_slots": max(r.peak_slots for r in records),
     }
+    if questions := [r.question_tokens for r in records if r.question_tokens is not None]:
+        out["question_tokens"] = _range(questions)
+        out["empty_questions"] = sum(r.question_empty for r in records)
+    if timings := [r.timing for r in records if r.timing is not None]:
+        out["efficiency"] = latency.summary(timings)
+    return out
+
+
+def _range(values: list[int]) -> dict[str, float]:
+    return {"min": min(values), "median": median(values), "max": max(values)}

@@ -44,7 +44,7 @@ def test_overlap_under_a_total_is_the_same_cache_as_a_longer_window() -> None:
     ("values", "message"),
     [
         ({"window_size": 8, "total_budget": 32}, "both fix the window"),
-        ({"total_budget": 32, "max_capacity_prompt": 20}, "window_size or total_budget both fix"),
+        ({"total_budget": 32, "max_capacity_prompt": 20}, "total_budget=32 both fix the budget"),
         ({"total_budget": 20, "compress_every": 16}, "leaves a window of 0.*at least 21"),
         ({"max_capacity_prompt": 20, "overlap": 4}, "give window_size or total_budget"),
         ({"window_size": 8, "mode": "mit", "compress_every": 4}, "compress_every=1; compress_every=4 is not in it"),

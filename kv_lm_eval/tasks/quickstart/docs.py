@@ -74,6 +74,7 @@ def needle(**_: object) -> dict[str, Dataset]:
                 rows.append(
                     {
                         "prompt": prompt,
+                        "question": episodes.question(needles[0]),
                         "key": needles[0].key,
                         "value": needles[0].value,
                         "context_length": context_length,
@@ -100,6 +101,7 @@ def choice(**_: object) -> dict[str, Dataset]:
             rows.append(
                 {
                     "prompt": prompt,
+                    "question": episodes.question(needles[asked]),
                     "key": needles[asked].key,
                     "choices": [needles[i].value for i in order],
                     "label": order.index(asked),

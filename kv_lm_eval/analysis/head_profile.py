@@ -1,0 +1,116 @@
+"""The head profile: the type of every attention head of a model, as JSON that people can read and edit.
+
+Written by scripts/analyze_heads.py, read by method=head_aware.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kv_lm_eval.errors import UserError
+
+FORMAT = "kv-lm-eval head profile 1"
+TYPES = ("positional", "mixed", "gathering", "dead")
+
+
+@dataclass(frozen=True)
+class Head:
+    """One query head.
+
+    Attributes:
+        type: one of TYPES.
+        confidence: 0 to 1, how far the head is beyond the thresholds of its type.
+        window: recent tokens that the classifier recommends, the query's own included; -1: all.
+    """
+
+    type: str
+    confidence: float
+    window: int
+
+
+@dataclass(frozen=True)
+class HeadProfile:
+    """The heads of a model, by layer, and how they were told apart.
+
+    Attributes:
+        model: its name. num_kv_heads: KV heads of a layer; query heads g * H / K .. share one.
+        classifier: thresholds used. text: what was read: tokens, chunk length, files.
+        heads: by layer and query head.
+        sha256: of the file, when read from one.
+    """
+
+    model: str
+    num_kv_heads: int
+    classifier: dict[str, Any]
+    text: dict[str, Any]
+    heads: tuple[tuple[Head, ...], ...]
+    sha256: str = field(default="", compare=False)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.heads)
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.heads[0])
+
+    def counts(self) -> dict[str, int]:
+        """Heads of each type."""
+        found = Counter(head.type for layer in self.heads for head in layer)
+        return {kind: found[kind] for kind in TYPES}
+
+    def save(self, path: Path) -> None:
+        """Writes the JSON file, one line a head."""
+        shape = {"num_layers": self.num_layers, "num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
+        head = {"format": FORMAT, "model": self.model, **shape, "classifier": self.classifier, "text": self.text}
+        layers = [",\n  ".join(json.dumps(asdict(h)) for h in layer) for layer in self.heads]
+        body = "],\n [\n  ".join(layers)
+        path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "heads": [\n [\n  {body}]\n ]\n}}\n', encoding="utf-8")
+
+
+def load(path: str | Path) -> HeadProfile:
+    """The profile in a file.
+
+    Raises:
+        UserError: there is no such file, or it is not a head profile.
+    """
+    file = Path(path).expanduser()
+    how = "python scripts/analyze_heads.py --model MODEL --text FILE writes one (docs/heads.md)"
+    if not file.is_file():
+        raise UserError(f"profile={path}: there is no such file ({file.resolve()}); {how}")
+    raw = file.read_bytes()
+    try:
+        data = json.loads(raw)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
+        heads = tuple(tuple(Head(**one) for one in layer) for layer in data["heads"])
+        profile = HeadProfile(
+            data["model"],
+            int(data["num_kv_heads"]),
+            data["classifier"],
+            data["text"],
+            heads,
+            hashlib.sha256(raw).hexdigest(),
+        )
+        _check(profile, data)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"profile={path} is not a head profile: {type(error).__name__}: {error}; {how}") from error
+    return profile
+
+
+def _check(profile: HeadProfile, data: dict[str, Any]) -> None:
+    if not profile.heads or {len(layer) for layer in profile.heads} != {data["num_heads"]}:
+        raise ValueError("its layers do not all have num_heads heads")
+    if profile.num_layers != data["num_layers"] or profile.num_kv_heads < 1:
+        raise ValueError("its layers or KV heads are not as many as it says")
+    if profile.num_heads % profile.num_kv_heads:
+        raise ValueError(f"{profile.num_heads} query heads do not divide into {profile.num_kv_heads} KV heads")
+    for layer in profile.heads:
+        for head in layer:
+            if head.type not in TYPES or not 0 <= head.confidence <= 1 or (head.window < 1 and head.window != -1):
+                raise ValueError(f"{head} has an unknown type, a confidence outside [0, 1] or a window below 1")

@@ -1,0 +1,260 @@
+"""The card: a static part that can be worked out before anything runs, then the tables, as markdown."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kv_lm_eval import __version__
+
+
+def static(model: PreTrainedModel, bytes_per_s: float | None) -> dict[str, Any]:
+    """Bytes that a decode step must read at least, and the time that takes.
+
+    Every weight but the table of input embeddings is read once a step, and every pair of the cache once.
+    """
+    cfg = model.config.get_text_config()
+    heads = getattr(cfg, "num_key_value_heads", None) or cfg.num_attention_heads
+    size = getattr(cfg, "head_dim", None) or cfg.hidden_size // cfg.num_attention_heads
+    parameters = list(model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = head is not None and head.weight is table
+    read = weights - (0 if tied else table.numel() * table.element_size())
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "weight_bytes": weights,
+        "weight_bytes_read_per_step": read,
+        "kv_bytes_per_token": 2 * cfg.num_hidden_layers * heads * size * model.dtype.itemsize,
+        "bandwidth_bytes_per_s": bytes_per_s,
+    }
+
+
+def floor_s(card: Mapping[str, Any], slots: int) -> float | None:
+    """Seconds that a decode step over so many slots takes at the least, by bandwidth."""
+    if not card["bandwidth_bytes_per_s"]:
+        return None
+    read = card["weight_bytes_read_per_step"] + slots * card["kv_bytes_per_token"]
+    return float(read / card["bandwidth_bytes_per_s"])
+
+
+def environment(model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
+    """What the numbers belong to."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device_type": device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": "scaled_dot_product_attention",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_average": [round(x, 1) for x in os.getloadavg()],
+        "commit": commit(),
+        "versions": {
+            "kv-lm-eval": __version__,
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("torch", "transformers")},
+        },
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with "+" where files differ from it; "unknown" outside of one."""
+    root = Path(__file__).parents[2]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# --- markdown -------------------------------------------------------------------------------------------------------
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The whole card."""
+    env, model = result["environment"], result["model"]
+    clock = "CPU time of this process (other work shares the machine)" if result["clock"] == "cpu" else "wall time"
+    lines = [
+        f"# {result['name']} on {env['device']}, {result['date']}",
+        "",
+        f"{env['dtype']}, {env['threads']} thread(s) of {env['cores']} cores, attention {env['attention']}, "
+        f"load average {env['load_average'][0]} at the start; commit {env['commit']}; "
+        + ", ".join(f"{k} {v}" for k, v in env["versions"].items())
+        + ".",
+        "",
+        f"Times are {clock}: median [p10, p90] of {result['repeats']} repeats after {result['warm_up']} warm-up rounds; "
+        "all entries of a table take turns. Prompts are random tokens, outputs of fixed length, batch 1, greedy.",
+        "",
+        *table(
+            ("before anything runs", ""),
+            [
+                ("parameters", f"{model['parameters'] / 1e6:.1f} M"),
+                ("weights", megabytes(model["weight_bytes"])),
+                ("of them read at every step", megabytes(model["weight_bytes_read_per_step"])),
+                ("keys and values", f"{model['kv_bytes_per_token'] / 1024:.1f} KiB a token"),
+                ("bandwidth", _bandwidth(model["bandwidth_bytes_per_s"], result["bandwidth_source"])),
+            ],
+        ),
+    ]
+    writers = {
+        "generation": _generation,
+        "decode": _decode,
+        "prefill": _prefill,
+        "chunked": _chunked,
+        "growth": _growth,
+        "scoring": _scoring,
+        "shared_prefix": _shared,
+        "compiled": _compiled,
+    }
+    for name, writer in writers.items():
+        if name in result:
+            lines += ["", *writer(result[name], result)]
+    lines += ["", f"Made by: `{result['command']}` ({result['seconds']:.0f} s)", ""]
+    return "\n".join(lines)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A markdown table; the first column is text, the others are numbers."""
+    rule = "| --- |" + " ---: |" * (len(head) - 1)
+    return ["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def ms(numbers: Mapping[str, Any]) -> str:
+    """Median [p10, p90] in milliseconds."""
+    return f"{1e3 * numbers['median']:.2f} [{1e3 * numbers['p10']:.2f}, {1e3 * numbers['p90']:.2f}]"
+
+
+def megabytes(count: float | None) -> str:
+    return "N/A" if count is None else f"{count / 2**20:.1f} MiB"
+
+
+def ratio(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    return f"{a['median'] / b['median']:.2f}x"
+
+
+def _bandwidth(value: float | None, source: str) -> str:
+    return "not known" if not value else f"{value / 1e9:.1f} GB/s ({source})"
+
+
+def _generation(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    full = part["entries"].get("full")
+    rows = []
+    for name, e in part["entries"].items():
+        against = "" if full is None else ratio(full["tpot_s"], e["tpot_s"])
+        rows.append(
+            (name, ms(e["ttft_s"]), ms(e["tpot_s"]), f"{e['tokens_per_s']['median']:.1f}", against)
+            + (megabytes(e["kv_bytes"]), megabytes(e["prefill_peak_bytes"]), megabytes(e["decode_peak_bytes"]))
+        )
+    head = ("method", "TTFT, ms", "TPOT, ms", "tokens/s", "full / method", "KV at the end", "prefill peak", "decode peak")
+    return [
+        f"## Whole requests: {part['prompt']} tokens in, {part['new_tokens']} out, capacity {part['capacity']}",
+        "",
+        *table(head, rows),
+        "",
+        "Window recompute is a forward over the last tokens, as many as the capacity, for every new token. TTFT is prefill "
+        "with its cut up to the first token id; tokens/s counts the prefill in; peaks are above the weights.",
+    ]
+
+
+def _decode(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    lines = ["## Decode step, cut included, against the full cache at as many tokens", ""]
+    sizes = list(part["slots"])
+    names = list(part["slots"][sizes[0]])
+    rows = []
+    for name in names:
+        row = [name]
+        for n in sizes:
+            e, full = part["slots"][n][name], part["slots"][n]["full"]
+            row += [ms(e), ratio(e, full)]
+        rows.append(row)
+    floors = ["least by bandwidth"]
+    for n in sizes:
+        least, full = floor_s(result["model"], int(n)), part["slots"][n]["full"]
+        floors += ["not known", ""] if least is None else [f"{1e3 * least:.2f}", f"{least / full['median']:.2f}x"]
+    head = ["method", *(h for n in sizes for h in (f"{n} slots, ms", "of full"))]
+    last, first = part["slots"][sizes[-1]]["full"], part["slots"][sizes[0]]
+    best = min(first, key=lambda name: first[name]["median"])
+    gain = f"The full cache at {sizes[-1]} takes {ratio(last, first[best])} the step of {best} at {sizes[0]} slots."
+    return [*lines, *table(head, [*rows, floors]), "", gain]
+
+
+def _prefill(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    full = part["entries"]["full"]
+    rows = [
+        (name, ms(e), ratio(e, full), ms(e["cut_s"]), f"{100 * e['cut_s']['median'] / full['median']:.1f} %")
+        for name, e in part["entries"].items()
+    ]
+    head = ("method", "prefill, ms", "of full", "of it in cuts, ms", "cuts, of full")
+    return [f"## Prefill of {part['prompt']} tokens, capacity {part['capacity']}", "", *table(head, rows)]
+
+
+def _chunked(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    sizes = list(part["prompts"])
+    names = list(part["prompts"][sizes[0]])
+    rows = [(name, *(megabytes(part["prompts"][n][name]) for n in sizes)) for name in names]
+    title = f"## Peak memory of a prefill above the weights, capacity {part['capacity']}"
+    return [title, "", *table(("", *(f"{n} tokens" for n in sizes)), rows)]
+
+
+def _growth(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    rows = []
+    before: Mapping[str, int] | None = None
+    for n, e in part.items():
+        grown = "" if before is None else f"{e['h2o'] / before['h2o']:.2f}x"
+        rows.append((n, megabytes(e["full"]), megabytes(e["h2o"]), f"{e['h2o'] / e['full']:.2f}x", grown))
+        before = e
+    head = ("tokens", "full", "h2o", "h2o / full", "h2o, of the row above")
+    return ["## Memory of h2o's one-forward prefill: grows with the length, not with its square", "", *table(head, rows)]
+
+
+def _scoring(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    band = part["entries"]["band"]
+    rows = [(name, ms(e), ratio(e, band)) for name, e in part["entries"].items()]
+    title = f"## Exact log-likelihood of {part['tokens']} tokens under streaming_llm"
+    return [title, "", *table(("", "ms a token", "of the band"), rows)]
+
+
+def _shared(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for k, entries in part["choices"].items():
+        for name, e in entries.items():
+            rows.append((f"{k} choices, {name}", ms(e), ratio(entries["recompute"], e)))
+    title = f"## Continuations of one context of {part['context']} tokens"
+    return [title, "", *table(("", "ms", "recompute / this"), rows)]
+
+
+def _compiled(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    eager = part["entries"]["streaming_ring"]
+    rows = [(name, ms(e), ratio(e, eager)) for name, e in part["entries"].items()]
+    least = floor_s(result["model"], part["slots"])
+    if least is not None:
+        share = least / part["entries"]["streaming_ring compiled"]["median"]
+        rows.append(("least by bandwidth", f"{1e3 * least:.2f}", f"{100 * share:.0f} % of the ceiling reached"))
+    return [
+        f"## Compiled decode step over {part['slots']} slots",
+        "",
+        *table(("", "ms a step", "of eager"), rows),
+        "",
+        f"Compiling took {part['compile_s']:.0f} s of wall time; largest difference of a logit "
+        f"{part['max_abs_difference']:.1e}.",
+    ]

@@ -1,0 +1,167 @@
+"""A cache of fixed shapes for decoding one token after another in one compiled graph.
+
+Everything that changes from step to step is in tensors that stay where they are: the number of tokens seen, the slots'
+positions, and so the slot that the next pair goes to, the mask and the angle of the sinks. No Python number depends on
+the step, so that `torch.compile(fullgraph=True)` traces the step once and CUDA graphs can replay it.
+
+Two kinds of layers, by where a new pair goes:
+ - ring: over the oldest pair, slot S + (p - S) mod (W + 1) for position p (`method=streaming_ring`);
+ - room: behind the last pair, into slots set aside for the tokens to come (methods that cut after the prefill only, and
+   the full cache). The number of slots is rounded up, so that prompts of about one length share a graph.
+
+Shapes: B batch rows, H query heads, K KV heads, G = H / K, N slots, S sinks, W window, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from transformers import Cache
+
+from kv_lm_eval.cache.attention import Step, packed_queries
+from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.quantized import QuantizedStore
+from kv_lm_eval.cache.ring import RingStore
+from kv_lm_eval.errors import UserError
+
+
+ROUND = 256  # slots
+
+
+class StaticCache(Cache):
+    """The pairs of a prefilled cache in tensors that do not move; single tokens for all rows from there on.
+
+    Attributes:
+        seen: [B, 1] int64, tokens fed to each row. next_slot: by layer, int64, where the next pair goes (no ring).
+        keys, values: by layer [B, K, N, D]. pos: by layer [B, 1 or K, N] int64, -1 where empty. bias: by layer
+            [B, K, N] float32 or None. pristine: by layer [B, K, S, D] sink keys as the model made them, or None.
+    """
+
+    def __init__(self, cache: CompressedCache, room: int) -> None:
+        super().__init__(layers=[])
+        check(cache)
+        self.facts = cache.facts
+        self.sinks = cache.compression.method.sinks_and_recent or 0
+        self.capacity = int(cache.compression.keep([2**31], [2**31], 0, 1)[0]) if cache.compression.method.ring else 0
+        self.turns = bool(cache.compression.method.in_cache_sinks) and self.capacity > 0
+        device = cache.stores[0].keys.device
+        self.seen = torch.tensor(cache.seen, device=device)[:, None]
+        self.next_slot = torch.tensor([store.length for store in cache.stores], device=device)
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.pos: list[torch.Tensor] = []
+        self.bias: list[torch.Tensor | None] = []
+        self.pristine: list[torch.Tensor | None] = []
+        for store in cache.stores:
+            if self.capacity:
+                if not isinstance(store, RingStore):
+                    store = RingStore.of(store, self.sinks, self.capacity + 1 - self.sinks)
+                keys, values, pos, bias = store.keys, store.values, store.pos, None
+            else:
+                more = room + -(store.length + room) % ROUND
+                keys, values = (F.pad(x, (0, 0, 0, more)) for x in (store.keys, store.values))
+                pos = F.pad(store.pos, (0, more), value=-1)
+                bias = None if store.bias is None else F.pad(store.bias, (0, more))
+            self.keys.append(keys.clone(memory_format=torch.contiguous_format))
+            self.values.append(values.clone(memory_format=torch.contiguous_format))
+            self.pos.append(pos.to(torch.long, memory_format=torch.contiguous_format, copy=True))
+            self.bias.append(None if bias is None else bias.clone(memory_format=torch.contiguous_format))
+            self.pristine.append(store.pristine_sinks.clone() if self.turns else None)  # type: ignore[union-attr]
+        for tensor in self._tensors():
+            torch._dynamo.mark_static_address(tensor)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        lists = (self.keys, self.values, self.pos, self.bias, self.pristine)
+        return [self.seen, self.next_slot, *(t for tensors in lists for t in tensors if t is not None)]
+
+    def load(self, other: StaticCache) -> bool:
+        """Takes over another cache's contents in place, so that a recorded graph can go on; False: shapes differ."""
+        ours, theirs = self._tensors(), other._tensors()
+        kinds = [(c.sinks, c.capacity, c.turns, [b is None for b in c.bias]) for c in (self, other)]
+        same = kinds[0] == kinds[1] and [t.shape for t in ours] == [t.shape for t in theirs]
+        if same:
+            for into, new in zip(ours, theirs, strict=True):
+                into.copy_(new)
+        return same
+
+    # ------------------------------------------------------------------------------------ transformers' protocol
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
+        keys = key_states.view_as(key_states)
+        keys._kv_tag = (self, layer_idx)
+        return keys, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0  # positions are given with every forward
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        return False  # transformers' own way of compiling is not meant: see engine/compiled.py
+
+    # ------------------------------------------------------------------------------------ one layer of one step
+
+    def attend(self, step: Step) -> torch.Tensor:
+        """[B, H, 1, D]; the new pair takes its slot."""
+        if step.softcap is not None:
+            raise UserError("compile=True: this model caps its attention logits, which the compiled step does not do")
+        layer, p = step.layer, self.seen
+        keys, values, pos = self.keys[layer], self.values[layer], self.pos[layer]
+        per_query_head = keys.shape[1] // step.key.shape[1]
+        new_key, new_value = (x.repeat_interleave(per_query_head, dim=1) for x in (step.key, step.value))
+        if self.capacity:
+            ring = self.capacity + 1 - self.sinks
+            slot = self.sinks + (p - self.sinks) % ring  # [B, 1]; rows have their sinks already
+        else:
+            slot = self.next_slot[layer].expand(p.shape[0], 1)
+        keys.scatter_(2, slot[:, None, :, None].expand(-1, keys.shape[1], 1, keys.shape[3]), new_key)
+        values.scatter_(2, slot[:, None, :, None].expand(-1, values.shape[1], 1, values.shape[3]), new_value)
+        pos.scatter_(2, slot[:, None].expand(-1, pos.shape[1], 1), p[:, None].expand(-1, pos.shape[1], 1))
+        if self.turns and self.facts.rope_kinds[layer] == "rope":
+            pristine, rope = self.pristine[layer], self.facts.rope
+            assert pristine is not None and rope is not None
+            evicted = (p - self.capacity).clamp_min(0)
+            keys[:, :, : self.sinks] = rope.rotate(pristine, evicted, layer)
+        kv_heads, group = keys.shape[1], step.query.shape[1] // keys.shape[1]
+        visible = pos >= 0
+        if step.window is not None:
+            visible = visible & (p[:, None] - pos < step.window)
+        mask = visible[:, :, None].expand(-1, -1, group, -1)
+        bias = self.bias[layer]
+        if bias is not None:
+            mask = torch.where(mask, bias[:, :, None], float("-inf")).to(step.query.dtype)
+        out = F.scaled_dot_product_attention(
+            packed_queries(step.query, kv_heads), keys, values, attn_mask=mask, scale=step.scaling
+        )
+        return out.reshape(step.query.shape[0], step.query.shape[1], 1, -1)
+
+    def advance(self) -> None:
+        """After a forward: every row has one token more."""
+        self.seen.add_(1)
+        self.next_slot.add_(1)
+
+
+def check(cache: CompressedCache) -> None:
+    """Raises UserError where the decode step of this cache cannot have fixed shapes."""
+    compression, method = cache.compression, cache.compression.method
+    why = None
+    if compression.storage.quantises or isinstance(cache.stores[0], QuantizedStore):
+        why = f"nbits={compression.storage.nbits}: pairs change their form as they age"
+    elif method.hides:
+        why = f"method={method.name} hides pairs by position instead of dropping them"
+    elif compression.schedule.online and compression.method.compresses and not method.ring:
+        why = (
+            f"compress_every={compression.schedule.compress_every}: cuts go on while tokens are added; "
+            "compress_every=0 cuts after the prefill only, and method=streaming_ring overwrites instead of cutting"
+        )
+    elif method.ring and any(not cache.facts.compressible(i) for i in range(len(cache.stores))):
+        why = f"method={method.name} on a model some of whose layers have windows of their own"
+    elif method.ring and min(cache.seen, default=0) < (method.sinks_and_recent or 0):
+        why = f"a prompt of {min(cache.seen)} tokens is shorter than n_sink={method.sinks_and_recent}"
+    if why:
+        raise UserError(f"compile=True needs a cache whose shapes never change, and this one's do. {why}")

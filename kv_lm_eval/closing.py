@@ -1,0 +1,69 @@
+"""What is said at the end of a run: what was compressed, how long it took, and where nothing was compressed at all."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from kv_lm_eval.methods.compression import Compression
+
+
+def say(log: logging.Logger, compression: Compression, summary: dict[str, Any]) -> None:
+    """A line or two for the run, and a warning for each task whose requests were all too short to be compressed."""
+    if not summary["requests"]:
+        log.warning("all answers came from the request cache: there are no numbers on memory or compression")
+        return
+    log.info(
+        "%s: %.0f %% of %d requests compressed, %.0f %% of pairs kept at their end, %.0f KiB of keys and values after "
+        "the prefill on average",
+        compression.method.name,
+        100 * summary["compressed_share"],
+        summary["requests"],
+        100 * summary["kept_fraction_mean"],
+        summary["kv_bytes_prefill_mean"] / 1024,
+    )
+    if "efficiency" in summary:
+        log.info("%s: %s", compression.method.name, times(summary["efficiency"]))
+    if summary.get("empty_questions"):
+        log.info(
+            "question_in_prompt=False: %d of %d requests have no question of their own: what follows their context was "
+            "fed after the compression",
+            summary["empty_questions"],
+            summary["requests"],
+        )
+    limits = ("max_capacity_prompt", "keep_ratio", "residual_length")
+    budget = {k: v for k, v in compression.settings().items() if k in limits}
+    for task, one in summary["by_task"].items():
+        if compression.lossy and one["compressed_share"] == 0:
+            lengths = one["prompt_tokens"]
+            log.warning(
+                "%s: compression triggered in NONE of %d requests, so its score is the full cache's: prompts have %d "
+                "to %d tokens (median %d), the budget is %s. Take longer prompts (more few-shot examples) or a smaller "
+                "budget.",
+                task or "this run",
+                one["requests"],
+                lengths["min"],
+                lengths["max"],
+                lengths["median"],
+                budget,
+            )
+
+
+def times(efficiency: dict[str, Any]) -> str:
+    """Medians with the number of requests behind each."""
+
+    def median(name: str, unit: str, scale: float, word: str) -> str:
+        one = efficiency[name]
+        return f"{word} N/A" if not one["n"] else f"{word} {one['median'] * scale:.4g} {unit} (n={one['n']})"
+
+    parts = [
+        median("ttft_s", "ms", 1e3, "median time to first token"),
+        median("tpot_s", "ms", 1e3, "per further token"),
+        median("tokens_per_s", "tokens/s", 1, "throughput"),
+        median("prefill_peak_bytes", "MiB", 2**-20, "prefill peak above the weights"),
+        median("decode_peak_bytes", "MiB", 2**-20, "decode peak"),
+    ]
+    if not efficiency["ttft_s"]["n"]:  # nothing was generated
+        parts = [median("total_s", "ms", 1e3, "median time of a batch"), parts[3]]
+    warm_up = efficiency["warm_up_requests"]
+    return ", ".join(parts) + (f"; {warm_up} warm-up requests left out" if warm_up else "")

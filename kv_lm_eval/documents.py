@@ -1,0 +1,363 @@
+"""How whole documents are scored: lm-eval's `loglikelihood_rolling` requests, under a named protocol.
+
+A request is (text,), as lm-eval's tasks ask, or (text, {"protocol": ..., ...}), as ours do. Any other model refuses
+the second form: it could only answer under a protocol of its own. The answer is a float, as lm-eval wants it, that
+remembers what it is the sum of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from kv_lm_eval.engine.recompute import windows_of
+from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.windows import Window, score_windows, strided
+from kv_lm_eval.errors import UserError, close_names
+
+if TYPE_CHECKING:
+    from kv_lm_eval.model import KVCompressedLM
+
+PROTOCOLS = {
+    "streaming": "one cache across the document, cut by the schedule from the first token on",
+    "prefill_then_stream": "the first prefill_tokens in one forward and a cut after it, then as streaming",
+    "strided": "windows of strided_length tokens, stride apart, each a forward of its own; new tokens are scored",
+    "rolling": "lm-eval's disjoint windows of the model's maximum length",
+}
+LONGEST_CHARACTER = 8  # tokens that one character may take, and more than any tokenizer needs
+CARRIED = ("streaming", "prefill_then_stream")  # one cache goes through the document, so that compression can act
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a document is read.
+
+    Args:
+        protocol: a name of PROTOCOLS.
+        max_eval_tokens: only the first so many tokens of each document; None: all.
+        prefill_tokens: prefill_then_stream: tokens of the first forward, prefix included; None: the method's budget.
+        strided_length, stride: strided: tokens of a window (None: the model's maximum) and from one to the next
+            (None: half a window).
+    """
+
+    protocol: str = "streaming"
+    max_eval_tokens: int | None = None
+    prefill_tokens: int | None = None
+    strided_length: int | None = None
+    stride: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            known = "; ".join(f"{name}: {what}" for name, what in PROTOCOLS.items())
+            raise UserError(
+                f"protocol={self.protocol!r}{close_names(str(self.protocol), PROTOCOLS)}; there are {known}"
+            )
+        for name, least in (("max_eval_tokens", 2), ("prefill_tokens", 1), ("strided_length", 2), ("stride", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise UserError(f"{name}={value!r} must be a whole number of tokens, at least {least}, or null")
+        needs = {"prefill_tokens": "prefill_then_stream", "strided_length": "strided", "stride": "strided"}
+        for name, protocol in needs.items():
+            if getattr(self, name) is not None and self.protocol != protocol:
+                raise UserError(f"{name}={getattr(self, name)} has no effect: it is for protocol={protocol}")
+        if self.stride and self.strided_length and self.stride > self.strided_length:
+            raise UserError(
+                f"stride={self.stride} is longer than strided_length={self.strided_length}: the tokens between two "
+                "windows would never be scored"
+            )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Reading:
+        """From a request's second argument."""
+        return cls(**{f.name: options[f.name] for f in fields(cls) if f.name in options})
+
+    def options(self) -> dict[str, Any]:
+        """The request's second argument: what is not None, so that --use_cache tells readings apart."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+@dataclass
+class DocumentRecord:
+    """One scored document of n tokens.
+
+    Attributes:
+        reading: as asked, with the defaults filled in. model, settings: what scored it.
+        tokens: [n] int32 ids. log_probs: [n] float32 nats, NaN where a token was not scored. greedy: [n] bool.
+        slots: [n] int32, pairs per KV head that were visible when the token was predicted; None for windows.
+        evictions: (tokens fed, slots dropped) of each cut; the prefix token counts as fed.
+        end: characters of the text that the tokens stand for; the whole text where nothing was left off.
+    """
+
+    reading: dict[str, Any]
+    model: str
+    settings: dict[str, Any]
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    greedy: np.ndarray
+    slots: np.ndarray | None = None
+    evictions: list[tuple[int, int]] = field(default_factory=list)
+    end: int = 0
+
+    @property
+    def scored(self) -> np.ndarray:
+        """[n] bool."""
+        return np.isfinite(self.log_probs)
+
+    def after_first_eviction(self) -> np.ndarray:
+        """[n] bool: tokens predicted by a query that came after the first cut."""
+        first = self.evictions[0][0] if self.evictions else len(self.tokens)
+        return np.arange(len(self.tokens)) >= first
+
+    def per_token(self) -> dict[str, Any]:
+        """For JSON: what comparing two runs token by token takes."""
+        log_probs = np.where(self.scored, self.log_probs, np.nan)
+        return {
+            "reading": self.reading,
+            "model": self.model,
+            "settings": self.settings,
+            "tokens": self.tokens.tolist(),
+            "nll": [None if x != x else round(-x, 6) for x in log_probs.tolist()],
+            "first_eviction": self.evictions[0][0] if self.evictions else None,  # tokens fed before it
+            "cuts": len(self.evictions),
+        }
+
+
+class DocumentScore(float):
+    """Log-likelihood of a document in nats, with its record; pickles (--use_cache), and is a number in JSON."""
+
+    record: DocumentRecord
+
+    def __new__(cls, record: DocumentRecord) -> DocumentScore:
+        self = super().__new__(cls, float(np.nansum(record.log_probs, dtype=np.float64)))
+        self.record = record
+        return self
+
+    def __reduce__(self) -> Any:
+        return DocumentScore, (self.record,)
+
+
+def score_requests(lm: KVCompressedLM, requests: Sequence[Instance], disable_tqdm: bool) -> list[DocumentScore]:
+    """Answers of all requests, in their order."""
+    method = lm.compression.method
+    default = Reading("streaming" if lm.compression.lossy or method.recomputed_tokens else "rolling")
+    readings = [Reading.of(r.args[1]) if len(r.args) > 1 else default for r in requests]
+    for reading in set(readings):
+        _check(lm, reading)
+    texts = [_tokens(lm, r.args[0], reading.max_eval_tokens) for r, reading in zip(requests, readings, strict=True)]
+    groups: dict[Reading, list[int]] = defaultdict(list)
+    for i, reading in enumerate(readings):
+        groups[reading].append(i)
+    answers: dict[int, DocumentScore] = {}
+    for reading, members in groups.items():
+        of_group = {i: texts[i] for i in members}
+        carried = reading.protocol in CARRIED and method.uses_cache
+        records = (_stream if carried else _windows)(lm, reading, of_group, requests, disable_tqdm)
+        for i, record in records.items():
+            record.end = texts[i][1]
+            answers[i] = DocumentScore(record)
+            lm.cache_hook.add_partial("loglikelihood_rolling", requests[i].args, answers[i])
+    return [answers[i] for i in range(len(requests))]
+
+
+def _check(lm: KVCompressedLM, reading: Reading) -> None:
+    """Refuses a reading under which the method would not do what its name says."""
+    method = lm.compression.method
+    if reading.protocol in CARRIED and not method.uses_cache and not method.recomputed_tokens:
+        raise UserError(
+            f"protocol={reading.protocol} carries one cache across a document and method={method.name} has none; use "
+            "method=full for the uncompressed cache, or protocol=rolling"
+        )
+    if reading.protocol not in CARRIED and (lm.compression.lossy or method.recomputed_tokens):
+        raise UserError(
+            f"protocol={reading.protocol} scores each window in one forward, in which method={method.name} has no "
+            "effect: the number would be the full cache's under another name. Use protocol=streaming, or method=full"
+        )
+
+
+def _tokens(lm: KVCompressedLM, text: str, most: int | None) -> tuple[list[int], int]:
+    """Token ids of a text, at most `most`, and how many of its characters they stand for.
+
+    A cut never falls inside a character that takes several tokens: it moves back to where that begins.
+    """
+    tokens = lm.tok_encode(text)
+    if most is None or len(tokens) <= most:
+        return tokens, len(text)
+    for keep in range(most, max(0, most - LONGEST_CHARACTER), -1):
+        decoded = lm.tokenizer.decode(tokens[:keep], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if text.startswith(decoded):
+            return tokens[:keep], len(decoded)
+    return _by_offsets(lm, text, tokens, most)
+
+
+def _by_offsets(lm: KVCompressedLM, text: str, tokens: list[int], most: int) -> tuple[list[int], int]:
+    """The same for tokenizers whose decoding does not give the text back, as where they change its spaces."""
+    for special in (True, False) if lm.tokenizer.is_fast else ():
+        encoding = lm.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        if encoding["input_ids"] == tokens:
+            spans, keep = encoding["offset_mapping"], most
+            while keep > 0 and spans[keep] != (0, 0) and spans[keep][0] < spans[keep - 1][1]:
+                keep -= 1
+            return tokens[:keep], max(end for _, end in spans[:keep])
+    raise UserError(
+        f"max_eval_tokens={most}: this model's tokenizer does not say which text {most} tokens stand for, so that "
+        "words and bytes could not be counted. Use a fast tokenizer, or give a shorter text and no limit"
+    )
+
+
+def _stream(
+    lm: KVCompressedLM,
+    reading: Reading,
+    texts: Mapping[int, tuple[list[int], int]],
+    requests: Sequence[Instance],
+    disable_tqdm: bool,
+) -> dict[int, DocumentRecord]:
+    """One cache across each document, longest first."""
+    documents = {i: tokens for i, (tokens, _) in texts.items()}
+    lm._check_documents(list(documents.values()))
+    every = lm.compression.schedule.compress_every or lm.engine.rolling_compress_every
+    prefill = _prefill_tokens(lm, reading)
+    done = {**reading.options(), "protocol": reading.protocol, "prefill_tokens": prefill, "compress_every": every}
+    order = sorted(documents, key=lambda i: -len(documents[i]))
+    size = 1 if lm.batch_size == "auto" else int(lm.batch_size)
+    records: dict[int, DocumentRecord] = {}
+    bar = tqdm(
+        total=sum(map(len, documents.values())),
+        unit="tok",
+        disable=disable_tqdm or lm.rank != 0,
+        desc=f"kvcompressed {reading.protocol}",
+    )
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        with lm._autocast():
+            scored, cache = score_documents(
+                lm.model,
+                lm._new_cache,
+                lm.prefix_token_id,
+                [documents[i] for i in batch],
+                every,
+                lm.softmax_dtype,
+                bar.update,
+                prefill_tokens=prefill,
+            )
+        for i, one in zip(batch, scored, strict=True):
+            records[i] = DocumentRecord(
+                reading=done,
+                model=str(lm._name),
+                settings=lm.settings,
+                tokens=np.array(documents[i], dtype=np.int32),
+                log_probs=one.log_probs.float().cpu().numpy(),
+                greedy=one.greedy.cpu().numpy(),
+                slots=one.slots.cpu().numpy(),
+                evictions=[(int(fed), int(dropped)) for fed, dropped in one.evictions],
+            )
+        if cache.seen:
+            end, tasks = cache.snapshot(), [requests[i].task_name or "" for i in batch]
+            keys = [_key(requests[i]) for i in batch]
+            lm.compression_log.add_batch(tasks, keys, "loglikelihood_rolling", end, end)
+    bar.close()
+    return records
+
+
+def _key(request: Instance) -> str:
+    """Tells requests apart in the log."""
+    return json.dumps(request.args, sort_keys=True)
+
+
+def _prefill_tokens(lm: KVCompressedLM, reading: Reading) -> int:
+    """Tokens of the first forward: none for streaming; by default as many as the method keeps."""
+    if reading.protocol == "streaming":
+        return 0
+    if reading.prefill_tokens is not None:
+        return reading.prefill_tokens
+    if not lm.compression.method.compresses:
+        return 0  # nothing is cut, so that the same numbers come out whatever the first forward holds
+    budget = getattr(lm.compression.budget, "max_capacity_prompt", None)
+    if budget is None:
+        raise UserError(
+            f"protocol=prefill_then_stream: method={lm.compression.method.name} has no fixed number of slots to take "
+            'for the first forward; add "prefill_tokens": N to --metadata'
+        )
+    return int(budget)
+
+
+def _windows(
+    lm: KVCompressedLM,
+    reading: Reading,
+    texts: Mapping[int, tuple[list[int], int]],
+    requests: Sequence[Instance],
+    disable_tqdm: bool,
+) -> dict[int, DocumentRecord]:
+    """Every window one plain forward; under `rolling` the same number as lm-eval's hf model; no rank waits.
+
+    A method that recomputes a bounded context for each token comes here under `streaming`.
+    """
+    length = reading.strided_length or lm.max_length
+    if length > lm.max_length:
+        raise UserError(f"strided_length={length} passes the model's maximum of {lm.max_length} tokens")
+    done = {**reading.options(), "protocol": reading.protocol}
+    if lm.compression.method.recomputed_tokens:
+        done["recomputed_tokens"] = lm.compression.method.recomputed_tokens
+    else:
+        done["window_length"] = length
+    if reading.protocol == "strided":
+        done["stride"] = min(reading.stride or max(1, length // 2), length)
+    windows = [(i, window) for i, (tokens, _) in texts.items() for window in _cut(lm, done, tokens)]
+    size = 1 if lm.batch_size == "auto" else int(lm.batch_size)
+    hidden = disable_tqdm or lm.rank != 0
+    with tqdm(
+        total=sum(len(w.targets) for _, w in windows), unit="tok", disable=hidden, desc="kvcompressed windows"
+    ) as bar:
+        scores = score_windows(
+            lambda ids, k: lm._model_call(ids)[:, -k:],
+            [w for _, w in windows],
+            size,
+            lm.device,
+            lm.softmax_dtype,
+            bar.update,
+        )
+    records = {
+        i: DocumentRecord(
+            reading=done,
+            model=str(lm._name),
+            settings=lm.settings,
+            tokens=np.array(tokens, dtype=np.int32),
+            log_probs=np.full(len(tokens), np.nan, dtype=np.float32),
+            greedy=np.zeros(len(tokens), dtype=bool),
+        )
+        for i, (tokens, _) in texts.items()
+    }
+    for (i, window), (log_probs, greedy) in zip(windows, scores, strict=True):
+        place = slice(window.start, window.start + len(window.targets))
+        records[i].log_probs[place], records[i].greedy[place] = log_probs.numpy(), greedy.numpy()
+    members = list(texts)
+    lm._log_uncached(
+        [requests[i].task_name or "" for i in members],
+        [_key(requests[i]) for i in members],
+        "loglikelihood_rolling",
+        [len(texts[i][0]) for i in members],
+    )
+    return records
+
+
+def _cut(lm: KVCompressedLM, done: Mapping[str, Any], tokens: list[int]) -> Iterator[Window]:
+    """A document's windows."""
+    if "recomputed_tokens" in done:
+        for window in windows_of([lm.prefix_token_id, *tokens], 1, done["recomputed_tokens"]):
+            yield window._replace(start=window.start - 1)
+        return
+    if done["protocol"] == "strided":
+        yield from strided(tokens, done["window_length"], done["stride"])
+        return
+    start = 0
+    for pair in get_rolling_token_windows(tokens, lm.prefix_token_id, done["window_length"], context_len=1):
+        context, targets = make_disjoint_window(pair)
+        yield Window(context, targets, start)
+        start += len(targets)

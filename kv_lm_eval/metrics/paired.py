@@ -1,0 +1,105 @@
+"""Two runs over the same tokens, compared token by token.
+
+A run is a .jsonl file: lm-eval's `samples_*.jsonl` of a kv_ppl task (--log_samples), or lines of per-token records as
+our scripts write them: {"document", "reading", "model", "settings", "tokens", "nll", "first_eviction"}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kv_lm_eval.metrics.perplexity import block_bootstrap, percent
+
+Record = Mapping[str, Any]
+
+
+def read(file: Path) -> dict[str, Record]:
+    """The per-token record of each document, by the document's name.
+
+    Raises:
+        ValueError: no such record in the file.
+    """
+    records: dict[str, Record] = {}
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            doc = row.get("doc") or {}
+            record = doc.get("per_token") or (row if "nll" in row else None)
+            if record is None:
+                raise ValueError(
+                    f"{file} has no per-token numbers: it must be the samples_*.jsonl of a kv_ppl task run with "
+                    "--model kvcompressed --log_samples, or written by one of our scripts"
+                )
+            name = str(doc.get("name", row.get("document", row.get("doc_id", len(records)))))
+            if name in records:
+                raise ValueError(f"{file} has two documents named {name!r}")
+            records[name] = record
+    if not records:
+        raise ValueError(f"{file} is empty")
+    return records
+
+
+def differences(a: Mapping[str, Record], b: Mapping[str, Record]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Per document nll(B) - nll(A) of the tokens that both runs scored, NaN elsewhere; and which of these come after
+    the first eviction of either run.
+
+    Raises:
+        ValueError: different models, protocols, documents or tokens.
+    """
+    if set(a) != set(b):
+        only = sorted(set(a) ^ set(b))[:3]
+        raise ValueError(f"the two files hold different documents; only in one of them: {', '.join(only)}")
+    out, late = [], []
+    for name, one in a.items():
+        other = b[name]
+        for what, x, y in (
+            ("models", one["model"], other["model"]),
+            ("protocols", one["reading"]["protocol"], other["reading"]["protocol"]),
+            *((w, one["reading"].get(w), other["reading"].get(w)) for w in ("window_length", "stride")),
+        ):
+            if x != y:
+                raise ValueError(
+                    f"{name}: {what} differ ({x} and {y}), so that the difference would not be the method's; compare "
+                    "runs that differ in the method or its settings only"
+                )
+        n = min(len(one["tokens"]), len(other["tokens"]))
+        if one["tokens"][:n] != other["tokens"][:n]:
+            raise ValueError(f"{name}: the two runs scored different tokens: another text or another tokenizer")
+        nll = [np.array([np.nan if v is None else v for v in r["nll"][:n]], dtype=np.float64) for r in (one, other)]
+        out.append(nll[1] - nll[0])
+        first = min(n if r["first_eviction"] is None else r["first_eviction"] for r in (one, other))
+        late.append(np.arange(n) >= first)
+    return out, late
+
+
+def compare(
+    a: Mapping[str, Record], b: Mapping[str, Record], block: int = 512, draws: int = 4000, level: float = 0.95
+) -> dict[str, Any]:
+    """B against A: over all shared tokens and over those after the first eviction of either run."""
+    delta, late = differences(a, b)
+    parts = {"all": delta, "after_first_eviction": [np.where(k, d, np.nan) for d, k in zip(delta, late, strict=True)]}
+    return {
+        "documents": len(delta),
+        "block_tokens": block,
+        "level": level,
+        **{name: _difference(values, block, draws, level) for name, values in parts.items()},
+    }
+
+
+def _difference(values: Sequence[np.ndarray], block: int, draws: int, level: float) -> dict[str, Any]:
+    found = block_bootstrap(values, block, draws, level)
+    return {
+        "tokens": int(sum(np.isfinite(v).sum() for v in values)),
+        "blocks": found["blocks"],
+        "nll_difference_nats": found["mean"],
+        "low": found["low"],
+        "high": found["high"],
+        "ppl_change_percent": percent(found["mean"]),
+        "ppl_change_low_percent": percent(found["low"]),
+        "ppl_change_high_percent": percent(found["high"]),
+    }

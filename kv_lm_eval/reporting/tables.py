@@ -1,0 +1,347 @@
+"""A report's numbers as tables, and tables as markdown, CSV and LaTeX (booktabs)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kv_lm_eval.reporting.load import is_number
+from kv_lm_eval.reporting.rows import Cell, Column, Report, Row, every_score
+from kv_lm_eval.reporting.stats import LEVEL, Comparison
+
+MISSING, UNTOUCHED = "-", "°"
+MARKS = {"within noise": "≈", "identical": "=", "too few documents": "?", "outside noise": "*", "unknown": ""}
+TOLD = ("within noise", "identical", "outside noise")
+SCORE_LEGEND = (
+    "± is the standard error over documents; kept: share of pairs kept at the end of a request; KV: bytes of keys and "
+    "values after the prefill, mean over requests. - not run; OOM out of memory; ° nothing was compressed, so this is "
+    "the full cache's score."
+)
+DIFFERENCE_LEGEND = (
+    "Difference to the full cache on the same documents (long texts: blocks of 512 tokens), with its 95 % bootstrap "
+    "interval. ≈ within noise; * outside noise (interval without 0, and less than 5 % of random swaps as large); = the "
+    "same on every document; ? too few documents to tell; ° nothing was compressed."
+)
+SPEED_LEGEND = (
+    "Time and peaks (device memory above the weights): median (10 to 90 %) over requests, without the first batch; KV: "
+    "mean over requests. N/A: not measured, or the device cannot say. Times compare only if nothing else kept the "
+    "machine busy."
+)
+
+
+@dataclass(frozen=True)
+class Value:
+    """One entry: its text, the number to sort by, its look (better, worse, noise, bad, base), and an explanation."""
+
+    text: str
+    number: float | None = None
+    tone: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: the head of a column is (name, what it is in a word); the first column holds the labels."""
+
+    name: str
+    title: str
+    head: list[tuple[str, str]]
+    rows: list[list[Value]]
+    legend: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------------------------------------- what they hold
+
+
+def scores(report: Report) -> Table:
+    """Methods down, tasks across."""
+    head = [("method", ""), ("kept", "%"), ("KV", "KiB"), *_heads(report)]
+    rows = []
+    for row in report.rows:
+        kept, kv = row.kept(), row.stat("kv_bytes_prefill_mean")
+        start = [
+            Value(row.label),
+            Value(MISSING) if kept is None else Value(f"{100 * kept:.1f}", 100 * kept),
+            Value(MISSING) if kv is None else Value(f"{kv / 1024:,.0f}", kv / 1024),
+        ]
+        rows.append(start + [_score(row.cells[c], c) for c in report.columns])
+    return Table("scores", "Scores", head, rows, SCORE_LEGEND)
+
+
+def differences(report: Report) -> Table:
+    """The same, as differences to the full cache."""
+    rows = [
+        [Value(row.label), *(_difference(row.cells[c], c) for c in report.columns)]
+        for row in report.rows
+        if any(cell.comparison for cell in row.cells.values()) or row.first.state != "scored"
+    ]
+    compared = [c for row in report.rows for cell in row.cells.values() if (c := cell.comparison) and c.verdict in TOLD]
+    notes = []
+    if len(compared) > 1:
+        chance = len(compared) * (1 - LEVEL)
+        notes.append(
+            f"{len(compared)} comparisons: {'less than 1' if chance < 1 else f'about {chance:.0f}'} would fall outside "
+            "noise by chance alone if no method changed anything."
+        )
+    return Table(
+        "differences",
+        "Differences to the full cache",
+        [("method", ""), *_heads(report)],
+        rows,
+        DIFFERENCE_LEGEND,
+        notes,
+    )
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the table of speed and memory: its names in kv_stats, its unit, and the factor to it."""
+
+    title: str
+    unit: str
+    names: tuple[str, ...]
+    factor: float
+    higher_is_better: bool = False
+
+
+MEASURES = (
+    Measure("TTFT", "ms", ("ttft_s",), 1e3),
+    Measure("TPOT", "ms", ("tpot_s",), 1e3),
+    Measure("throughput", "tokens/s", ("tokens_per_s",), 1, True),
+    Measure("peak of prefill", "MiB", ("prefill_peak_bytes",), 2**-20),
+    Measure("peak of decode", "MiB", ("decode_peak_bytes",), 2**-20),
+    Measure("KV after prefill", "KiB", ("kv_bytes_prefill_mean",), 2**-10),
+    Measure("KV at the end", "KiB", ("kv_bytes_decode_mean",), 2**-10),
+    Measure("KV allocated", "KiB", ("kv_bytes_allocated_mean",), 2**-10),
+    Measure("overhead", "KiB", ("overhead_bytes_mean",), 2**-10),
+)
+
+
+def speed(report: Report) -> Table:
+    """Time and memory: N/A where it was not measured."""
+    head = [("method", ""), *((m.title, m.unit) for m in MEASURES), ("run", "s")]
+    rows = []
+    for row in report.rows:
+        values = [Value(row.label)]
+        for measure in MEASURES:
+            found = row.measure(*measure.names)
+            values.append(Value("N/A") if found is None else _measured(found, measure))
+        seconds = _seconds(row)
+        values.append(Value("N/A") if seconds is None else Value(f"{seconds:,.1f}", seconds))
+        rows.append(values)
+    return Table("speed", "Time and memory", head, rows, SPEED_LEGEND)
+
+
+def every_number(report: Report) -> Table:
+    """Long form: one line a method, task and score, with everything known about it."""
+    names = (
+        "model method label task metric filter higher_is_better state value stderr documents difference low high p "
+        "verdict compared changed kept_fraction compressed_share settings"
+    ).split()
+    rows = []
+    for row in report.rows:
+        for task in dict.fromkeys(column.task for column in report.columns):
+            run = row.run_of(task)
+            if run is None:
+                continue
+            known = every_score(run, task) or [c for c in report.columns if c.task == task]
+            for column in known:
+                cell = row.cells.get(column) or _plain_cell(run.tasks.get(task) or {}, column)
+                c = cell.comparison or Comparison(None)
+                verdict = c.verdict if cell.comparison else ("base" if cell.is_base else "")
+                values: list[Any] = [run.model, run.method, row.label, task, column.metric, column.filter]
+                values += [column.higher_is_better, cell.state, cell.value, cell.stderr, cell.documents]
+                values += [
+                    c.difference,
+                    c.low,
+                    c.high,
+                    c.p,
+                    verdict,
+                    c.documents or None,
+                    c.changed if c.documents else None,
+                ]
+                leaves = column.leaves or (task,)
+                values += [row.kept(leaves), row.stat("compressed_share", leaves)]
+                values.append(" ".join(f"{k}={v}" for k, v in run.settings.items()))
+                rows.append([_plain(v) for v in values])
+    return Table("all_numbers", "All numbers", [(name, "") for name in names], rows)
+
+
+def _plain_cell(numbers: dict[str, Any], column: Column) -> Cell:
+    value, stderr = numbers.get(column.key), numbers.get(f"{column.metric}_stderr,{column.filter}")
+    return Cell("scored", value, stderr if is_number(stderr) else None)
+
+
+def _plain(value: Any) -> Value:
+    if value is None:
+        return Value("")
+    return Value(str(value), float(value)) if is_number(value) else Value(str(value))
+
+
+def _heads(report: Report) -> list[tuple[str, str]]:
+    out = []
+    for column in report.columns:
+        filter_ = (
+            f" ({column.filter})"
+            if sum(c.task == column.task and c.metric == column.metric for c in report.columns) > 1
+            else ""
+        )
+        group = "mean of its tasks, " if column.leaves else ""
+        out.append((column.task, f"{group}{column.metric}{filter_} {column.arrow}".strip()))
+    return out
+
+
+def number(value: float, like: float | None = None) -> str:
+    """Digits that fit the size: 0.933, 12.34, 2,706."""
+    size = abs(value if like is None else like)
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.2f}" if size >= 10 else f"{value:.3f}"
+
+
+def _score(cell: Cell, column: Column) -> Value:
+    if cell.state != "scored" or cell.value is None:
+        return Value(MISSING if cell.state == "missing" else cell.state, tone="" if cell.state == "missing" else "bad")
+    text = number(cell.value) + (UNTOUCHED if cell.untouched else "")
+    if cell.stderr is not None:
+        text += f" ± {number(cell.stderr, cell.value)}"
+    about = [f"{cell.documents} documents"] if cell.documents else []
+    if cell.untouched:
+        about.append("no request was compressed")
+    if cell.unscored:
+        about.append(f"{cell.unscored} documents without this score")
+    return Value(text, cell.value, tone(cell, column), "; ".join(about))
+
+
+def tone(cell: Cell, column: Column) -> str:
+    """How a cell looks: base, better, worse, noise, or nothing where that is not known."""
+    if cell.is_base:
+        return "base"
+    c = cell.comparison
+    if c is None or c.difference is None or c.verdict == "unknown" or column.higher_is_better is None:
+        return ""
+    if c.verdict != "outside noise":
+        return "noise"
+    return "better" if (c.difference > 0) == column.higher_is_better else "worse"
+
+
+def _difference(cell: Cell, column: Column) -> Value:
+    if cell.is_base:
+        return Value("0", 0.0, "base", "the full cache itself")
+    c = cell.comparison
+    if cell.state != "scored" or c is None or c.difference is None:
+        state = MISSING if cell.state in ("missing", "scored") else cell.state
+        return Value(state, tone="bad" if state != MISSING else "", title=c.reason if c else "")
+    like = cell.value
+    text = _signed(c.difference, like)
+    if c.low is None or c.high is None or c.p is None:
+        return Value(text, c.difference, "", c.reason)
+    if c.verdict != "too few documents":
+        text += f" [{_signed(c.low, like)}, {_signed(c.high, like)}]"
+    text += f" {MARKS[c.verdict]}"
+    about = f"{c.verdict}; {c.changed} of {c.documents} {c.unit} differ; p = {c.p:.2g}"
+    if c.left_out:
+        about += f"; {c.left_out} documents left out"
+    return Value(text + (UNTOUCHED if cell.untouched else ""), c.difference, tone(cell, column), about)
+
+
+def _signed(value: float, like: float | None) -> str:
+    text = number(abs(value), like)
+    return text if float(text.replace(",", "")) == 0 else ("+" if value > 0 else "−") + text
+
+
+def _measured(found: dict[str, float], measure: Measure) -> Value:
+    value = found["median"] * measure.factor
+    text = number(value) if measure.factor >= 1 else f"{value:,.0f}"
+    if "p10" in found and "p90" in found:
+        low, high = (number(found[k] * measure.factor, value) for k in ("p10", "p90"))
+        text += f" ({low} to {high})"
+    return Value(text, value, title=f"{found['n']:.0f} requests" if "n" in found else "")
+
+
+def _seconds(row: Row) -> float | None:
+    found = [float(s) for run in row.runs if (s := run.results.get("total_evaluation_time_seconds")) is not None]
+    return math.fsum(found) if found else None
+
+
+# ---------------------------------------------------------------------------------------------- how they are written
+
+
+def _full_head(head: tuple[str, str]) -> str:
+    return f"{head[0]} ({head[1]})" if head[1] else head[0]
+
+
+def as_markdown(table: Table) -> str:
+    """GitHub's tables, aligned, with the legend below."""
+    grid = [[_full_head(h) for h in table.head], *([v.text for v in row] for row in table.rows)]
+    grid = [[" ".join(text.split()).replace("|", "\\|") for text in line] for line in grid]
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+
+    def line(texts: Sequence[str]) -> str:
+        cells = [t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(texts, widths, strict=True))]
+        return f"| {' | '.join(cells)} |"
+
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    below = [text for text in (table.legend, *table.notes) if text]
+    return (
+        "\n".join([f"### {table.title}", "", line(grid[0]), rule, *map(line, grid[1:]), *(f"\n{t}" for t in below)])
+        + "\n"
+    )
+
+
+def as_csv(table: Table, exact: bool = True) -> str:
+    """Full precision where an entry is one number."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([_full_head(h) for h in table.head])
+    for row in table.rows:
+        writer.writerow([repr(v.number) if exact and v.number is not None else v.text for v in row])
+    return out.getvalue()
+
+
+def scores_csv(report: Report) -> str:
+    """The table of scores with full precision, the standard error in a column of its own."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    heads = [_full_head(h) for h in _heads(report)]
+    writer.writerow(["method", "kept (%)", "KV (KiB)", *(x for h in heads for x in (h, f"{h} stderr"))])
+    table = scores(report)
+    for row, values in zip(report.rows, table.rows, strict=True):
+        cells: list[Any] = []
+        for column in report.columns:
+            cell = row.cells[column]
+            state = MISSING if cell.state == "missing" else cell.state
+            cells += [state if cell.value is None else cell.value, "" if cell.stderr is None else cell.stderr]
+        writer.writerow([values[0].text, *(v.text if v.number is None else v.number for v in values[1:3]), *cells])
+    return out.getvalue()
+
+
+LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}"}
+LATEX |= {"^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+LATEX |= {"±": r"$\pm$", "−": "$-$", "≈": r"$\approx$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "°": r"$^\circ$"}
+LATEX |= {"…": r"\dots{}"}
+
+
+def escape_latex(text: str) -> str:
+    """Text that LaTeX prints as it stands."""
+    return "".join(LATEX.get(character, character) for character in text)
+
+
+def as_latex(table: Table) -> str:
+    r"""A table environment with booktabs (\usepackage{booktabs})."""
+
+    def line(texts: Sequence[str], dress: Callable[[str], str] = escape_latex) -> str:
+        return " & ".join(map(dress, texts)) + r" \\"
+
+    lines = [
+        r"\begin{table}[t]",
+        r"\centering",
+        rf"\caption{{{escape_latex(table.title)}. {escape_latex(table.legend)}}}",
+    ]
+    lines += [rf"\label{{tab:{table.name}}}", rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}", r"\toprule"]
+    lines += [line([name for name, _ in table.head]), line([unit for _, unit in table.head]), r"\midrule"]
+    lines += [line([value.text for value in row]) for row in table.rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"

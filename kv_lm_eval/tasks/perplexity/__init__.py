@@ -1,0 +1,1 @@
+"""Perplexity tasks, `kv_ppl_*`, with the protocol named in every result."""

@@ -1,0 +1,93 @@
+"""tune.py from its arguments to its answer; the model is replaced by scores whose truth is known."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+import tune  # noqa: E402
+
+ARGUMENTS = [
+    *("--model_args", "pretrained=kv-tiny,method=snapkv,tail_tokens=2", "--tasks", "one,two"),
+    *("--budgets", "128,16,32,64", "--try", "window_size=8,16", "--tolerance", "0.1"),
+]
+
+
+def right(model_args: dict[str, Any], task: str, i: int) -> bool:
+    """Full always is. snapkv needs a budget of 32 for task one, 64 for two; a window of 8 is wrong now and then."""
+    if model_args["method"] == "full":
+        return True
+    enough = model_args["max_capacity_prompt"] >= {"one": 32, "two": 64}[task]
+    return enough and not (model_args["window_size"] == 8 and i % 4 == 0)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], str, list[int]]]:
+    calls: list[Any] = []
+
+    def run(self: Any, model_args: dict[str, Any], task: str, ids: list[int]) -> dict[str, float]:
+        calls.append((model_args, task, ids))
+        return {str(i): float(right(model_args, task, i)) for i in ids}
+
+    monkeypatch.setattr(tune.Scores, "_run", run)
+    documents = {"one": list(range(400)), "two": list(range(300))[::-1]}
+    monkeypatch.setattr(tune.Scores, "_documents", lambda self: documents)
+    return calls
+
+
+def answers(capsys: Any) -> dict[str, Any]:
+    lines = capsys.readouterr().out.splitlines()
+    return {"+".join(a["tasks"]): a["model_args"] for a in json.loads(lines[-1])["answers"]}
+
+
+def test_the_recommended_line_for_each_task_and_for_all(asked: list[Any], capsys: Any) -> None:
+    assert tune.main(ARGUMENTS) == 0
+    line = "pretrained=kv-tiny,method=snapkv,tail_tokens=2,max_capacity_prompt={},window_size=16"
+    assert answers(capsys) == {"one": line.format(32), "two": line.format(64), "one+two": line.format(64)}
+    full = [model_args for model_args, _, _ in asked if model_args["method"] == "full"]
+    assert all(model_args == {"pretrained": "kv-tiny", "method": "full", "tail_tokens": 2} for model_args in full)
+    questions = [(str(model_args), task, i) for model_args, task, ids in asked for i in ids]
+    assert len(questions) == len(set(questions)), "no document is asked twice"
+
+
+def test_impossible_candidates_are_left_out_and_none_is_an_answer(asked: list[Any], capsys: Any) -> None:
+    assert tune.main([*ARGUMENTS, "--budgets", "16,24", "--tasks", "two"]) == 0
+    said = capsys.readouterr().out
+    assert "left out: max_capacity_prompt=16,window_size=16" in said
+    assert "3 candidates" in said and "none within tolerance\n" in said
+
+
+def test_too_few_documents_are_told_before_anything_runs(asked: list[Any], capsys: Any) -> None:
+    assert tune.main([*ARGUMENTS, "--tolerance", "0.01"]) == 0
+    assert "cannot show a loss of at most 0.01" in capsys.readouterr().out
+    assert not asked
+
+
+def test_an_interrupted_search_goes_on_with_its_scores(asked: list[Any], tmp_path: Path, capsys: Any) -> None:
+    output = ["--output_path", str(tmp_path)]
+    assert tune.main([*ARGUMENTS, *output]) == 0
+    first = answers(capsys)
+    asked.clear()
+    assert tune.main([*ARGUMENTS, *output]) == 0
+    assert answers(capsys) == first and not asked
+    assert json.loads((tmp_path / "tune.json").read_text())["samples_run"] == 0
+
+
+@pytest.mark.slow
+def test_documents_are_those_of_the_task_and_scores_those_of_lm_eval(tmp_path: Path, capsys: Any) -> None:
+    """The real thing, as few documents as it takes to be told that a cache of 16 pairs is not enough."""
+    arguments = ["--model_args", "pretrained=kv-tiny,dtype=float32,method=window", "--tasks", "kv_needle_magic"]
+    arguments += ["--budgets", "16", "--tolerance", "0.5", "--device", "cpu", "--batch_size", "8", "--first_look", "24"]
+    arguments += ["--metadata", '{"lengths":[256],"depths":[10],"samples_per_cell":32}', "--output_path", str(tmp_path)]
+    assert tune.main(arguments) == 0
+    (answer,) = json.loads(capsys.readouterr().out.splitlines()[-1])["answers"]
+    (row,) = answer["rows"]
+    assert (row["decision"], row["documents"], row["score"]) == ("outside", 24, "0.000") and float(row["full"]) > 0.8
+    kept = json.loads((tmp_path / "scores.json").read_text())
+    assert [len(scores) for scores in kept.values()] == [24, 24]

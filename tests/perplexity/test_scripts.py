@@ -1,0 +1,223 @@
+"""The scripts on the embedded model and a small text; the loops under them against plain ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny as tiny_models
+import torch
+
+from kv_lm_eval import baselines
+from kv_lm_eval.engine.recompute import windows_of
+from kv_lm_eval.engine.stepwise import steps
+from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.windows import score_windows, strided
+from kv_lm_eval.errors import UserError
+from kv_lm_eval.metrics import paired
+
+ROOT = Path(__file__).resolve().parents[2]
+SENTENCES = ["The boats lay still in the harbour.", "Nobody had seen the ferry.", "Gulls walked on the stones; 48213."]
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    file = tmp_path_factory.mktemp("book") / "book.txt"
+    order = np.random.default_rng(0).integers(0, 3, 120)
+    file.write_text(" ".join(SENTENCES[i] for i in order), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs a script as a user does, in this process: its last line as JSON, or its complaint."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+    def run(name, *arguments, fails=False):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        if fails:
+            with pytest.raises(SystemExit, match="2"):
+                runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+            return capsys.readouterr().err
+        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- the loops
+
+
+@pytest.mark.parametrize("prefill", [1, 10, 30])
+@pytest.mark.parametrize(
+    "settings", [{"compress_every": 1}, {"compress_every": 6}, {"compress_every": 6, "cache_slack": 3, "max_drop": 2}]
+)
+def test_the_timed_loop_has_the_numbers_of_the_fast_one(prefill, settings):
+    pair, row = tiny_models.pair("llama"), tiny_models.tokens(80)
+
+    def new():
+        return pair.cache(method="streaming_llm", n_sink=2, window_size=10, **settings)
+
+    timed = [step for step, _ in steps(pair.model, new, row, prefill)]
+    every = settings["compress_every"]
+    (fast,), _ = score_documents(
+        pair.model, new, row[0], [row[1:]], every, prefill_tokens=prefill if prefill > 1 else 0
+    )
+    assert [-step.nll for step in timed] == pytest.approx(fast.log_probs.tolist(), abs=1e-4)
+    assert [step.correct for step in timed] == fast.greedy.tolist()
+    assert [step.slots for step in timed] == fast.slots.tolist()
+    assert [(step.fed, step.dropped) for step in timed if step.dropped] == fast.evictions
+    assert [step.prefill for step in timed] == [i < prefill and prefill > 1 for i in range(79)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize(("length", "batch_size"), [(7, 1), (7, 5), (200, 4)])
+@torch.inference_mode()
+def test_recompute_is_a_fresh_forward_for_every_token(name, length, batch_size):
+    model, row = tiny_models.pair(name).stock, tiny_models.tokens(30)
+    windows = list(windows_of(row, 1, length))
+    scores = score_windows(lambda ids, k: model(ids, use_cache=False).logits[:, -k:], windows, batch_size, "cpu")
+    got = torch.cat([lp for lp, _ in scores]).tolist()
+    expected = []
+    for t in range(len(row) - 1):
+        window = row[max(0, t - length + 1) : t + 1]
+        expected.append(model(torch.tensor([window]), use_cache=False).logits[0, -1].log_softmax(-1)[row[t + 1]].item())
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert [w.start for w in windows] == [1, *range(length + 1, 30)]
+
+
+@pytest.mark.parametrize(("tokens", "length", "stride"), [(30, 8, 3), (30, 8, 8), (30, 40, 20), (9, 8, 1), (1, 4, 2)])
+def test_strided_windows_score_each_token_once_with_the_longest_context_at_hand(tokens, length, stride):
+    text = list(range(100, 100 + tokens))
+    windows = list(strided(text, length, stride))
+    places = [w.start + i for w in windows for i in range(len(w.targets))]
+    assert all(text[w.start - len(w.context) : w.start] == w.context for w in windows)
+    assert all(len(w.context) + len(w.targets) <= length and w.context for w in windows)
+    expected = [t for t in range(1, tokens) if stride < length or t % stride]
+    assert places == expected
+
+
+# ---------------------------------------------------------------------------------------------- baselines
+
+
+def test_a_baseline_of_another_configuration_is_refused_by_its_key(book, tmp_path, script):
+    common = ["--model", "kv-tiny", "--dtype", "float32", "--text-files", book, "--timed-tokens", 8]
+    made = script("fixed_baseline.py", *common, "--max-eval-tokens", 150, "--window-size", 28, "--output-dir", tmp_path)
+    kept = json.loads(Path(made["file"]).read_text())
+    assert kept["key"]["window"] == 32 and len(kept["full"]["nll"]) == len(kept["recompute"]["nll"]) == 150
+    assert made["full"]["perplexity"] == pytest.approx(np.exp(np.mean(kept["full"]["nll"])), rel=1e-5)
+    setup = baselines.load("kv-tiny", "files", text_files=[str(book)], max_eval_tokens=150, dtype="float32")
+    assert baselines.read(Path(made["file"]), setup.key(32)) == kept
+    assert baselines.path_of(setup.key(32), tmp_path) == Path(made["file"])
+    for other in (setup.key(33), {**setup.key(32), "dtype": "float16"}, {**setup.key(32), "weights": "x"}):
+        with pytest.raises(UserError, match="another configuration"):
+            baselines.read(Path(made["file"]), other)
+        assert not baselines.path_of(other, tmp_path).is_file()
+    said = script(
+        "streaming_eval.py", *common, "--max-eval-tokens", 149, "--window-size", 28,
+        "--baseline-results", made["file"], fails=True,
+    )  # fmt: skip
+    assert "another configuration" in said and "149" in said
+
+
+def test_streaming_eval_compares_with_both_baselines_on_the_same_tokens(book, tmp_path, script):
+    common = ["--model", "kv-tiny", "--dtype", "float32", "--text-files", book, "--max-eval-tokens", 200]
+    common += ["--timed-tokens", 8, "--fixed-baseline-dir", tmp_path / "base", "--nll-dir", tmp_path / "nll"]
+    found = script(
+        "streaming_eval.py", *common, "--window-size", 28, "--compress-every", 8, "--output", tmp_path / "out.json"
+    )
+    assert json.loads((tmp_path / "out.json").read_text()) == found
+    streaming, base = found["streaming"], found["baseline"]
+    assert streaming["peak_slots"] == 40 and streaming["prefill_tokens"] == 32 and streaming["prunes"] == 21
+    assert base["full"]["peak_slots"] == 200 and base["full"]["kv_bytes_peak"] > streaming["kv_bytes_peak"] > 0
+    for name in ("full", "recompute"):
+        got = found["metrics"][name]
+        ratio = streaming["perplexity"] / base[name]["perplexity"]
+        assert got["ppl_increase_percent_all"]["mean"] == pytest.approx(100 * (ratio - 1), abs=1e-3)
+        assert got["speedup"] == pytest.approx(base[name]["tpot_s"] / streaming["tpot_s"])
+    files = {n: paired.read(tmp_path / "nll" / f"{n}.jsonl") for n in ("full", "streaming")}
+    compared = paired.compare(files["full"], files["streaming"], block=16)
+    assert compared["all"]["tokens"] == 200 and compared["after_first_eviction"]["tokens"] == 160
+    mit = script("streaming_eval.py", *common, "--window-size", 28, "--streaming-mode", "mit", "--mode", "streaming")
+    assert mit["streaming"]["peak_slots"] == 33 and "metrics" not in mit
+    total = script("streaming_eval.py", *common, "--total-budget", 40, "--compress-every", 8, "--mode", "streaming")
+    assert total["streaming"]["perplexity"] == streaming["perplexity"]  # 40 - 8 leaves the same sinks and window
+
+
+def test_diagnose_pruning_writes_every_token_and_finds_no_spike_where_none_is(book, tmp_path, script):
+    found = script(
+        "diagnose_pruning.py", "--model", "kv-tiny", "--dtype", "float32", "--text-files", book,
+        "--max-eval-tokens", 300, "--window-size", 28, "--compress-every", 12, "--output-dir", tmp_path,
+    )  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "tokens.csv").open()))
+    events = json.loads((tmp_path / "prune_events.json").read_text())
+    assert len(rows) == 300 and [int(r["token_index"]) for r in rows] == list(range(300))
+    assert [e["token_index"] for e in events] == [int(r["token_index"]) for r in rows if r["pruned"] == "1"]
+    assert [e["token_index"] for e in events] == list(range(43, 300, 12))
+    assert all(e["slots_before"] == 44 and e["dropped"] == 12 for e in events)
+    assert max(int(r["kv_len"]) for r in rows) == found["peak_slots"] == 44
+    before_any = [r for r in rows if int(r["token_index"]) < 33]
+    assert all(float(r["nll"]) == pytest.approx(float(r["reference_nll"]), abs=1e-4) for r in before_any)
+    assert found["spikes"]["events"] == len(events) and found["spikes"]["horizon"] == 6
+    assert found["spikes"]["verdict"] in ("spike", "no spike") and found["latency"]["prune_step_median_ms"] > 0
+    assert (tmp_path / "spikes.png").stat().st_size > 5000
+    delta = paired.compare(paired.read(tmp_path / "reference.jsonl"), paired.read(tmp_path / "method.jsonl"), block=16)
+    assert delta["all"]["tokens"] == 300
+
+
+# ---------------------------------------------------------------------------------------------- paired runs
+
+
+def record(nll, first_eviction=None, **changes):
+    plain = {
+        "document": "d", "reading": {"protocol": "streaming"}, "model": "m", "settings": {},
+        "tokens": list(range(len(nll))), "nll": nll, "first_eviction": first_eviction,
+    }  # fmt: skip
+    return {**plain, **changes}
+
+
+def write(file, *records):
+    file.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return file
+
+
+def test_compare_nll_takes_shared_targets_only_and_gives_the_error(tmp_path, script):
+    rng = np.random.default_rng(1)
+    base = rng.gamma(2, 1.5, 4000)
+    worse = base + 0.02 + rng.normal(0, 0.3, 4000)
+    a = write(tmp_path / "a.jsonl", record(base.tolist(), 1000))
+    b = write(tmp_path / "b.jsonl", record([None, *worse[1:3800].tolist()], 900))
+    found = script("compare_nll.py", a, b, "--block", 100)
+    assert found["all"]["tokens"] == 3799 and found["after_first_eviction"]["tokens"] == 2900
+    assert found["all"]["nll_difference_nats"] == pytest.approx((worse - base)[1:3800].mean())
+    assert found["all"]["low"] < 0.02 < found["all"]["high"]
+    assert found["all"]["ppl_change_percent"] == pytest.approx(100 * (np.exp((worse - base)[1:3800].mean()) - 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": [0, 1, 9]}, "different tokens"),
+        ({"model": "other"}, "models differ"),
+        ({"reading": {"protocol": "rolling"}}, "protocols differ"),
+        ({"document": "e"}, "different documents"),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_method_are_refused(tmp_path, change, message):
+    a = write(tmp_path / "a.jsonl", record([1.0, 2, 3]))
+    b = write(tmp_path / "b.jsonl", record([1.0, 2, 3], **change))
+    with pytest.raises(ValueError, match=message):
+        paired.compare(paired.read(a), paired.read(b))
+
+
+def test_lm_evals_samples_are_read_and_other_files_are_told(tmp_path, script):
+    sample = {"doc_id": 0, "doc": {"name": "x", "per_token": record([1.0, 2.0])}, "resps": [["-3.0"]]}
+    assert paired.read(write(tmp_path / "samples.jsonl", sample))["x"]["nll"] == [1.0, 2.0]
+    said = script("compare_nll.py", write(tmp_path / "no.jsonl", {"doc": {}}), tmp_path / "no.jsonl", fails=True)
+    assert "no per-token numbers" in said
