@@ -286,8 +286,8 @@ def _budget(method: base.Method, values: dict[str, Any]) -> Budget:
         if given:
             also = next((k for k in method.capacity_settings if values.get(k) is not None), method.capacity_settings[0])
             raise UserError(
-                f"{given[0]}={values[given[0]]} and {also}={getattr(method, also)} both fix the budget of {method.name} "
-                f"(the second makes it {own} slots); give one of them"
+                f"{given[0]}={values[given[0]]} and {also}={getattr(method, also)} both fix the budget of "
+                f"{method.name} (the second makes it {own} slots); give one of them"
             )
         given, values = ["max_capacity_prompt"], {**values, "max_capacity_prompt": own}
     if len(given) != 1:

@@ -8,9 +8,11 @@ remembers what it is the sum of.
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from kv_lm_eval.errors import UserError, close_names
 if TYPE_CHECKING:
     from kv_lm_eval.model import KVCompressedLM
 
+log = logging.getLogger("lm_eval.models.kvcompressed")
 PROTOCOLS = {
     "streaming": "one cache across the document, cut by the schedule from the first token on",
     "prefill_then_stream": "the first prefill_tokens in one forward and a cut after it, then as streaming",
@@ -221,7 +224,7 @@ def _stream(
 ) -> dict[int, DocumentRecord]:
     """One cache across each document, longest first."""
     documents = {i: tokens for i, (tokens, _) in texts.items()}
-    lm._check_documents(list(documents.values()))
+    _check_lengths(lm, list(documents.values()))
     every = lm.compression.schedule.compress_every or lm.engine.rolling_compress_every
     prefill = _prefill_tokens(lm, reading)
     done = {**reading.options(), "protocol": reading.protocol, "prefill_tokens": prefill, "compress_every": every}
@@ -236,10 +239,11 @@ def _stream(
     )
     for start in range(0, len(order), size):
         batch = order[start : start + size]
+        watch = lm._stopwatch()
         with lm._autocast():
             scored, cache = score_documents(
                 lm.model,
-                lm._new_cache,
+                partial(lm._timed_cache, watch),
                 lm.prefix_token_id,
                 [documents[i] for i in batch],
                 every,
@@ -247,6 +251,7 @@ def _stream(
                 bar.update,
                 prefill_tokens=prefill,
             )
+        watch.end()
         for i, one in zip(batch, scored, strict=True):
             records[i] = DocumentRecord(
                 reading=done,
@@ -260,10 +265,34 @@ def _stream(
             )
         if cache.seen:
             end, tasks = cache.snapshot(), [requests[i].task_name or "" for i in batch]
+            end["timing"] = watch.timings(len(batch), lm._first_of("loglikelihood_rolling"))
             keys = [_key(requests[i]) for i in batch]
             lm.compression_log.add_batch(tasks, keys, "loglikelihood_rolling", end, end)
     bar.close()
     return records
+
+
+def _check_lengths(lm: KVCompressedLM, documents: Sequence[list[int]]) -> None:
+    """Refuses what learned positions cannot do, and warns where true positions leave what the model was trained on."""
+    longest = max(map(len, documents), default=0)
+    if longest < lm.max_length:
+        return
+    learned = lm.facts.rope is not None and not lm.facts.rope.available(0)
+    if learned and longest > lm.max_length:
+        raise UserError(
+            f"a document of {longest} tokens passes the {lm.max_length} positions that this "
+            "model has learned, and one "
+            "cache carried across it needs them; use method=full (lm-eval's windows) or a rotary model"
+        )
+    if not lm.compression.method.in_cache_sinks:
+        log.warning(
+            "a document of %d tokens passes the model's maximum of %d: method=%s keeps true "
+            "positions, so tokens beyond it "
+            "are at distances and positions the model was not trained on (method=streaming_llm does not have this)",
+            longest,
+            lm.max_length,
+            lm.compression.method.name,
+        )
 
 
 def _key(request: Instance) -> str:
@@ -316,7 +345,7 @@ def _windows(
         total=sum(len(w.targets) for _, w in windows), unit="tok", disable=hidden, desc="kvcompressed windows"
     ) as bar:
         scores = score_windows(
-            lambda ids, k: lm._model_call(ids)[:, -k:],
+            lm._last_logits,
             [w for _, w in windows],
             size,
             lm.device,

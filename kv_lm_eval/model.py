@@ -10,8 +10,7 @@ import inspect
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -24,15 +23,15 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from kv_lm_eval import __version__, boundaries, closing, config, request_cache, samples, tiny
+from kv_lm_eval import __version__, boundaries, choices, closing, config, request_cache, samples, tiny
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import wrap
+from kv_lm_eval.cache.check import takes_logits_to_keep, wrap
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.documents import score_requests
-from kv_lm_eval.engine.choices import Score, score_continuations
 from kv_lm_eval.engine.generate import check_generation_settings, decode_steps, noting_first_token, without_cache
 from kv_lm_eval.engine.prefill import feed_beginning, prefill
 from kv_lm_eval.engine.question import alike, as_fed, prefill_before_question
+from kv_lm_eval.engine.recompute import see_last
 from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
 from kv_lm_eval.halving import Halving, largest_batch
 from kv_lm_eval.metrics.compression import CompressionLog, uncut
@@ -97,6 +96,8 @@ class KVCompressedLM(HFLM):
                 log.warning(message)
         else:
             without_cache(self._causal_lm)
+            if (length := self.compression.method.recomputed_tokens) is not None:
+                see_last(self._causal_lm, length)
         self._memory = PeakMemory({p.device for p in self._causal_lm.parameters()})
         if self.compression.lossy and self.engine.tail_tokens == 0:
             log.warning(
@@ -302,125 +303,34 @@ class KVCompressedLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        if not self.compression.method.uses_cache:
-            if override_bs is None:  # with it, these are windows of a document, which is counted as one request
-                texts = {r[0][0] if r[0] else "": i for i, r in enumerate(requests)}
-                tasks, lengths = zip(
-                    *((self._tasks["order"][i], len(requests[i][1])) for i in texts.values()), strict=True
-                )
-                self._log_uncached(list(tasks), list(texts), "loglikelihood", list(lengths))
-            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
-        return self._score_grouped(requests, disable_tqdm, override_bs)
-
-    def _score_grouped(
-        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool, override_bs: int | None
-    ) -> list[tuple[float, bool]]:
-        """Groups requests by context, longest first, and scores each group's continuations over one prefill."""
-        rolling = override_bs is not None
-        if not rolling:
-            self._check_prompts([r[1] + r[2] for r in requests], [self.max_length + 1] * len(requests))
-        order = self._tasks.get("order", [])  # empty when called directly, not through loglikelihood()
-        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, (_, context, continuation) in enumerate(requests):
-            both = (context + continuation)[-(self.max_length + 1) :]
-            groups[tuple(both[: len(both) - len(continuation)])].append(i)
-        keys = sorted(groups, key=lambda c: (-len(c), c))
-        if empty := [i for c in keys if not c for i in groups[c]]:
-            raise UserError(
-                f"request {empty[0]} has an empty context after truncation to {self.max_length} "
-                "tokens: its continuation "
-                "alone is longer than the model's maximum"
-            )
-
-        def score(batch: Sequence[tuple[int, ...]]) -> tuple[list[list[Score]], CompressedCache, Stopwatch]:
-            watch = self._stopwatch()
-            continuations = [[requests[i][2] for i in groups[c]] for c in batch]
-            tails = [question(c).tail_tokens for c in batch] if self._questions else self.engine.tail_tokens
-            new_cache = partial(self._timed_cache, watch)
-            with self._autocast():
-                scores, cache = score_continuations(
-                    self.model, new_cache, batch, continuations, tails, self.softmax_dtype
-                )
-            watch.end()
-            return scores, cache, watch
-
-        def text(context: tuple[int, ...]) -> str:
-            strings = requests[groups[context][0]][0]
-            return strings[0] if strings else str(context)
-
-        def question(context: tuple[int, ...]) -> boundaries.Boundary:
-            found = self._questions.get(text(context), boundaries.Boundary(1, empty=True))
-            return replace(found, tail_tokens=max(found.tail_tokens, self.engine.tail_tokens))
-
-        size = override_bs or self._contexts_per_batch(keys, score)
-        answers: dict[int, tuple[float, bool]] = {}
-        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="kvcompressed loglikelihood")
-        batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-        if self._questions:
-            tails = [[min(len(c), question(c).tail_tokens) for c in b] for b in batches]
-            rows = zip(batches, (alike(t, self.compression.schedule) for t in tails), strict=True)
-            batches = [[b[i] for i in together] for b, groups_of_rows in rows for together in groups_of_rows]
-        for batch, result in (part for b in batches for part in self._halving.run(b, score, len)):
-            assert result is not None
-            scores, cache, watch = result
-            for key, group in zip(batch, scores, strict=True):
-                for i, answer in zip(groups[key], group, strict=True):
-                    answers[i] = answer
-                    if requests[i][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
-            if not rolling:
-                end = cache.snapshot()
-                tasks = [order[groups[c][0]] if order else "" for c in batch]
-                prefilled = {**(cache.prefill_end or end), "seen": [len(c) for c in batch]}
-                end["timing"] = watch.timings(len(batch), self._first_of("loglikelihood"))
-                end.update(boundaries.rows(list(map(question, batch))) if self._questions else {})
-                self.compression_log.add_batch(tasks, list(map(text, batch)), "loglikelihood", prefilled, end)
-            bar.update(sum(len(groups[c]) for c in batch))
-        bar.close()
-        return [answers[i] for i in range(len(requests))]
-
-    def _contexts_per_batch(self, keys: list[tuple[int, ...]], score: Callable[[Any], object]) -> int:
-        if self.batch_size != "auto":
-            return int(self.batch_size)
-        if not self._gains_by_batches or not keys:
-            return 1
-        return largest_batch(lambda n: score(keys[:1] * n), min(self.max_batch_size, len(keys)))
+        self._check_prompts([r[1] + r[2] for r in requests], [self.max_length + 1] * len(requests))
+        if self.compression.method.uses_cache:
+            return choices.score_grouped(self, requests, disable_tqdm)
+        texts = {r[0][0] if r[0] else "": i for i, r in enumerate(requests)}
+        tasks, lengths = zip(*((self._tasks["order"][i], len(requests[i][1])) for i in texts.values()), strict=True)
+        self._log_uncached(list(tasks), list(texts), "loglikelihood", list(lengths))
+        if (length := self.compression.method.recomputed_tokens) is not None:
+            return choices.score_recomputed(self, requests, length, disable_tqdm)
+        return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
-        """One plain forward (batch size detection): through our attention, without compression."""
-        if not self.compression.method.uses_cache:
-            return super()._model_call(inps, attn_mask, labels)
+        return self._last_logits(inps, inps.shape[1])
+
+    def _last_logits(self, ids: torch.Tensor, count: int) -> torch.Tensor:
+        """One plain forward of right-padded rows [B, q] from an empty cache, uncut: the last logits [B, count, V]."""
+        fewer = {"logits_to_keep": count} if takes_logits_to_keep(type(self._causal_lm).forward) else {}
+        cache: dict[str, Any] = {"use_cache": False}
+        if self.compression.method.uses_cache:
+            cache = {"use_cache": True, "past_key_values": self._new_cache()}
+            cache["past_key_values"].mode = "hold"
         with torch.inference_mode(), self._autocast():
-            cache = self._new_cache()
-            cache.mode = "hold"
-            return self.model(inps, past_key_values=cache, use_cache=True).logits
+            return self.model(ids, **cache, **fewer).logits[:, -count:]
 
     # ------------------------------------------------------------------------------------ loglikelihood_rolling
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         self._tasks = {}
         return list(score_requests(self, requests, disable_tqdm))
-
-    def _check_documents(self, documents: list[list[int]]) -> None:
-        longest = max(map(len, documents), default=0)
-        if longest < self.max_length:
-            return
-        learned = self.facts.rope is not None and not self.facts.rope.available(0)
-        if learned and longest > self.max_length:
-            raise UserError(
-                f"a document of {longest} tokens passes the {self.max_length} positions that this "
-                "model has learned, and one "
-                "cache carried across it needs them; use method=full (lm-eval's windows) or a rotary model"
-            )
-        if not self.compression.method.in_cache_sinks:
-            log.warning(
-                "a document of %d tokens passes the model's maximum of %d: method=%s keeps true "
-                "positions, so tokens beyond it "
-                "are at distances and positions the model was not trained on (method=streaming_llm does not have this)",
-                longest,
-                self.max_length,
-                self.compression.method.name,
-            )
 
     # ------------------------------------------------------------------------------------ input checks
 

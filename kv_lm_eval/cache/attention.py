@@ -155,7 +155,7 @@ def attend_stored(cache: CompressedCache, step: Step) -> torch.Tensor:
     if cache.observes and cache.facts.compressible(layer):
         method = cache.compression.method
         if method.num_queries:
-            store.observe(query, pos, method.num_queries)
+            store.observe(query, pos, method.num_queries, cache.padded)
         if method.accumulates:
             store.add_mass(_received_mass(query, keys, pos, slot_pos, old, scaling, softcap, window, bias))
         if method.moments_from is not None:
@@ -281,12 +281,12 @@ def attention_weights(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention weights of packed queries [B, K, x, D] over [B, K, N, D], bias [B, K, 1, N]: [B, K, x, N] float32."""
-    scores = (packed @ keys.transpose(2, 3)).float() * scaling
+    scores = (packed @ keys.transpose(2, 3)).float().mul_(scaling)  # in place where it can be: these are large
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + bias
-    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return scores.masked_fill_(~mask, float("-inf")).softmax(dim=-1)
 
 
 def _received_mass(
@@ -315,8 +315,8 @@ def _received_mass(
         weights = attention_weights(
             packed_queries(query[:, :, first:last], kv_heads), keys[:, :, :end], mask, scaling, softcap, added
         )
-        weights = weights.view(b, kv_heads, h // kv_heads, last - first, end).mean(2)
-        mass[:, :, :end] += (weights * (block_pos >= 0)[:, None, :, None]).sum(2)
+        share = (block_pos >= 0).repeat(1, h // kv_heads).float() / (h // kv_heads)  # of each packed query, [B, G * q]
+        mass[:, :, :end] += (share[:, None, None] @ weights).squeeze(2)
     return mass
 
 

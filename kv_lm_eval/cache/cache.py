@@ -135,7 +135,7 @@ class CompressedCache(Cache):
         """A copy with the given rows (repeats allowed): the fork from which several continuations go on."""
         new = type(self)(self.compression, self.facts, self.mode)
         new._columns, new.decoded = self._columns, self.decoded
-        new.prefill_end = self.prefill_end
+        new.prefill_end, new.around_cut = self.prefill_end, self.around_cut
         picked = rows.tolist()
         new.seen, new.peaks = [self.seen[i] for i in picked], [self.peaks[i] for i in picked]
         new.held = [[held[i] for i in picked] for held in self.held]
@@ -321,7 +321,7 @@ class CompressedCache(Cache):
             values=store.values,
             pos=store.pos,
             seen=self.seen,
-            keep=keep,
+            keep=[ceil(k) for k in keep],
             layer=layer,
             num_layers=len(self.stores),
             mass=store.mass,

@@ -117,11 +117,14 @@ class LayerStore:
             self._mass = mass.new_zeros(*self._keys.shape[:3])
         self._mass[:, :, : self.length] += mass
 
-    def observe(self, queries: torch.Tensor, pos: torch.Tensor, last: int) -> None:
-        """Keeps the last `last` queries of [B, H, q, D] with their positions [B, q]."""
-        if queries.shape[2] < last and self.queries is not None and self.query_pos is not None:
+    def observe(self, queries: torch.Tensor, pos: torch.Tensor, last: int, padded: bool = False) -> None:
+        """Keeps each row's last `last` queries of [B, H, q, D] with their positions [B, q], -1 where padded."""
+        if self.queries is not None and self.query_pos is not None and (padded or queries.shape[2] < last):
             queries = torch.cat([self.queries, queries], dim=2)
             pos = torch.cat([self.query_pos, pos], dim=1)
+        if padded:  # the padding first, so that a row with few new queries does not lose its older ones to it
+            pos, order = pos.sort(dim=1, stable=True)
+            queries = queries.gather(2, order[:, None, :, None].expand_as(queries))
         self.queries = queries[:, :, -last:].clone()
         self.query_pos = pos[:, -last:].clone()
 

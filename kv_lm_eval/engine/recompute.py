@@ -14,7 +14,7 @@ from kv_lm_eval.engine.windows import Call, Window, score_windows
 
 def see_last(model: PreTrainedModel, length: int) -> None:
     """Makes this model object's generate() see the last `length` tokens at each step, at positions from 0 on."""
-    prepare = model.prepare_inputs_for_generation
+    prepare: Any = model.prepare_inputs_for_generation
 
     def prepare_last(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         mask = kwargs.get("attention_mask")
@@ -22,7 +22,7 @@ def see_last(model: PreTrainedModel, length: int) -> None:
         kwargs = {**kwargs, "attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)}
         return prepare(input_ids[:, -length:], *args, **kwargs)
 
-    model.prepare_inputs_for_generation = prepare_last  # type: ignore[method-assign]
+    model.prepare_inputs_for_generation = prepare_last  # type: ignore[assignment]
 
 
 def windows_of(tokens: Sequence[int], first: int, length: int) -> Iterator[Window]:

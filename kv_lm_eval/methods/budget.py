@@ -26,7 +26,7 @@ class Budget:
     least: ClassVar[int] = 1  # slots that a layer keeps in any case
 
     def keep(
-        self, seen: list[int], layer: int, num_layers: int, held: list[int] | None = None, protected: int = 0
+        self, seen: list[int], layer: int, num_layers: int, held: Sequence[float] | None = None, protected: int = 0
     ) -> Sequence[float]:
         """Slots per KV head (their mean) that each row of this layer may keep.
 
@@ -58,8 +58,8 @@ class Slots(Budget):
             )
 
     def keep(
-        self, seen: list[int], layer: int, num_layers: int, held: list[int] | None = None, protected: int = 0
-    ) -> list[int]:
+        self, seen: list[int], layer: int, num_layers: int, held: Sequence[float] | None = None, protected: int = 0
+    ) -> Sequence[float]:
         return [self.max_capacity_prompt] * len(seen)
 
     def check(self, protected: int, method: str) -> None:
@@ -85,8 +85,8 @@ class Ratio(Budget):
             )
 
     def keep(
-        self, seen: list[int], layer: int, num_layers: int, held: list[int] | None = None, protected: int = 0
-    ) -> list[int]:
+        self, seen: list[int], layer: int, num_layers: int, held: Sequence[float] | None = None, protected: int = 0
+    ) -> Sequence[float]:
         return [_ceil_share(self.keep_ratio, n) for n in seen]
 
 
@@ -106,8 +106,8 @@ class RatioAbove(Ratio):
             raise UserError(f"prune_after={self.prune_after} is negative; it is a number of slots, 0 or more")
 
     def keep(
-        self, seen: list[int], layer: int, num_layers: int, held: list[int] | None = None, protected: int = 0
-    ) -> list[int]:
+        self, seen: list[int], layer: int, num_layers: int, held: Sequence[float] | None = None, protected: int = 0
+    ) -> Sequence[float]:
         now = seen if held is None else held
         return [_ceil_share(self.keep_ratio, n) if n > self.prune_after else n for n in now]
 
@@ -136,8 +136,8 @@ class Pyramid(Budget):
             raise UserError(f"beta={self.beta} must be at least 1 (1: every layer keeps the same)")
 
     def keep(
-        self, seen: list[int], layer: int, num_layers: int, held: list[int] | None = None, protected: int = 0
-    ) -> list[int]:
+        self, seen: list[int], layer: int, num_layers: int, held: Sequence[float] | None = None, protected: int = 0
+    ) -> Sequence[float]:
         return [self._one(length, layer, num_layers, protected) for length in seen]
 
     def _one(self, length: int, layer: int, num_layers: int, window: int) -> int:
@@ -168,7 +168,7 @@ class PerHead(Budget):
         return [seen if most is None else min(seen, most) for most in self.slots[layer]]
 
     def keep(
-        self, seen: list[int], layer: int, num_layers: int, held: list[int] | None = None, protected: int = 0
+        self, seen: list[int], layer: int, num_layers: int, held: Sequence[float] | None = None, protected: int = 0
     ) -> list[float]:
         return [sum(self.by_head(n, layer)) / len(self.slots[layer]) for n in seen]
 
@@ -178,14 +178,14 @@ class Everything(Budget):
     """No limit: the full cache."""
 
     def keep(
-        self, seen: list[int], layer: int, num_layers: int, held: list[int] | None = None, protected: int = 0
-    ) -> list[int]:
+        self, seen: list[int], layer: int, num_layers: int, held: Sequence[float] | None = None, protected: int = 0
+    ) -> Sequence[float]:
         return list(seen)
 
 
-def _ceil_share(ratio: float, n: int) -> int:
+def _ceil_share(ratio: float, n: float) -> int:
     """ceil(ratio * n) with the ratio as it is written, so that 0.1 is a tenth."""
-    return ceil(Fraction(repr(ratio)) * n)
+    return ceil(Fraction(repr(ratio)) * Fraction(n))
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Compression:
         """Slots per row and head that a cut leaves, [B, heads], on the host; keep is their mean over the heads."""
         shares = [self.budget.by_head(n, layer) for n in seen]
         if not all(shares):
-            return self.heads.split(scores, pos, keep)
+            return self.heads.split(scores, pos, [int(k) for k in keep])
         whole = [k == h for k, h in zip(keep, held, strict=True)]  # rows left as they are, whatever their heads hold
         if any(whole):
             real = (pos >= 0).sum(-1).expand(-1, scores.shape[1]).tolist()

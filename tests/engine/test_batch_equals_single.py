@@ -73,3 +73,23 @@ def test_rows_of_a_batch_are_independent_of_each_other_and_of_padding(name: str,
                 assert (together[step][b] - alone[step][0]).abs().max() <= 1e-4, f"row {b}, step {step}"
 
     check()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_a_row_with_few_new_queries_keeps_its_older_ones(name: str) -> None:
+    """The window that votes at a later cut goes back before a left-padded chunk where the row's part is short."""
+    pair, lengths, more = tiny.pair(name), (30, 30), (20, 3)
+    settings = {"method": "tova", "max_capacity_prompt": 12, "compress_every": 20}
+    windowed = {"method": "snapkv", "window_size": 8, "kernel_size": 1, "max_capacity_prompt": 12, "compress_every": 20}
+    rows = [tiny.tokens(n + m, seed=n + m) for n, m in zip(lengths, more, strict=True)]
+    for values in (settings, windowed):
+        together = pair.cache(**values)
+        tiny.forward(pair.model, together, [r[:n] for r, n in zip(rows, lengths, strict=True)])
+        tiny.forward(pair.model, together, [r[n:] for r, n in zip(rows, lengths, strict=True)], list(lengths))
+        for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+            alone = pair.cache(**values)
+            tiny.forward(pair.model, alone, [row[:n]])
+            alone.decoded = 20 - more[b]  # the clock of a tail that takes as many ticks as its longest neighbour
+            tiny.forward(pair.model, alone, [row[n:]], [n])
+            for layer in range(2):
+                assert tiny.kept(together, layer, b) == tiny.kept(alone, layer)

@@ -1,0 +1,120 @@
+"""The benchmark's own arithmetic, and that both scripts run and end in one JSON document. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+
+from kv_lm_eval.bench import card, measure, shapes, timing
+from kv_lm_eval.bench.live_bytes import LiveBytes
+from kv_lm_eval.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--random-weights", "tiny-1m", "--device", "cpu", "--threads", "1", "--prompt", "90"]
+
+
+def script(name: str, *flags: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / name), *SMALL, *flags], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_bench_writes_a_card_and_ends_in_json(tmp_path: Path) -> None:
+    parts = "generation,decode,prefill,chunked,growth,scoring,shared_prefix"
+    result = script(
+        "bench.py", "--repeats", "2", "--warm-up", "1", "--capacity", "40", "--new-tokens", "4", "--slots", "40,64",
+        "--lengths", "64,128", "--chunk", "32", "--document", "120", "--choices", "2", "--parts", parts,
+        "--methods", "snapkv,h2o", "--output-dir", str(tmp_path),
+    )  # fmt: skip
+    (path,) = tmp_path.iterdir()
+    assert path.name == f"tiny-1m_cpu_{result['date']}.md"
+    text = path.read_text()
+    for heading in ("Whole requests", "Decode step", "Prefill of 90", "Peak memory", "h2o", "one context of 45"):
+        assert heading in text
+    assert "N/A" in text, "a CPU does not know its peak memory"
+    assert "nan" not in text.lower().replace("scanning", "")
+    entries = result["generation"]["entries"]
+    assert entries["full"]["kv_bytes"] == (90 + 4 - 1) * result["model"]["kv_bytes_per_token"]
+    assert entries["streaming_ring"]["kv_bytes"] == 40 * result["model"]["kv_bytes_per_token"]
+    assert set(result["prefill"]["entries"]) == {"full", "snapkv", "h2o"}
+    assert all(e["n"] == 2 for e in result["prefill"]["entries"].values())
+
+
+def test_profiling_splits_prefill_cut_and_decode(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    result = script("profiling.py", "--method", "h2o", "--set", "max_capacity_prompt=40", "--new-tokens", "3", "--trace", str(trace))
+    assert all(result["split"][name] > 0 for name in ("prefill_ms", "prefill_cut_ms", "decode_ms", "decode_cut_ms"))
+    assert any(o["name"].startswith("aten::") for o in result["operators"])
+    assert json.loads(trace.read_text())["traceEvents"]
+    once = script("profiling.py", "--method", "snapkv", "--max-capacity-prompt", "40", "--new-tokens", "3")
+    assert once["split"]["decode_cut_ms"] == 0, "nothing is cut after the prefill"
+
+
+def test_the_static_card_counts_what_a_step_reads() -> None:
+    model = shapes.random_model("tiny-1m", torch.bfloat16, "cpu")
+    numbers = card.static(model, 1e9)
+    per_layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256 + 2 * 128
+    assert numbers["parameters"] == 2 * per_layer + 2 * 1024 * 128 + 128
+    assert numbers["weight_bytes"] == 2 * numbers["parameters"]
+    assert numbers["weight_bytes_read_per_step"] == 2 * (numbers["parameters"] - 1024 * 128)
+    assert numbers["kv_bytes_per_token"] == 2 * 2 * 2 * 32 * 2  # keys and values, layers, KV heads, head size, bytes
+    expected = (numbers["weight_bytes_read_per_step"] + 100 * numbers["kv_bytes_per_token"]) / 1e9
+    assert card.floor_s(numbers, 100) == pytest.approx(expected)
+    assert card.floor_s({**numbers, "bandwidth_bytes_per_s": None}, 100) is None
+
+
+def test_known_shapes_are_those_of_the_models() -> None:
+    """Parameter counts as their cards give them, from the configuration alone."""
+    for name, billions in (("mistral-7b", 7.24), ("pythia-2.8b", 2.78), ("tiny-26m", 0.026)):
+        with torch.device("meta"):
+            model = tf.AutoModelForCausalLM.from_config(shapes._config(name))
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_a_shape_may_be_a_config_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(shapes.SHAPES["tiny-1m"]))
+    assert shapes.random_model(str(path), torch.float32, "cpu").config.hidden_size == 128
+    with pytest.raises(UserError, match="mistral-7b"):
+        shapes.random_model("mistral-7", torch.float32, "cpu")
+
+
+def test_live_bytes_counts_storages_and_not_views() -> None:
+    before = torch.ones(1000)
+    with LiveBytes([before]) as live:
+        a = before + 1
+        b = a.view(10, 100)
+        del a
+        assert live.now == 4000
+        c = b * 2
+        del b
+        assert (live.now, live.peak) == (4000, 8000)
+        c.add_(1)
+    assert live.peak == 8000
+
+
+def test_rounds_take_turns_and_leave_the_warm_up_out() -> None:
+    order: list[str] = []
+    works = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    times = timing.rounds(works, torch.device("cpu"), repeats=2, warm_up=1, per={"a": 1, "b": 10})
+    assert order == ["a", "b"] * 3
+    assert len(times["a"].wall_s) == len(times["b"].cpu_s) == 2
+    times["b"].cpu_s, times["b"].wall_s = [10.0, 30.0], [20.0, 40.0]
+    assert times["b"].record("cpu")["median"] == pytest.approx(2.0)
+    assert times["b"].record("cpu")["wall_median"] == pytest.approx(3.0)
+
+
+def test_methods_that_a_model_cannot_have_are_left_out() -> None:
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=512)).eval()
+    bench = measure.Bench.of(model, capacity=64)
+    usable = bench.usable(["full", "snapkv", "streaming_llm"])
+    assert "snapkv" in usable
+    assert "streaming_llm" not in usable, "its positions are learned: keys cannot be moved"
