@@ -116,6 +116,14 @@ class EngineSettings:
         },
     )
 
+    compile: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "generate_until: decode by one compiled graph (a CUDA graph on CUDA), for method=streaming_ring and "
+            "for compress_every=0; compiling takes a minute for each batch size and number of slots"
+        },
+    )
+
     def __post_init__(self) -> None:
         for name in ("prefill_chunk", "prefill_evict"):
             if (size := getattr(self, name)) is not None and size < 1:

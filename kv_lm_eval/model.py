@@ -24,6 +24,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from kv_lm_eval import __version__, boundaries, choices, closing, config, request_cache, samples, tiny
+from kv_lm_eval.cache import static_ring
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.check import takes_logits_to_keep, wrap
 from kv_lm_eval.cache.make import make_cache
@@ -51,7 +52,7 @@ class KVCompressedLM(HFLM):
         method: a name from `kv-lm-eval methods`, or path/to/file.py:Class; its settings follow as flat keys, or
             together as compression={...} (a dict, a JSON string or a YAML file).
         tail_tokens, rolling_compress_every, overlong, question_in_prompt, question_field, prefill_chunk,
-            prefill_evict: see `config.EngineSettings`.
+            prefill_evict, compile: see `config.EngineSettings`.
 
     Raises:
         UserError: before any weights are loaded for settings; after loading for a model the self-check refuses.
@@ -62,6 +63,8 @@ class KVCompressedLM(HFLM):
         if pretrained is None:
             raise UserError("which model? Add pretrained=NAME to --model_args (pretrained=kv-tiny is embedded)")
         config.check_pretrained(pretrained)
+        if self.engine.compile:
+            static_ring.check(self.compression)
         rest["device"] = rest.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
         if rest.pop("backend", "default") == "seq2seq":
             raise UserError("backend=seq2seq: only causal language models have the KV cache that is compressed here")
@@ -92,6 +95,7 @@ class KVCompressedLM(HFLM):
             evict = self.engine.prefill_evict
             chunk = evict or self.engine.prefill_chunk
             self._new_cache = partial(make_cache, self.compression, self.facts, chunk, evict is not None)
+            self._decoder = Decoder(self._causal_lm) if self.engine.compile else None
             for message in self.compression.warnings(self.facts):
                 log.warning(message)
         else:
@@ -215,7 +219,10 @@ class KVCompressedLM(HFLM):
             ids, mask = (t.to(context.device) for t in as_fed(rows, tails, self.tokenizer.pad_token_id))
             max_length += ids.shape[1] - context.shape[1]
         steps_before = len(cache.history) if cache is not None else 0
-        with noting_first_token(self._causal_lm, watch.first_token):
+        fast = nullcontext()
+        if cache is not None and self._decoder is not None:
+            fast = self._decoder.decoding(cache, max_length - ids.shape[1])
+        with noting_first_token(self._causal_lm, watch.first_token), fast:
             held = {} if cache is None else {"past_key_values": cache}
             out = super()._model_generate(ids, max_length, stop, attention_mask=mask, **held, **kwargs)
         watch.end()

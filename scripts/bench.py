@@ -4,12 +4,13 @@
     python scripts/bench.py --random-weights mistral-7b --device cuda --dtype bfloat16 --prompt 16384 --capacity 1024
     python scripts/bench.py --pretrained kv-tiny --parts decode,prefill
 
-Speed depends on shapes, not on what the weights are: --random-weights takes a known shape or a config.json and downloads
-nothing. Before anything runs, the card says how many bytes a step must read and how long that takes at the bandwidth
-of the device, measured by a copy unless --bandwidth-gbs gives it; the tables say how far from it each step is. On a CPU,
-numbers are CPU time of this process, with wall time beside it in the JSON, because others use the machine too.
+Speed depends on shapes, not on what the weights are: --random-weights takes a known shape or a config.json and
+downloads nothing. Before anything runs, the card says how many bytes a step must read and how long that takes at the
+bandwidth of the device, measured by a copy unless --bandwidth-gbs gives it; the tables say how far from it each step
+is. On a CPU, numbers are CPU time of this process, because others use the machine too; wall time stands beside it.
 
-Prints the card and writes it to --output-dir (docs/bench/<model>_<device>_<date>.md); the last line is one JSON document.
+Prints the card and writes it to --output-dir (docs/bench/<model>_<device>_<date>.md); the last line is one JSON
+document.
 """
 
 from __future__ import annotations

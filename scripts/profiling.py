@@ -3,9 +3,9 @@
     python scripts/profiling.py --random-weights tiny-26m --method snapkv --max-capacity-prompt 512
     python scripts/profiling.py --pretrained kv-tiny --method streaming_llm --set window_size=252 --trace trace.json
 
-The split is by marks in the code: "prefill" and "decode" are the forwards without their cuts, "cut" is scoring, choosing
-and gathering, in both. --trace writes a Chrome trace (open it in chrome://tracing or ui.perfetto.dev). Operator times
-include the profiler's own cost, which is large for small operators: use bench.py for how long something takes.
+The split is by marks in the code: "prefill" and "decode" are the forwards without their cuts, "cut" is scoring,
+choosing and gathering, in both. --trace writes a Chrome trace (open it in chrome://tracing or ui.perfetto.dev).
+Operator times include the profiler's own cost, which is large for small operators: bench.py says how long things take.
 
 Prints the split and the table; the last line is one JSON document.
 """
@@ -145,7 +145,9 @@ def _mark(name: str) -> AbstractContextManager[Any]:
 def _split(marks: dict[str, float], steps: int) -> dict[str, float]:
     """Milliseconds on the host, cuts taken out of what they are in."""
     cuts = [marks.get(f"cut in {where}", 0.0) for where in ("prefill", "decode")]
-    prefill_ms, decode_ms = (marks[f"{where} with its cuts"] - cut for where, cut in zip(("prefill", "decode"), cuts, strict=True))
+    prefill_ms, decode_ms = (
+        marks[f"{where} with its cuts"] - cut for where, cut in zip(("prefill", "decode"), cuts, strict=True)
+    )
     return {
         "prefill_ms": prefill_ms,
         "prefill_cut_ms": cuts[0],

@@ -26,9 +26,9 @@ def static(model: PreTrainedModel, bytes_per_s: float | None) -> dict[str, Any]:
     size = getattr(cfg, "head_dim", None) or cfg.hidden_size // cfg.num_attention_heads
     parameters = list(model.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    tied = head is not None and head.weight is table
-    read = weights - (0 if tied else table.numel() * table.element_size())
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = outputs is not None and outputs.weight is inputs.weight
+    read = weights - (0 if tied else sum(p.numel() * p.element_size() for p in inputs.parameters()))
     return {
         "parameters": sum(p.numel() for p in parameters),
         "weight_bytes": weights,
@@ -70,7 +70,8 @@ def commit() -> str:
     root = Path(__file__).parents[2]
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
@@ -102,8 +103,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         + ", ".join(f"{k} {v}" for k, v in env["versions"].items())
         + ".",
         "",
-        f"Times are {clock}: median [p10, p90] of {result['repeats']} repeats after {result['warm_up']} warm-up rounds; "
-        "all entries of a table take turns. Prompts are random tokens, outputs of fixed length, batch 1, greedy.",
+        f"Times are {clock}: median [p10, p90] of {result['repeats']} repeats after {result['warm_up']} warm-up "
+        "rounds; all entries of a table take turns. Prompts are random tokens, outputs of fixed length, batch 1, "
+        "greedy.",
         "",
         *table(
             ("before anything runs", ""),
@@ -163,16 +165,19 @@ def _generation(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]
         against = "" if full is None else ratio(full["tpot_s"], e["tpot_s"])
         rows.append(
             (name, ms(e["ttft_s"]), ms(e["tpot_s"]), f"{e['tokens_per_s']['median']:.1f}", against)
+            + (f"{e['wall_total_s']:.2f}",)
             + (megabytes(e["kv_bytes"]), megabytes(e["prefill_peak_bytes"]), megabytes(e["decode_peak_bytes"]))
         )
-    head = ("method", "TTFT, ms", "TPOT, ms", "tokens/s", "full / method", "KV at the end", "prefill peak", "decode peak")
+    head = ["method", "TTFT, ms", "TPOT, ms", "tokens/s", "full / method", "wall, s", "KV at the end"]
+    head += ["prefill peak", "decode peak"]
     return [
         f"## Whole requests: {part['prompt']} tokens in, {part['new_tokens']} out, capacity {part['capacity']}",
         "",
         *table(head, rows),
         "",
-        "Window recompute is a forward over the last tokens, as many as the capacity, for every new token. TTFT is prefill "
-        "with its cut up to the first token id; tokens/s counts the prefill in; peaks are above the weights.",
+        "Window recompute is a forward over the last tokens, as many as the capacity, for every new token. TTFT is "
+        "prefill with its cut up to the first token id; tokens/s counts the prefill in; full / method is of TPOT, wall "
+        "of the whole request; peaks are above the weights.",
     ]
 
 
@@ -224,7 +229,8 @@ def _growth(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
         rows.append((n, megabytes(e["full"]), megabytes(e["h2o"]), f"{e['h2o'] / e['full']:.2f}x", grown))
         before = e
     head = ("tokens", "full", "h2o", "h2o / full", "h2o, of the row above")
-    return ["## Memory of h2o's one-forward prefill: grows with the length, not with its square", "", *table(head, rows)]
+    title = "## Memory of h2o's one-forward prefill: grows with the length, not with its square"
+    return [title, "", *table(head, rows)]
 
 
 def _scoring(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside the `with`: `peak` is the most bytes held at once by tensors made inside; weights made before are left out.
+    """Inside the `with`: `peak` is the most bytes held at once by tensors made inside.
 
     Args:
         known: tensors that were there before.

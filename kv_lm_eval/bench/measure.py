@@ -31,8 +31,8 @@ from kv_lm_eval.metrics.latency import spread
 from kv_lm_eval.metrics.memory import PeakMemory
 
 METHODS = tuple(
-    """full window streaming_llm streaming_ring random knorm keydiff l2_fixed snapkv snapkv_comp pyramidkv adakv tova lagkv
-    expected_attention h2o""".split()
+    """full window streaming_llm streaming_ring random knorm keydiff l2_fixed snapkv snapkv_comp pyramidkv adakv tova
+    lagkv expected_attention h2o""".split()
 )
 RECOMPUTE = "window recompute"
 
@@ -42,11 +42,13 @@ class Bench:
     """A wrapped model and how it is measured.
 
     Args:
+        movable: whether keys can be moved in position, as some methods must.
         repeats, warm_up: rounds. capacity: slots per KV head that methods keep. seed: of the prompts.
     """
 
     model: PreTrainedModel
     facts: ModelFacts
+    movable: bool = True
     repeats: int = 5
     warm_up: int = 2
     capacity: int = 512
@@ -57,10 +59,9 @@ class Bench:
         """Wraps the model for methods that move keys, and for the others where it has no way to."""
         needs_most = config.parse({"method": "streaming_llm", "max_capacity_prompt": 64})[0]
         try:
-            facts = wrap(model, needs_most)
+            return cls(model, wrap(model, needs_most), **more)
         except UserError:
-            facts = wrap(model, config.parse({"method": "full"})[0])
-        return cls(model, facts, **more)
+            return cls(model, wrap(model, config.parse({"method": "full"})[0]), movable=False, **more)
 
     @property
     def device(self) -> torch.device:
@@ -87,14 +88,7 @@ class Bench:
 
     def usable(self, methods: Sequence[str]) -> list[str]:
         """Those of the methods that this model can be run with."""
-        row, out = self.tokens(8), []
-        for method in methods:
-            try:
-                prefill(self.model, self.new_cache(method), [row])
-                out.append(method)
-            except UserError:
-                continue
-        return out
+        return [m for m in methods if self.movable or self.new_cache(m)().compression.moves_keys is None]
 
     def step(self, cache: CompressedCache, token: int) -> int:
         """One decode step, its token read back as generation must."""
@@ -103,7 +97,7 @@ class Bench:
 
 @torch.inference_mode()
 def generation(bench: Bench, methods: Sequence[str], prompt: int, new_tokens: int) -> dict[str, Any]:
-    """Whole requests: time to first token, time per further token, throughput, kv bytes, peak memory; with recompute."""
+    """Whole requests, window recompute among them: times to first and further tokens, throughput, bytes, peaks."""
     row = bench.tokens(prompt)
     memory = PeakMemory({p.device for p in bench.model.parameters()})
     firsts: dict[str, list[tuple[float, float]]] = {name: [] for name in (*methods, RECOMPUTE)}
@@ -132,7 +126,9 @@ def generation(bench: Bench, methods: Sequence[str], prompt: int, new_tokens: in
         for i in range(new_tokens):
             window = torch.tensor([ids[-bench.capacity :]], device=bench.device)
             cache = bench.new_cache("full")()  # our attention wants one; it is thrown away after each token
-            ids.append(int(bench.model(window, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].argmax()))
+            ids.append(
+                int(bench.model(window, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+            )
             if i == 0:
                 first = moment()
                 firsts[RECOMPUTE].append((first[0] - start[0], first[1] - start[1]))
@@ -298,7 +294,7 @@ def shared_prefix(bench: Bench, context: int, choices: Sequence[int]) -> dict[st
             for one in group:  # a single continuation under the full cache is one plain forward
                 score_continuations(bench.model, bench.new_cache("full"), [row], [[one]], 1)
 
-        works = {
+        works: dict[str, Callable[[], object]] = {
             "recompute": again,
             "full, one prefill": partial(together, "full"),
             "snapkv, one prefill": partial(together, "snapkv"),
@@ -319,7 +315,11 @@ def compiled(bench: Bench, slots: int, steps: int = 16) -> dict[str, Any]:
     decoder = Decoder(bench.model)
     static = decoder.start(prefill(bench.model, ring, [rows])[0], 0)
     ids = logits.argmax(-1, keepdim=True)
-    apart = float((decoder.step(static, ids) - feed(bench.model, eager, [ids[0].tolist()], side="left", logits=1)[:, -1]).abs().max())
+    apart = float(
+        (decoder.step(static, ids) - feed(bench.model, eager, [ids[0].tolist()], side="left", logits=1)[:, -1])
+        .abs()
+        .max()
+    )
     compile_s = time.perf_counter() - start
 
     def eager_steps(cache: CompressedCache) -> None:
@@ -332,7 +332,7 @@ def compiled(bench: Bench, slots: int, steps: int = 16) -> dict[str, Any]:
         for _ in range(steps):
             token = decoder.step(static, token).argmax(-1, keepdim=True)
 
-    works = {
+    works: dict[str, Callable[[], object]] = {
         "full": partial(eager_steps, full),
         "streaming_ring": partial(eager_steps, eager),
         "streaming_ring compiled": compiled_steps,
@@ -340,5 +340,3 @@ def compiled(bench: Bench, slots: int, steps: int = 16) -> dict[str, Any]:
     times = rounds(works, bench.device, bench.repeats, max(bench.warm_up, 2), per=steps)
     entries = {name: t.record(bench.clock) for name, t in times.items()}
     return {"slots": slots, "compile_s": compile_s, "max_abs_difference": apart, "entries": entries}
-
-

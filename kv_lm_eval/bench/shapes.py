@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "use_parallel_residual": True, "tie_word_embeddings": False,
     },
     "tiny-26m": {
-        "model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536,
+        "model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1376,
         "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
         "max_position_embeddings": 32768, "tie_word_embeddings": False,
     },

@@ -49,8 +49,8 @@ class CompressedCache(Cache):
             layer of the row that may be cut ever held.
         decoded: the schedule's clock, tokens fed since the end of the prefill.
         around_cut: a context manager entered for each layer's cut, to measure it.
-        prefill_chunk: tokens of a prompt in one forward, None: all (`engine/prefill.py` does it). prefill_evicts: whether
-            the cache is cut between the chunks.
+        prefill_chunk: tokens of a prompt in one forward, None: all (`engine/prefill.py` does it).
+        prefill_evicts: whether the cache is cut between the chunks.
         history: (held, peaks, valid bytes) after the prefill and after each decode step, so that a batch whose rows end
             at different steps can be told apart afterwards.
     """

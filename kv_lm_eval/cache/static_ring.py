@@ -20,10 +20,9 @@ from transformers import Cache
 
 from kv_lm_eval.cache.attention import Step, packed_queries
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.cache.ring import RingStore
 from kv_lm_eval.errors import UserError
-
+from kv_lm_eval.methods.compression import Compression
 
 ROUND = 256  # slots
 
@@ -39,10 +38,12 @@ class StaticCache(Cache):
 
     def __init__(self, cache: CompressedCache, room: int) -> None:
         super().__init__(layers=[])
-        check(cache)
+        check(cache.compression)
         self.facts = cache.facts
         self.sinks = cache.compression.method.sinks_and_recent or 0
         self.capacity = int(cache.compression.keep([2**31], [2**31], 0, 1)[0]) if cache.compression.method.ring else 0
+        if self.capacity:
+            _check_rows(cache, self.sinks)
         self.turns = bool(cache.compression.method.in_cache_sinks) and self.capacity > 0
         device = cache.stores[0].keys.device
         self.seen = torch.tensor(cache.seen, device=device)[:, None]
@@ -140,28 +141,53 @@ class StaticCache(Cache):
         )
         return out.reshape(step.query.shape[0], step.query.shape[1], 1, -1)
 
+    def lend(self, cache: CompressedCache) -> None:
+        """Lets the prefilled cache refer to these tensors instead of its own, which are freed; it counts on."""
+        for layer, store in enumerate(cache.stores):
+            store._keys, store._values, store._pos = self.keys[layer], self.values[layer], self.pos[layer]
+            store._bias, store.pristine_sinks = self.bias[layer], self.pristine[layer]
+
+    def count(self, cache: CompressedCache) -> None:
+        """Brings the numbers of the prefilled cache up to one step more, all on the host."""
+        cache.seen, cache._columns = [n + 1 for n in cache.seen], cache._columns + 1
+        cache.mode, cache.decoded = "decode", cache.decoded + 1
+        for layer, held in enumerate(cache.held):
+            cache.held[layer] = grown = [h + 1 for h in held]
+            if cache.facts.compressible(layer):
+                cache.peaks = [max(p, h) for p, h in zip(cache.peaks, grown, strict=True)]
+            if self.capacity:
+                cache.held[layer] = [min(h, self.capacity) for h in grown]
+        cache.history.append(([list(h) for h in cache.held], list(cache.peaks), cache._valid_bytes()))
+
     def advance(self) -> None:
         """After a forward: every row has one token more."""
         self.seen.add_(1)
         self.next_slot.add_(1)
 
 
-def check(cache: CompressedCache) -> None:
-    """Raises UserError where the decode step of this cache cannot have fixed shapes."""
-    compression, method = cache.compression, cache.compression.method
-    why = None
-    if compression.storage.quantises or isinstance(cache.stores[0], QuantizedStore):
+def check(compression: Compression) -> None:
+    """Raises UserError where the decode step of this method cannot have fixed shapes."""
+    method, why = compression.method, None
+    if not method.uses_cache:
+        why = f"method={method.name} has none"
+    elif compression.storage.quantises:
         why = f"nbits={compression.storage.nbits}: pairs change their form as they age"
     elif method.hides:
         why = f"method={method.name} hides pairs by position instead of dropping them"
-    elif compression.schedule.online and compression.method.compresses and not method.ring:
+    elif compression.schedule.online and method.compresses and not method.ring:
         why = (
             f"compress_every={compression.schedule.compress_every}: cuts go on while tokens are added; "
             "compress_every=0 cuts after the prefill only, and method=streaming_ring overwrites instead of cutting"
         )
-    elif method.ring and any(not cache.facts.compressible(i) for i in range(len(cache.stores))):
-        why = f"method={method.name} on a model some of whose layers have windows of their own"
-    elif method.ring and min(cache.seen, default=0) < (method.sinks_and_recent or 0):
-        why = f"a prompt of {min(cache.seen)} tokens is shorter than n_sink={method.sinks_and_recent}"
     if why:
-        raise UserError(f"compile=True needs a cache whose shapes never change, and this one's do. {why}")
+        raise UserError(f"compile=True needs a cache whose shapes do not change: {why}")
+
+
+def _check_rows(cache: CompressedCache, sinks: int) -> None:
+    """Raises UserError where a ring cannot take the place of this cache's layers."""
+    if any(not cache.facts.compressible(i) for i in range(len(cache.stores))):
+        raise UserError("compile=True: some layers of this model have windows of their own, which a ring does not keep")
+    if min(cache.seen) < sinks:
+        raise UserError(
+            f"compile=True: a prompt of {min(cache.seen)} tokens is shorter than n_sink={sinks}; lower n_sink"
+        )

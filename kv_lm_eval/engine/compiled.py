@@ -1,18 +1,24 @@
 """Greedy decoding as one compiled step: forward, next token and cache update in a single graph without breaks.
 
 The step is traced once for a batch size and a number of slots and used for every token and every prompt of that shape.
-On CUDA it is recorded as a CUDA graph (mode reduce-overhead), so that the host no longer launches kernels one by one; on
-a CPU the compiler fuses the small operations. Nothing is read back between steps: the host looks at the new tokens every
-`look_every` steps, so that a row may have that many tokens after its end, and goes on until all rows have ended: the
-caller cuts answers off where they end.
+On CUDA it is recorded as a CUDA graph (mode reduce-overhead), so that the host no longer launches kernels one by one;
+on a CPU the compiler fuses the small operations. Nothing is read back between steps: the host looks at the new tokens
+every `look_every` steps, so that a row may have that many tokens after its end, and goes on until all rows have ended:
+the caller cuts answers off where they end.
+
+`decoding` puts the same step under transformers' generate(), with its sampling and stops, which reads every token back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.check import device_of
@@ -32,18 +38,21 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, backend: str | None = "inductor") -> None:
+        self.model = model
         self._static: StaticCache | None = None
 
+        forward = model.forward  # as it is now: `decoding` puts another in its place
+
         def step(cache: StaticCache, ids: torch.Tensor) -> torch.Tensor:
-            logits = model(input_ids=ids, position_ids=cache.seen.clone(), past_key_values=cache, use_cache=True).logits
+            logits = forward(input_ids=ids, position_ids=cache.seen.clone(), past_key_values=cache, use_cache=True).logits
             cache.advance()
             return logits[:, -1]
 
         self.step = step
         if backend is not None:
             graphs = backend == "inductor" and device_of(model).type == "cuda"
-            more = {"mode": "reduce-overhead"} if graphs else {}
-            self.step = torch.compile(step, backend=backend, fullgraph=True, dynamic=False, **more)
+            mode = "reduce-overhead" if graphs else None
+            self.step = torch.compile(step, backend=backend, fullgraph=True, dynamic=False, mode=mode)
 
     def start(self, cache: CompressedCache, room: int) -> StaticCache:
         """A prefilled cache in fixed shapes, with room for so many tokens more."""
@@ -51,6 +60,34 @@ class Decoder:
         if self._static is None or not self._static.load(new):
             self._static = new
         return self._static
+
+    @contextmanager
+    def decoding(self, cache: CompressedCache, room: int) -> Iterator[None]:
+        """Inside, every forward of `model.generate(past_key_values=cache)` after the prefill is the compiled step.
+
+        Args:
+            cache: empty, or prefilled. It counts as it would without the step; its pairs are no longer its own.
+            room: tokens to be generated at most.
+        """
+        original, statics = self.model.forward, []
+
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if cache.prefill_end is None:
+                return original(*args, **kwargs)
+            if not statics:
+                statics.append(self.start(cache, room))
+                statics[0].lend(cache)
+            logits = self.step(statics[0], kwargs["input_ids"])
+            statics[0].count(cache)
+            return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
+
+        self.model.forward = forward  # type: ignore[method-assign]
+        try:
+            with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+                yield
+        finally:
+            self.model.forward = original  # type: ignore[method-assign]
 
     @torch.inference_mode()
     def greedy(

@@ -4,8 +4,8 @@ A prompt in chunks (`CompressedCache.prefill_chunk`) bounds the activations, tho
 of the prompt. Chunks are counted from the prompt's end, so that a row of a batch is cut up as it would be alone.
  - As it is, nothing is cut until the last chunk is in: the same numbers as one forward, for every method, and all keys
    and values of the prompt are held until then.
- - With `prefill_evicts` every chunk is followed by a cut: keys and values are bounded too, whatever the length, but later
-   chunks do not see what was evicted. Another semantic, for methods that work online anyway.
+ - With `prefill_evicts` every chunk is followed by a cut: keys and values are bounded too, whatever the length, but
+   later chunks do not see what was evicted. Another semantic, for methods that work online anyway.
 
 Shapes: B rows, q tokens, V vocabulary.
 """
@@ -55,7 +55,7 @@ def feed(
 
 
 def chunks(cache: CompressedCache, rows: Sequence[Sequence[int]], side: str) -> list[list[Sequence[int]]]:
-    """The rows' tokens in the chunks that the cache asks for, the last one whole; anything but a prompt is one chunk."""
+    """The rows' tokens in the chunks that the cache asks for, the last one whole; what is no prompt is one chunk."""
     width, size = max(map(len, rows)), cache.prefill_chunk
     if size is None or cache.mode != "prefill" or cache.prefill_end is not None or width <= size:
         return [list(rows)]

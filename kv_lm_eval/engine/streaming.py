@@ -30,7 +30,7 @@ class ScoredDocument:
     """One document of n tokens, token by token.
 
     Attributes:
-        log_probs: [n] float32, nats. greedy: [n] bool, whether the token was the most likely one.
+        log_probs: [n] float32 (float64 of a model in float64), nats. greedy: [n] bool, whether the token was the most likely one.
         slots: [n] int32, slots per KV head that the query which predicted the token saw, itself included, in the layer
             that holds most.
         evictions: (tokens fed, slots dropped per KV head) of every cut, in order; the document's prefix token counts
@@ -108,7 +108,7 @@ def _scored(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target [n] and whether it is the most likely token, from logits [n, V]."""
     log_probs = F.log_softmax(logits, dim=-1, dtype=dtype).gather(1, targets[:, None]).squeeze(1)
-    return log_probs.float(), logits.argmax(-1) == targets
+    return log_probs.to(torch.promote_types(log_probs.dtype, torch.float32)), logits.argmax(-1) == targets
 
 
 def _document(

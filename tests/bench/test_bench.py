@@ -50,7 +50,9 @@ def test_bench_writes_a_card_and_ends_in_json(tmp_path: Path) -> None:
 
 def test_profiling_splits_prefill_cut_and_decode(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
-    result = script("profiling.py", "--method", "h2o", "--set", "max_capacity_prompt=40", "--new-tokens", "3", "--trace", str(trace))
+    result = script(
+        "profiling.py", "--method", "h2o", "--set", "max_capacity_prompt=40", "--new-tokens", "3", "--trace", str(trace)
+    )
     assert all(result["split"][name] > 0 for name in ("prefill_ms", "prefill_cut_ms", "decode_ms", "decode_cut_ms"))
     assert any(o["name"].startswith("aten::") for o in result["operators"])
     assert json.loads(trace.read_text())["traceEvents"]

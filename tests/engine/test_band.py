@@ -125,12 +125,6 @@ def scored(pair: tiny.Pair, documents: list[list[int]], **values: object) -> lis
     return out
 
 
-@pytest.fixture(autouse=True)
-def double_log_probs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine reports float32; here its float64 is wanted."""
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x.double())
-
-
 SCHEDULES = [  # sinks, window, compress_every, cache_slack, max_drop
     (4, 12, 1, 0, 0),
     (0, 9, 1, 0, 0),

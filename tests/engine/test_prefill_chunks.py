@@ -1,4 +1,4 @@
-"""Prompts in chunks: the same as one forward, or with prefill_evict, the token-by-token definition in steps of a chunk."""
+"""Prompts in chunks: the same as one forward; with prefill_evict, cut after every chunk, rows apart from each other."""
 
 from __future__ import annotations
 
