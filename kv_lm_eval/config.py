@@ -119,8 +119,8 @@ class EngineSettings:
     compile: bool = dataclasses.field(
         default=False,
         metadata={
-            "help": "generate_until: decode by one compiled graph (a CUDA graph on CUDA), for method=streaming_ring and "
-            "for compress_every=0; compiling takes a minute for each batch size and number of slots"
+            "help": "generate_until: decode by one compiled graph (a CUDA graph on CUDA), for method=streaming_ring "
+            "and for compress_every=0; compiling takes a minute for each batch size and number of slots"
         },
     )
 

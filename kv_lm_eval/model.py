@@ -11,6 +11,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -29,6 +30,7 @@ from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.check import takes_logits_to_keep, wrap
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.documents import score_requests
+from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.generate import check_generation_settings, decode_steps, noting_first_token, without_cache
 from kv_lm_eval.engine.prefill import feed_beginning, prefill
 from kv_lm_eval.engine.question import alike, as_fed, prefill_before_question
@@ -204,6 +206,11 @@ class KVCompressedLM(HFLM):
         ids, watch, cache = context, self._stopwatch(), None
         if self.compression.method.uses_cache:
             check_generation_settings(kwargs)
+            if self._decoder is not None and int(kwargs.get("num_beams") or 1) > 1:
+                raise UserError(
+                    f"num_beams={kwargs['num_beams']} with compile=True: beams move rows about, which the compiled "
+                    "step does not; leave one of them out"
+                )
             cache = self._timed_cache(watch)
         rows = [row[-n:] for row, n in zip(context.tolist(), mask.sum(1).tolist(), strict=True)]
         if cache is not None and (questions or cache.prefill_chunk):
@@ -219,7 +226,7 @@ class KVCompressedLM(HFLM):
             ids, mask = (t.to(context.device) for t in as_fed(rows, tails, self.tokenizer.pad_token_id))
             max_length += ids.shape[1] - context.shape[1]
         steps_before = len(cache.history) if cache is not None else 0
-        fast = nullcontext()
+        fast: AbstractContextManager[None] = nullcontext()
         if cache is not None and self._decoder is not None:
             fast = self._decoder.decoding(cache, max_length - ids.shape[1])
         with noting_first_token(self._causal_lm, watch.first_token), fast:

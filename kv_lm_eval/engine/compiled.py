@@ -44,7 +44,8 @@ class Decoder:
         forward = model.forward  # as it is now: `decoding` puts another in its place
 
         def step(cache: StaticCache, ids: torch.Tensor) -> torch.Tensor:
-            logits = forward(input_ids=ids, position_ids=cache.seen.clone(), past_key_values=cache, use_cache=True).logits
+            positions = cache.seen.clone()
+            logits = forward(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
             cache.advance()
             return logits[:, -1]
 
@@ -69,7 +70,8 @@ class Decoder:
             cache: empty, or prefilled. It counts as it would without the step; its pairs are no longer its own.
             room: tokens to be generated at most.
         """
-        original, statics = self.model.forward, []
+        original = self.model.forward
+        statics: list[StaticCache] = []
 
         @wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -82,12 +84,12 @@ class Decoder:
             statics[0].count(cache)
             return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
 
-        self.model.forward = forward  # type: ignore[method-assign]
+        self.model.forward = forward
         try:
             with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
                 yield
         finally:
-            self.model.forward = original  # type: ignore[method-assign]
+            self.model.forward = original
 
     @torch.inference_mode()
     def greedy(

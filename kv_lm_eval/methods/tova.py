@@ -21,5 +21,8 @@ class TOVA(Method):
     def num_queries(self) -> int:
         return 1
 
+    def weights(self, view: View) -> Tensor:
+        return view.attention(1).sum(3).mean(2)
+
     def score(self, view: View) -> Tensor:
-        return view.attention(1).sum(3).mean((1, 2)).unsqueeze(1)
+        return self.weights(view).mean(1, keepdim=True)

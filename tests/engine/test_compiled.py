@@ -7,13 +7,15 @@ is, which takes seconds instead of minutes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import tiny
 import torch
 
+from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.compiled import Decoder
-from kv_lm_eval.engine.prefill import prefill
+from kv_lm_eval.engine.prefill import feed_beginning, prefill
 from kv_lm_eval.errors import UserError
 
 RING = {"method": "streaming_ring", "n_sink": 3, "window_size": 9}
@@ -102,6 +104,31 @@ def test_greedy_gives_the_tokens_of_generate_and_one_graph_serves_prompts_of_one
         addresses.add(decoder._static.keys[0].data_ptr())
     assert len(addresses) == 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("settings", [RING, SNAPKV, {"method": "full"}], ids=lambda s: str(s["method"]))
+@pytest.mark.parametrize("more", [{"do_sample": False}, {"do_sample": True, "top_k": 5}], ids=str)
+def test_generate_over_the_compiled_step_is_generate(settings: dict[str, object], more: dict[str, object]) -> None:
+    """With its stops and its sampling, prompts in chunks, and the same numbers of slots and bytes at every step."""
+    pair, rows = tiny.pair("llama"), [tiny.tokens(n, seed=n) for n in (40, 14)]
+    ids, mask, _ = tiny.left_padded(rows)
+    decoder, out, numbers = Decoder(pair.model, backend="eager"), [], []
+    for compiled in (False, True):
+        cache = make_cache(tiny.compression(**settings), pair.facts, prefill_chunk=16)
+        feed_beginning(pair.model, cache, rows)
+        torch.manual_seed(0)
+        with decoder.decoding(cache, 30) if compiled else nullcontext():
+            out.append(
+                pair.model.generate(
+                    ids, attention_mask=mask, past_key_values=cache, max_new_tokens=30, pad_token_id=0,
+                    eos_token_id=[3, 4, 5, 6, 7], **more,
+                )
+            )  # fmt: skip
+        numbers.append((cache.seen, cache.held, cache.peaks, cache.history, cache.snapshot()["kv_bytes_valid"]))
+    assert torch.equal(out[0], out[1])
+    assert numbers[0] == numbers[1]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert pair.model.forward.__qualname__ == type(pair.model).forward.__qualname__, "the model is as it was"
 
 
 def test_decoding_stops_once_all_rows_have_ended() -> None:
