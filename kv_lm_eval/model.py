@@ -24,22 +24,23 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from kv_lm_eval import __version__, boundaries, choices, closing, config, request_cache, samples, tiny
+from kv_lm_eval import __version__, config, tiny
 from kv_lm_eval.cache import static_ring
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.check import takes_logits_to_keep, wrap
 from kv_lm_eval.cache.make import make_cache
-from kv_lm_eval.documents import score_requests
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.generate import check_generation_settings, decode_steps, noting_first_token, without_cache
 from kv_lm_eval.engine.prefill import feed_beginning, prefill
 from kv_lm_eval.engine.question import alike, as_fed, prefill_before_question
 from kv_lm_eval.engine.recompute import see_last
 from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
-from kv_lm_eval.halving import Halving, largest_batch
 from kv_lm_eval.metrics.compression import CompressionLog, uncut
 from kv_lm_eval.metrics.latency import Stopwatch, Timing
 from kv_lm_eval.metrics.memory import PeakMemory
+from kv_lm_eval.requests import boundaries, choices, closing, request_cache, samples
+from kv_lm_eval.requests.documents import score_requests
+from kv_lm_eval.requests.halving import Halving, largest_batch
 
 log = logging.getLogger("lm_eval.models.kvcompressed")  # below lm-eval's logger: its format, its verbosity
 HFLM_KEYS = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}

@@ -25,9 +25,9 @@ import numpy as np
 from fixed_baseline import add_text_flags, load
 from streaming_eval import add_streaming_flags, streaming_settings, write_nll
 
-from kv_lm_eval import baselines
 from kv_lm_eval.engine.stepwise import Step, steps
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.experiments import baselines
 from kv_lm_eval.metrics.perplexity import block_bootstrap, percent
 from kv_lm_eval.metrics.spikes import around_events, spikes
 

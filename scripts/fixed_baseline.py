@@ -16,8 +16,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kv_lm_eval import baselines
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.experiments import baselines
 
 
 def add_text_flags(parser: argparse.ArgumentParser) -> None:

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from fixed_baseline import add_text_flags, load, without_tokens
 
-from kv_lm_eval import baselines
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.experiments import baselines
 from kv_lm_eval.metrics.perplexity import block_bootstrap, percent
 
 

@@ -29,10 +29,11 @@ from typing import Any
 
 import numpy as np
 
-from kv_lm_eval import plugin, quickstart, request_cache
+from kv_lm_eval import plugin, quickstart
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.experiments import paired
 from kv_lm_eval.experiments.run_point import task_manager, versions, write_json
+from kv_lm_eval.requests import request_cache
 
 Settings = dict[str, Any]
 

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kv_lm_eval import __version__, request_cache
+from kv_lm_eval import __version__
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.experiments.references import calculate, names_in, resolve
+from kv_lm_eval.requests import request_cache
 
 TOP_KEYS = ("name", "description", "vars", "defaults", "models", "tasks", "methods", "points")
 # lm-eval's own options; every other key of an entry goes into --model_args

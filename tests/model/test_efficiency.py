@@ -14,11 +14,11 @@ from lm_eval.api.model import CachingLM
 from model.test_commands import run
 from model.test_requests import STORY, choices, generations, load, request
 
-from kv_lm_eval import closing
 from kv_lm_eval.engine.generate import noting_first_token
 from kv_lm_eval.metrics import latency
 from kv_lm_eval.metrics.latency import Stopwatch, Timing
 from kv_lm_eval.metrics.memory import PeakMemory
+from kv_lm_eval.requests import closing
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SNAPKV = {"method": "snapkv", "max_capacity_prompt": 40, "window_size": 8}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from model.test_requests import choices, generations, load
 
-from kv_lm_eval.halving import Halving, largest_batch
+from kv_lm_eval.requests.halving import Halving, largest_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SNAPKV = {"method": "snapkv", "max_capacity_prompt": 40, "window_size": 8}

@@ -8,8 +8,9 @@ import transformers
 from lm_eval.api.instance import Instance
 from model.test_requests import STORY, load
 
-from kv_lm_eval import boundaries, plugin, tiny
+from kv_lm_eval import plugin, tiny
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.requests import boundaries
 from kv_lm_eval.tasks.quickstart import docs
 
 plugin.install()

@@ -12,8 +12,9 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from kv_lm_eval import documents, plugin, tiny
+from kv_lm_eval import plugin, tiny
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.requests import documents
 
 plugin.install()
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -13,12 +13,12 @@ import pytest
 import tiny as tiny_models
 import torch
 
-from kv_lm_eval import baselines
 from kv_lm_eval.engine.recompute import windows_of
 from kv_lm_eval.engine.stepwise import steps
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.engine.windows import score_windows, strided
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.experiments import baselines
 from kv_lm_eval.metrics import paired
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,10 +14,10 @@ from typing import Any
 from lm_eval.api.task import ConfigurableTask
 from packaging.version import Version
 
-from kv_lm_eval.documents import DocumentScore, Reading
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.metrics import perplexity as metrics
 from kv_lm_eval.metrics.perplexity import count_words
+from kv_lm_eval.requests.documents import DocumentScore, Reading
 from kv_lm_eval.tasks.perplexity import texts
 
 READING = ("protocol", "max_eval_tokens", "prefill_tokens", "strided_length", "stride")

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from kv_lm_eval import boundaries
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine import recompute
 from kv_lm_eval.engine.choices import Score, score_continuations
 from kv_lm_eval.engine.question import alike
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.halving import largest_batch
 from kv_lm_eval.metrics.latency import Stopwatch
+from kv_lm_eval.requests import boundaries
+from kv_lm_eval.requests.halving import largest_batch
 
 if TYPE_CHECKING:
     from kv_lm_eval.model import KVCompressedLM

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 
-from kv_lm_eval import __version__, config, request_cache, tiny
+from kv_lm_eval import __version__, config, tiny
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.check import device_of, takes_logits_to_keep, wrap
 from kv_lm_eval.engine.prefill import NewCache
@@ -34,6 +34,7 @@ from kv_lm_eval.engine.streaming import ScoredDocument, score_documents
 from kv_lm_eval.engine.windows import score_windows
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.compression import Compression
+from kv_lm_eval.requests import request_cache
 from kv_lm_eval.tasks.perplexity import texts
 
 WARM_UP = 4  # steps whose times are thrown away
