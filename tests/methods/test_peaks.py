@@ -1,0 +1,56 @@
+"""The most slots a method will ever hold are known before it runs, and it holds exactly as many."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import tiny
+
+METHODS = {
+    "full": {"method": "full"},
+    "window": {"method": "window", "window_size": 9},
+    "streaming_llm": {"method": "streaming_llm", "n_sink": 3, "window_size": 8, "compress_every": 6},
+    "slack": {
+        "method": "streaming_llm",
+        "n_sink": 3,
+        "window_size": 8,
+        "compress_every": 6,
+        "cache_slack": 4,
+        "max_drop": 3,
+    },
+    "total": {"method": "streaming_llm", "total_budget": 20, "compress_every": 4},
+    "streaming_ring": {"method": "streaming_ring", "n_sink": 3, "window_size": 8},
+    "snapkv": {"method": "snapkv", "window_size": 4, "max_capacity_prompt": 12},
+    "snapkv online": {"method": "snapkv", "window_size": 4, "max_capacity_prompt": 12, "compress_every": 5},
+    "snapkv excess": {
+        "method": "snapkv",
+        "window_size": 4,
+        "max_capacity_prompt": 12,
+        "compress_every": 5,
+        "trigger": "excess",
+    },
+    "pyramidkv": {"method": "pyramidkv", "window_size": 4, "max_capacity_prompt": 14},
+    "adakv": {"method": "adakv", "window_size": 4, "max_capacity_prompt": 12, "compress_every": 3},
+    "knorm ratio": {"method": "knorm", "keep_ratio": 0.4},
+    "knorm per step": {"method": "knorm", "keep_ratio": 0.8, "prune_after": 16, "compress_every": 1},
+    "l2_fixed": {"method": "l2_fixed", "cache_size": 12},
+    "h2o": {"method": "h2o", "max_capacity_prompt": 12},
+    "tova skipping": {"method": "tova", "max_capacity_prompt": 12, "skip_layers": [0]},
+    "random": {"method": "random", "max_capacity_prompt": 12, "compress_every": 7},
+    "head_aware": {"method": "head_aware", "base_window": 10},
+    "quantized": {"method": "snapkv", "window_size": 4, "max_capacity_prompt": 12, "nbits": 4, "residual_length": 4},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_declared_peak_is_the_peak(name: str) -> None:
+    pair, draw = tiny.pair("llama"), random.Random(name)
+    for prompt, new in [(draw.randint(1, 45), draw.randint(1, 25)) for _ in range(4)]:
+        cache = pair.cache(**METHODS[name])
+        row = tiny.tokens(prompt + new)
+        tiny.forward(pair.model, cache, [row[:prompt]])
+        for t in range(prompt, prompt + new):
+            tiny.forward(pair.model, cache, [[row[t]]], [t])
+        declared = tiny.compression(**METHODS[name]).peak_slots(prompt, new, pair.facts.num_layers)
+        assert cache.peaks == [declared], (prompt, new)
