@@ -29,7 +29,7 @@ import torch
 from kv_lm_eval.bench import card, measure, shapes, timing
 from kv_lm_eval.errors import UserError
 
-PARTS = ("generation", "decode", "prefill", "chunked", "growth", "scoring", "shared_prefix", "compiled")
+PARTS = ("generation", "decode", "prefill", "memory", "scoring", "shared_prefix", "compiled")
 DECODED = "full,streaming_llm,streaming_ring,snapkv,h2o"
 GENERATED = "full,streaming_ring,snapkv,h2o"
 
@@ -71,10 +71,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--generate-methods", default=GENERATED, help="of the table of whole requests")
     parser.add_argument("--capacity", type=int, default=512, help="slots per KV head that methods keep")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of a prompt")
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens generated for it")
+    parser.add_argument("--new-tokens", type=int, default=16, help="tokens generated for it")
     parser.add_argument("--slots", default="512,2048,8192", help="of the decode table")
-    parser.add_argument("--lengths", default="512,1024,2048,4096", help="prompts of the memory tables")
-    parser.add_argument("--chunk", type=int, default=512, help="tokens of a chunk in the table of chunked prefills")
+    parser.add_argument("--lengths", default="512,1024,2048,4096", help="prompts of the memory table")
+    parser.add_argument("--chunk", type=int, default=512, help="tokens of a chunk in the memory table")
     parser.add_argument("--document", type=int, default=2048, help="tokens of the scored document")
     parser.add_argument("--choices", default="4,10", help="continuations of one context")
     parser.add_argument("--bandwidth-gbs", type=float, help="GB/s of the device; default: measured by a copy")
@@ -129,14 +129,12 @@ def measured(part: str, bench: measure.Bench, args: argparse.Namespace) -> Any:
         return measure.decode(bench, methods(args.decode_methods), numbers(args.slots))
     if part == "prefill":
         return measure.prefills(bench, methods(args.methods), args.prompt)
-    if part == "chunked":
-        return measure.chunked(bench, numbers(args.lengths), args.chunk)
-    if part == "growth":
-        return measure.growth(bench, numbers(args.lengths))
+    if part == "memory":
+        return measure.memory(bench, numbers(args.lengths), args.chunk)
     if part == "scoring":
         return measure.scoring(bench, args.document)
     if part == "shared_prefix":
-        return measure.shared_prefix(bench, args.prompt // 2, numbers(args.choices))
+        return measure.shared_prefix(bench, args.prompt // 4, numbers(args.choices))
     return measure.compiled(bench, args.capacity)
 
 

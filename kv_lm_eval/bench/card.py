@@ -122,8 +122,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "generation": _generation,
         "decode": _decode,
         "prefill": _prefill,
-        "chunked": _chunked,
-        "growth": _growth,
+        "memory": _memory,
         "scoring": _scoring,
         "shared_prefix": _shared,
         "compiled": _compiled,
@@ -213,24 +212,21 @@ def _prefill(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     return [f"## Prefill of {part['prompt']} tokens, capacity {part['capacity']}", "", *table(head, rows)]
 
 
-def _chunked(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+def _memory(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     sizes = list(part["prompts"])
     names = list(part["prompts"][sizes[0]])
-    rows = [(name, *(megabytes(part["prompts"][n][name]) for n in sizes)) for name in names]
-    title = f"## Peak memory of a prefill above the weights, capacity {part['capacity']}"
-    return [title, "", *table(("", *(f"{n} tokens" for n in sizes)), rows)]
-
-
-def _growth(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
-    rows = []
-    before: Mapping[str, int] | None = None
-    for n, e in part.items():
-        grown = "" if before is None else f"{e['h2o'] / before['h2o']:.2f}x"
-        rows.append((n, megabytes(e["full"]), megabytes(e["h2o"]), f"{e['h2o'] / e['full']:.2f}x", grown))
-        before = e
-    head = ("tokens", "full", "h2o", "h2o / full", "h2o, of the row above")
-    title = "## Memory of h2o's one-forward prefill: grows with the length, not with its square"
-    return [title, "", *table(head, rows)]
+    rows = [[name, *(megabytes(part["prompts"][n][name]) for n in sizes)] for name in names]
+    for row, name in zip(rows, names, strict=True):
+        first, last = (part["prompts"][n][name] for n in (sizes[0], sizes[-1]))
+        row.append(f"{last / first:.1f}x")
+    times = int(sizes[-1]) / int(sizes[0])
+    head = ("one forward unless said", *(f"{n} tokens" for n in sizes), f"for {times:.0f}x the length")
+    note = (
+        "Above the weights, of live tensors. A part of the size length x length would grow with the square. In chunks, "
+        "what grows is keys and values alone: activations, those of the MLP too, are of one chunk. With a cut after "
+        "every chunk nothing grows."
+    )
+    return [f"## Peak memory of a prefill, capacity {part['capacity']}", "", *table(head, rows), "", note]
 
 
 def _scoring(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:

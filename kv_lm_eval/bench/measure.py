@@ -217,14 +217,15 @@ def prefills(bench: Bench, methods: Sequence[str], prompt: int) -> dict[str, Any
 
 
 @torch.inference_mode()
-def chunked(bench: Bench, prompts: Sequence[int], chunk: int) -> dict[str, Any]:
-    """Peak bytes above the weights of a prefill in one forward, in chunks, and in chunks with cuts between."""
+def memory(bench: Bench, prompts: Sequence[int], chunk: int) -> dict[str, Any]:
+    """Peak bytes above the weights of a prefill: in one forward, in chunks, and in chunks with cuts between."""
     out: dict[str, Any] = {}
     for n in prompts:
         row = bench.tokens(n)
         out[str(n)] = {
             "full": peak_bytes(bench, bench.new_cache("full"), row),
-            "snapkv, one forward": peak_bytes(bench, bench.new_cache("snapkv"), row),
+            "h2o": peak_bytes(bench, bench.new_cache("h2o"), row),
+            "snapkv": peak_bytes(bench, bench.new_cache("snapkv"), row),
             f"snapkv, prefill_chunk={chunk}": peak_bytes(bench, in_chunks(bench, "snapkv", chunk, False), row),
             f"streaming_llm, prefill_evict={chunk}": peak_bytes(
                 bench, in_chunks(bench, "streaming_llm", chunk, True), row
@@ -236,14 +237,6 @@ def chunked(bench: Bench, prompts: Sequence[int], chunk: int) -> dict[str, Any]:
 def in_chunks(bench: Bench, method: str, chunk: int, evicts: bool) -> NewCache:
     """Makes caches whose prompts are fed in chunks."""
     return partial(make_cache, bench.new_cache(method)().compression, bench.facts, chunk, evicts)
-
-
-@torch.inference_mode()
-def growth(bench: Bench, prompts: Sequence[int]) -> dict[str, Any]:
-    """Peak bytes above the weights of a one-forward prefill against its length: h2o beside the full cache."""
-    return {
-        str(n): {m: peak_bytes(bench, bench.new_cache(m), bench.tokens(n)) for m in ("full", "h2o")} for n in prompts
-    }
 
 
 def peak_bytes(bench: Bench, new_cache: NewCache, row: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ import torch
 import transformers as tf
 
 from kv_lm_eval.cache.check import wrap
+from kv_lm_eval.cache.make import make_cache
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -96,3 +97,23 @@ def test_bfloat16_sinks_are_within_one_rounding_after_4096_evictions() -> None:
     exact = torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
     error = (store.keys[:, :, :n_sink].double() - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert error.max() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_keys_have_not_drifted_after_4096_evictions(name: str, dtype: torch.dtype) -> None:
+    """In the first layer a key depends on its token and its position alone, so every kept one can be made afresh."""
+    model = tiny.build(name).to(dtype)
+    facts = wrap(model, tiny.compression(method="streaming_llm", window_size=8))
+    compression = tiny.compression(method="streaming_llm", n_sink=4, window_size=28, compress_every=32)
+    cache, row = make_cache(compression, facts), tiny.tokens(32 + 4096)
+    cache.mode = "stream"
+    for start in range(0, len(row), 32):
+        tiny.forward(model, cache, [row[start : start + 32]], [start])
+    fresh = make_cache(tiny.compression(method="full"), facts)
+    pos, lost = cache.stores[0].pos[0, 0].tolist(), len(row) - 32
+    tiny.forward(model, fresh, [[row[p] for p in pos]])  # at positions 0, 1, ...
+    at = torch.tensor([p + lost if p < 4 else p for p in pos])[None] - torch.arange(32)
+    exact = facts.rope.rotate(fresh.stores[0].keys.double(), at, 0)
+    error = (cache.stores[0].keys.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert error.max() <= 0.01

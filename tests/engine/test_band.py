@@ -233,3 +233,18 @@ def test_half_precision_streams_stay_finite_and_near_float32() -> None:
     error = (got - exact).abs()
     assert got.isfinite().all()
     assert error[-500:].mean() <= 1.5 * error[100:600].mean(), "the error does not grow with the number of evictions"
+
+
+@pytest.mark.slow
+def test_a_million_tokens_take_no_more_memory_than_a_thousand() -> None:
+    """The cache and the logits are bounded by window and chunk; the angles stay exact because positions come back."""
+    pair = tiny.pair("llama")
+    repeated = tiny.tokens(tiny.VOCAB - 1)
+    document = repeated * (1_000_000 // len(repeated))
+    cache = lambda: pair.cache(method="streaming_llm", n_sink=4, window_size=28)  # noqa: E731
+    (scores,), used = score_documents(pair.model, cache, PREFIX, [document], 1)
+    assert used.stores[0].allocated_bytes <= 4 * used.stores[0].bytes_per_slot * 2 * (32 + streaming.HOLD_TOKENS)
+    nll = -scores.log_probs[: len(document) // len(repeated) * len(repeated)].view(-1, len(repeated)).double().mean(1)
+    assert nll.isfinite().all()
+    late, early = nll[-100:], nll[10:110]  # the text is periodic, and with numbered slots so is everything
+    assert (late - early).abs().max() <= 1e-3
