@@ -9,7 +9,7 @@ Usage:
     python scripts/methods_doc.py --measure --methods snapkv random --budgets 128 --page /tmp/page.md
 
 Output: the parts between <!-- methods --> and <!-- /methods -->, and <!-- measured --> and <!-- /measured --> of the
-page. With --measure the table on stdout too, and one JSON document as the last line; ten to twenty minutes on two cores.
+page. With --measure the table on stdout too, and one JSON document as the last line; 10 to 20 minutes on two cores.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ class ScoredDocument:
     """One document of n tokens, token by token.
 
     Attributes:
-        log_probs: [n] float32 (float64 of a model in float64), nats. greedy: [n] bool, whether the token was the most likely one.
+        log_probs: [n] float32 (float64 of a model in float64), nats. greedy: [n] bool, whether the token was the most
+            likely one.
         slots: [n] int32, slots per KV head that the query which predicted the token saw, itself included, in the layer
             that holds most.
         evictions: (tokens fed, slots dropped per KV head) of every cut, in order; the document's prefix token counts
