@@ -153,14 +153,14 @@ def generation(bench: Bench, methods: Sequence[str], prompt: int, new_tokens: in
 
 
 @torch.inference_mode()
-def decode(bench: Bench, methods: Sequence[str], slots: Sequence[int], steps: int = 8) -> dict[str, Any]:
+def decode(bench: Bench, methods: Sequence[str], slots: Sequence[int], steps: int = 64) -> dict[str, Any]:
     """Seconds a decode step, cut included, at several numbers of slots; the full cache holds as many tokens."""
     out: dict[str, Any] = {}
     fed = steps * (bench.repeats + bench.warm_up)
     for n in slots:
         caches, works = {}, {}
         for method in methods:
-            length = n - fed // 2 if method == "full" else n + 64
+            length = max(1, n - fed // 2) if method == "full" else n + 64
             cache, _ = prefill(bench.model, bench.new_cache(method, n), [bench.tokens(length)])
             caches[method] = cache
 

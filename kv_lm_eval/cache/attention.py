@@ -123,6 +123,9 @@ def attend_stored(cache: CompressedCache, step: Step) -> torch.Tensor:
             [store.pos, pos.unsqueeze(1).expand(-1, store.pos.shape[1], -1).to(store.pos.dtype)], dim=2
         )
     else:
+        if store.holes:
+            store.make_room(key.shape[2], int(max(cache.held[layer])))
+            old = store.length
         store.append(key, value, pos, cache.new_counts)
         cache.appended(layer)
         keys, values, slot_pos = store.keys, store.values, store.pos
@@ -138,10 +141,14 @@ def attend_stored(cache: CompressedCache, step: Step) -> torch.Tensor:
         or cache.branch is not None
         or (window is not None and cache.get_seq_length() + query.shape[2] > window)
     )
+    observes = cache.observes and cache.facts.compressible(layer)
+    mass = None
     if softcap is not None:
         out = _attend_blocks(
             query, keys, values, pos, slot_pos, old, window, cache.branch, scaling, softcap, bias, sight
         )
+    elif observes and cache.compression.method.accumulates and query.shape[2] == 1 and sight is None:
+        out, mass = _attend_one(query, keys, values, pos, slot_pos, old, scaling, window, bias)
     elif not masked and old == 0:
         grouped = query.shape[1] != keys.shape[1]
         out = F.scaled_dot_product_attention(
@@ -152,12 +159,14 @@ def attend_stored(cache: CompressedCache, step: Step) -> torch.Tensor:
         out = out.reshape(query.shape[0], query.shape[1], 1, -1)
     else:
         out = _attend_blocks(query, keys, values, pos, slot_pos, old, window, cache.branch, scaling, None, bias, sight)
-    if cache.observes and cache.facts.compressible(layer):
+    if observes:
         method = cache.compression.method
         if method.num_queries:
             store.observe(query, pos, method.num_queries, cache.padded)
         if method.accumulates:
-            store.add_mass(_received_mass(query, keys, pos, slot_pos, old, scaling, softcap, window, bias))
+            if mass is None:
+                mass = _received_mass(query, keys, pos, slot_pos, old, scaling, softcap, window, bias)
+            store.add_mass(mass)
         if method.moments_from is not None:
             cache.add_moments(layer, query, pos)
     return out
@@ -287,6 +296,28 @@ def attention_weights(
     if bias is not None:
         scores = scores + bias
     return scores.masked_fill_(~mask, float("-inf")).softmax(dim=-1)
+
+
+def _attend_one(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pos: torch.Tensor,
+    slot_pos: torch.Tensor,
+    old: int,
+    scaling: float,
+    window: int | None,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one new token a row, [B, H, 1, D], and what each slot receives from it, as `_received_mass` gives
+    it, from one reading of the keys."""
+    b, h, _, _ = query.shape
+    kv_heads = keys.shape[1]
+    mask = visible(pos, slot_pos, 0, old, window, None).repeat(1, 1, h // kv_heads, 1)
+    added = None if bias is None else bias[:, :, None]
+    weights = attention_weights(packed_queries(query, kv_heads), keys, mask, scaling, None, added)  # [B, K, G, N]
+    out = (weights.to(values.dtype) @ values).reshape(b, h, 1, -1)
+    return out, weights.mean(2) * (pos >= 0).unsqueeze(2)
 
 
 def _received_mass(

@@ -25,7 +25,9 @@ from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.cache.store import LayerStore
 from kv_lm_eval.methods.base import View
 from kv_lm_eval.methods.compression import Compression
+from kv_lm_eval.methods.evicted import blank_lowest
 
+FEW = 4  # pairs that one cut may hide in their places instead of moving the others
 MAX_ROOM = 1024  # slots reserved for the tokens until the next cut, at most; storage grows by itself
 MOMENTS_BLOCK = 1024  # queries turned back in float32 at a time
 Mode = Literal["prefill", "decode", "stream", "hold", "score"]
@@ -335,13 +337,36 @@ class CompressedCache(Cache):
         scores = self.compression.method.score(view)
         if self.mode == "prefill" and not scores.isfinite().logical_or(scores.isinf()).all():
             raise FloatingPointError(f"{self.compression.method.name} scored a slot NaN in layer {layer}")
-        counts = self.compression.counts(scores, store.pos, keep, self.seen, held, layer)
-        kept = self.compression.evicted.cut(self.compression.method, view, scores, counts)
-        store.replace(kept, room=min(self.compression.schedule.compress_every, MAX_ROOM))
+        if self._leaves_holes(layer, scores, keep):
+            blank_lowest(scores, store.pos, [int(h - k) for h, k in zip(held, keep, strict=True)])
+            store.holes = True
+        else:
+            self._close_ranks(layer, view, scores, keep)
         fresh = [h == s for h, s in zip(held, self.seen, strict=True)]  # rows that lose tokens for the first time
         self.held[layer] = keep
         if self.compression.method.in_cache_sinks and self.facts.rope_kinds[layer] == "rope":
             self._move_sinks(layer, fresh)
+
+    def _leaves_holes(self, layer: int, scores: torch.Tensor, keep: list[float]) -> bool:
+        """Whether the pairs that go are only hidden, in their places, because they are few: everything moves once in a
+        while and not at every token."""
+        store, held, compression = self.stores[layer], self.held[layer], self.compression
+        return (
+            self.mode in ("decode", "stream")
+            and compression.method.slotwise
+            and compression.evicted.forgets
+            and compression.uniform(layer)
+            and not compression.storage.quantises
+            and scores.shape[1] <= store.pos.shape[1]
+            and max(h - k for h, k in zip(held, keep, strict=True)) <= FEW
+        )
+
+    def _close_ranks(self, layer: int, view: View, scores: torch.Tensor, keep: list[float]) -> None:
+        """Cuts the layer so that what stays stands without gaps."""
+        store, held = self.stores[layer], self.held[layer]
+        counts = self.compression.counts(scores, store.pos, keep, self.seen, held, layer)
+        kept = self.compression.evicted.cut(self.compression.method, view, scores, counts)
+        store.replace(kept, room=min(self.compression.schedule.compress_every, MAX_ROOM))
 
     def _lost(self, layer: int) -> list[float]:
         """How many places each row's sinks have to move up to be right before the window."""
@@ -353,7 +378,7 @@ class CompressedCache(Cache):
         rope = self.facts.rope
         assert rope is not None
         device = store.keys.device
-        start = torch.tensor([store.length - h for h in self.held[layer]], device=device)
+        start = (store.pos[:, 0] >= 0).int().argmax(-1)  # sinks stay, so that nothing between them is empty
         slots = (start[:, None] + torch.arange(sinks, device=device)).clamp_max(store.length - 1)  # [B, S]
         index = slots[:, None, :, None].expand(-1, store.keys.shape[1], -1, store.keys.shape[3])
         current = store.keys.gather(2, index)

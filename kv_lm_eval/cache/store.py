@@ -3,7 +3,8 @@
 Shapes: B batch rows, H query heads, K KV heads, N slots, M slots kept, W last queries, D head size.
 
 Slots are in order of position. Where rows or heads hold different numbers of slots, the empty ones (pos = -1) come
-first, as with left padding, so that new tokens always follow the newest old one.
+first, as with left padding, so that new tokens always follow the newest old one. A cut of a few pairs may leave empty
+slots in between, until there is no room for a new pair.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class LayerStore:
 
     Attributes:
         length: slots in use per row, empty ones included (N).
+        holes: whether cuts have emptied slots in their places since everything was moved.
         pos: [B, 1 or K, N] original position of each slot's token, -1 where empty.
         mass: [B, K, N] attention received so far, or None if the method does not ask for it.
         bias: [B, K, N] float32 added to each slot's attention logits, or None: nothing is added.
@@ -49,6 +51,7 @@ class LayerStore:
 
     def __init__(self) -> None:
         self.length = 0
+        self.holes = False
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
         self._pos: torch.Tensor | None = None
@@ -141,7 +144,8 @@ class LayerStore:
         assert self._keys is not None and self._values is not None and self._pos is not None
         length = kept.keys.shape[2]
         capacity = length + max(room, MIN_HEADROOM)
-        fits = length + room <= self._keys.shape[2] <= 2 * capacity and self._pos.shape[1] == kept.pos.shape[1]
+        fits = capacity <= self._keys.shape[2] <= 2 * capacity and self._pos.shape[1] == kept.pos.shape[1]
+        fits = fits and self._keys.is_contiguous()  # as a projection made them, a head's keys lie far apart
         if not fits:
             shape = (*kept.keys.shape[:2], capacity)
             self._keys = kept.keys.new_empty(*shape, kept.keys.shape[3])
@@ -160,7 +164,26 @@ class LayerStore:
                 self._bias = kept.bias.new_zeros(self._keys.shape[:3])
             self._bias[:, :, :length] = kept.bias
         self.memory = kept.memory
-        self.length = length
+        self.length, self.holes = length, False
+
+    def make_room(self, new: int, held: int) -> None:
+        """Closes the holes where so many new slots would not fit behind them; held: real pairs of the fullest row."""
+        assert self._keys is not None
+        if not self.holes or self.length + new <= self._keys.shape[2]:
+            return
+        index = (self.pos >= 0).int().argsort(dim=-1, stable=True)[..., self.length - held :]  # the empty ones first
+        pos = self.pos.gather(2, index)
+        index = index.expand(-1, self.keys.shape[1], -1)
+        self.replace(
+            Kept(
+                rows_of(self.keys, index),
+                rows_of(self.values, index),
+                pos,
+                None if self.mass is None else self.mass.gather(2, index),
+                memory=self.memory,
+            ),
+            new,
+        )
 
     def settle(self, due: Sequence[bool]) -> None:
         """After a forward and its cut: a store that holds old pairs in another form moves those of the rows that are
@@ -193,7 +216,7 @@ class LayerStore:
     def select(self, rows: torch.Tensor) -> LayerStore:
         """A copy that holds the given batch rows (repeats allowed): everything that belongs to a row moves with it."""
         new = self._blank()
-        new.length = self.length
+        new.length, new.holes = self.length, self.holes
         new.moments = None if self.moments is None else self.moments.select(rows)
         for name in ("_keys", "_values", "_pos", "_mass", "_bias", "memory", "queries", "query_pos", "pristine_sinks"):
             old = getattr(self, name)
@@ -238,6 +261,13 @@ class LayerStore:
         held = (self._pos, self._mass, self._bias, self.memory, self.queries, self.query_pos, self.pristine_sinks)
         moments = 0 if self.moments is None else self.moments.nbytes
         return sum(t.numel() * t.element_size() for t in held if t is not None) + moments
+
+
+def rows_of(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x [B, K, N, D] at index [B, K, M]: [B, K, M, D]. Whole rows: four times as fast as torch.gather on a CPU."""
+    b, k, _ = index.shape
+    rows, heads = torch.arange(b, device=index.device), torch.arange(k, device=index.device)
+    return x[rows.view(-1, 1, 1), heads.view(1, -1, 1), index]
 
 
 def _own_storage(x: torch.Tensor) -> torch.Tensor:

@@ -123,6 +123,7 @@ class Method:
     takes_budget: ClassVar[bool] = True  # False: its own settings always fix the budget, and no other is taken
     capacity_settings: ClassVar[tuple[str, ...]] = ()  # those that fix the budget by themselves (own_capacity)
     ring: ClassVar[bool] = False  # a new token overwrites the oldest: see cache/ring.py; needs sinks_and_recent
+    slotwise: ClassVar[bool] = False  # a slot's score is the same wherever it stands: cuts may leave holes in between
     evicts_in_prefill: ClassVar[bool] = False  # prefill_evict may cut between chunks: it makes sense online
     uses_cache: ClassVar[bool] = True  # False: the model recomputes everything (use_cache=False)
 

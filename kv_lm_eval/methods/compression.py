@@ -57,6 +57,10 @@ class Compression:
             shares = [r if w else s for r, w, s in zip(real, whole, shares, strict=True)]
         return torch.tensor(shares)
 
+    def uniform(self, layer: int) -> bool:
+        """Whether all heads of the layer keep the same number of slots."""
+        return self.heads.head_budget == "uniform" and self.budget.by_head(1, layer) is None
+
     def sight(self, layer: int) -> Sight | None:
         """What the queries of a layer may see of what is held; None: all of it."""
         return None if layer in self.schedule.skip_layers else self.method.sight(layer)

@@ -19,6 +19,7 @@ class H2O(Method):
     paper = "arXiv:2306.14048"
     presets = {"compress_every": 1}
     accumulates = True
+    slotwise = True
     evicts_in_prefill = True
 
     window_size: int | None = setting(None, "most recent tokens always kept; default half of the budget, as published")

@@ -24,6 +24,7 @@ class Knorm(Method):
     """
 
     paper = "arXiv:2406.11430"
+    slotwise = True
     evicts_in_prefill = True
 
     recent_protected: int = setting(0, "most recent tokens that always stay")

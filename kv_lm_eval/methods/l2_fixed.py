@@ -22,6 +22,7 @@ class L2Fixed(Method):
     paper = "arXiv:2406.11430"
     presets = {"compress_every": 1}
     capacity_settings = ("cache_size",)
+    slotwise = True
     evicts_in_prefill = True
 
     cache_size: int = setting(512, "slots per KV head, protected ones included")

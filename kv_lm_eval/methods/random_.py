@@ -13,6 +13,7 @@ class Random(Method):
     device and in any order of requests, and differs between heads and layers.
     """
 
+    slotwise = True
     evicts_in_prefill = True
 
     seed: int = setting(0, "another seed, another choice")

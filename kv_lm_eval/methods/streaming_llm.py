@@ -34,6 +34,7 @@ class StreamingLLM(Method):
     paper = "arXiv:2309.17453"
     presets = {"compress_every": 1, "trigger": "excess"}
     capacity_settings = ("window_size", "total_budget")
+    slotwise = True
     evicts_in_prefill = True
 
     n_sink: int = setting(4, "first tokens of the sequence that always stay")

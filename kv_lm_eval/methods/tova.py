@@ -15,6 +15,7 @@ class TOVA(Method):
 
     paper = "arXiv:2401.06104"
     presets = {"compress_every": 1}
+    slotwise = True
     evicts_in_prefill = True
 
     @property

@@ -18,6 +18,7 @@ class Window(Method):
     paper = "arXiv:2309.17453 (window attention)"
     presets = {"compress_every": 1}
     capacity_settings = ("window_size",)
+    slotwise = True
     evicts_in_prefill = True
 
     window_size: int | None = setting(None, "most recent tokens kept; or name the budget by max_capacity_prompt")
