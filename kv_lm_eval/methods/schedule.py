@@ -70,7 +70,7 @@ class Schedule:
     def after_cut(self, held: float, target: float) -> float:
         """trigger=excess: slots that a row of `held` slots with a budget of `target` has after its forward.
 
-        The seeds' "softlite", version of 2025-12-23 (hopecommon/CS3602@b3ebb26): bounded by target + compress_every
+        The "softlite", version of 2025-12-23 (hopecommon/CS3602@b3ebb26): bounded by target + compress_every
         whatever the other two settings are.
         """
         if held - target < self.compress_every:

@@ -7,7 +7,7 @@ from kv_lm_eval.methods.base import Method, setting
 class WindowRecompute(Method):
     """No cache: every token is predicted by a fresh forward over the last n_sink + window_size tokens.
 
-    The "fixed baseline" that StreamingLLM's and the seeds' speed-ups are measured against: its quality is that of a
+    The "fixed baseline" that published speed-ups of StreamingLLM are measured against: its quality is that of a
     bounded context, its cost grows with the square of the window at every token. There are no sinks in it: n_sink only
     lengthens the window, so that it sees as many tokens as method=streaming_llm holds. A window with a cache
     (method=window) is something else from two layers on: its keys were computed with evicted tokens in view.

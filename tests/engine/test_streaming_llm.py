@@ -97,7 +97,7 @@ class Reference:
             for held in (keys, values):
                 dropped = held[self.n_sink : len(held) - self.window]
                 held[self.n_sink : len(held) - self.window] = []
-                if self.refresh:  # the seeds' negative control: evenly spaced dropped ones come back at the end
+                if self.refresh:  # the negative control: evenly spaced dropped ones come back at the end
                     places = np.unique(np.linspace(0, len(dropped) - 1, self.refresh).round().astype(int))
                     held += [dropped[i] for i in places]
         return torch.cat(out)

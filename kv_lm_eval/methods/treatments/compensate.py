@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kv_lm_eval.cache.store import Kept
+from kv_lm_eval.cache.store import Kept, rows_of
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View
 from kv_lm_eval.methods.evicted import Evicted, needs_weights
@@ -72,7 +72,7 @@ class Compensate(Evicted):
             needs_weights(method, "evicted=compensate,weight=attn averages by", "use weight=uniform")
 
     def cut(self, method: Method, view: View, scores: torch.Tensor, counts: torch.Tensor) -> Kept:
-        b, k, n, d = view.keys.shape
+        b, k, n, _ = view.keys.shape
         each = torch.ones(b, k, n, device=view.keys.device) if view.bias is None else view.bias.exp()
         weights = method.weights(view) if self.weight == "attn" else each  # each: pairs that a slot stands for
         assert weights is not None
@@ -80,30 +80,49 @@ class Compensate(Evicted):
         heads = [
             [self._head(scores[i, j], pos[i, j], weights[i, j], int(counts[i, j])) for j in range(k)] for i in range(b)
         ]
-        length = max(len(slots) for row in heads for slots, _, _ in row)
-        shares = weights.new_zeros(b, k, length, n)  # of every old pair in each new one; empty slots first
-        new_pos = pos.new_full((b, k, length), -1)
-        average = torch.zeros(b, k, length, dtype=torch.bool, device=pos.device)
+        most, size = (max(block.shape[x] for row in heads for _, block, _ in row) for x in (0, 1))
+        members = pos.new_zeros(b, k, most, size, dtype=torch.long)  # of every average
+        parts = torch.zeros(b, k, most, size, device=pos.device)  # their weights, which add up to 1; 0: not in it
+        average_pos = pos.new_zeros(b, k, most)
+        length = max(len(stays) + len(block) for row in heads for stays, block, _ in row)
+        index = torch.zeros(b, k, length, dtype=torch.long, device=pos.device)  # old slots, then n + the averages
+        new_pos = pos.new_full((b, k, length), -1)  # empty slots first
         for i, row in enumerate(heads):
-            for j, (slots, share, averaged) in enumerate(row):
-                place = pos[i, j, slots]
-                if self.key_space == "pre_rope":
-                    mean = (share.double() @ pos[i, j].double()).round().to(place.dtype)
-                    place = torch.where(averaged & (share.sum(1) > 0), mean, place)
+            for j, (stays, block, part) in enumerate(row):
+                members[i, j, : len(block), : block.shape[1]] = block.clamp_min(0)
+                parts[i, j, : len(block), : block.shape[1]] = part
+                place = pos[i, j, torch.cat([stays, block.max(1).values])]
+                if self.key_space == "pre_rope" and len(block):
+                    mean = (part.double() * pos[i, j, block.clamp_min(0)]).sum(1).round().to(place.dtype)
+                    place[len(stays) :] = torch.where(part.sum(1) > 0, mean, place[len(stays) :])
+                average_pos[i, j, : len(block)] = place[len(stays) :]
+                slots = torch.cat([stays, n + torch.arange(len(block), device=pos.device)])
                 order, first = place.argsort(stable=True), length - len(slots)
-                shares[i, j, first:], new_pos[i, j, first:] = share[order], place[order]
-                average[i, j, first:] = averaged[order]
-        keys, values = shares @ view.keys.float(), shares @ view.values.float()
+                index[i, j, first:], new_pos[i, j, first:] = slots[order], place[order]
+
+        def means(x: torch.Tensor) -> torch.Tensor:
+            """[B, K, blocks, D] float32, averages of x [B, K, N, D]."""
+            each_member = rows_of(x, members.flatten(2)).float() * parts.flatten(2).unsqueeze(-1)
+            return each_member.view(b, k, most, size, x.shape[3]).sum(3)
+
+        def beside(x: torch.Tensor, averages: torch.Tensor) -> torch.Tensor:
+            """x [B, K, N, D] and averages [B, K, blocks, D] in the new slots."""
+            return rows_of(torch.cat([x, averages.to(x.dtype)], 2), index)
+
+        def sums(x: torch.Tensor) -> torch.Tensor:
+            """x [B, K, N] in the new slots, summed over what an average stands for."""
+            total = (x.gather(2, members.flatten(2)).view(members.shape) * (parts > 0)).sum(3)
+            return torch.cat([x, total], 2).gather(2, index)
+
         if self.key_space == "pre_rope":
-            unturned = shares @ view.rotate(view.keys.float(), -view.pos.clamp_min(0))
-            turned = view.rotate(unturned, new_pos.clamp_min(0))
-            keys = torch.where(average.unsqueeze(-1), turned, keys)
-        summed = (shares > 0).float()
-        mass = None if view.mass is None else (summed @ view.mass.unsqueeze(-1)).squeeze(-1)
-        bias = None
-        if self.count_bias == "log_n":
-            bias = (summed @ each.unsqueeze(-1)).squeeze(-1).log().masked_fill(new_pos < 0, 0.0)
-        return Kept(keys.to(view.keys.dtype), values.to(view.values.dtype), new_pos, mass, bias)
+            turned_back = view.rotate(view.keys.float(), -view.pos.clamp_min(0))
+            mean_keys = view.rotate(means(turned_back), average_pos)
+        else:
+            mean_keys = means(view.keys)
+        keys, values = beside(view.keys, mean_keys), beside(view.values, means(view.values))
+        bias = sums(each).log().masked_fill(new_pos < 0, 0.0) if self.count_bias == "log_n" else None
+        mass = None if view.mass is None else sums(view.mass)
+        return Kept(keys, values, new_pos, mass, bias)
 
     def _head(
         self, scores: torch.Tensor, pos: torch.Tensor, weights: torch.Tensor, count: int
@@ -111,45 +130,43 @@ class Compensate(Evicted):
         """One row and head, each argument [N].
 
         Returns:
-            its new slots [m], each named by the old slot whose position it takes; the share of every old pair in each,
-            [m, N], one for a kept token, weights that add up to one for an average; which of them are averages, [m].
+            the slots that stay [m]; the slots of every block that gets an average [blocks, size], -1 where it has
+            fewer; the weight of each in the average, 0 for those that stay.
         """
         real = (pos >= 0).nonzero().squeeze(1)
         always = real[scores[real].isposinf()]
         old = real[~scores[real].isposinf()]
         if len(real) <= count:
-            tokens, blocks = old, list[torch.Tensor]()
-        else:
-            tokens, blocks = self._tokens_and_blocks(old, scores[old], weights[old], count - len(always))
-        stays = torch.cat([tokens, always])
-        shares = torch.zeros(len(stays) + len(blocks), len(pos), device=pos.device)
-        shares[torch.arange(len(stays)), stays] = 1
-        gone = torch.ones(len(pos), device=pos.device)
-        gone[stays] = 0
-        for i, block in enumerate(blocks, len(stays)):
-            part = weights[block] * gone[block]
-            shares[i, block] = part / part.sum().clamp_min(torch.finfo(torch.float32).tiny)
-        slots = torch.cat([stays, *(block[-1:] for block in blocks)])
-        return slots, shares, torch.arange(len(slots), device=pos.device) >= len(stays)
+            return torch.cat([old, always]), old.new_zeros(0, 1), weights.new_zeros(0, 1)
+        size = len(old) if self.block_size == "full" else min(int(self.block_size), len(old))
+        padded = old.new_full((-(-len(old) // size), size), -1)
+        padded.view(-1)[: len(old)] = old
+        tokens, chosen = self._tokens_and_blocks(scores[old], weights[old], size, count - len(always))
+        stays, blocks = torch.cat([old[tokens], always]), padded[chosen]
+        evicted = weights.clone()
+        evicted[stays] = 0
+        part = torch.where(blocks >= 0, evicted[blocks.clamp_min(0)], 0.0)
+        return stays, blocks, part / part.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
     def _tokens_and_blocks(
-        self, old: torch.Tensor, scores: torch.Tensor, weights: torch.Tensor, room: int
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Which old slots are kept as they are, and which blocks of old slots get an average, in `room` slots."""
-        size = len(old) if self.block_size == "full" else int(self.block_size)
-        blocks = list(old.split(size))
-        best = scores.argsort(descending=True, stable=True)
-        if room <= len(blocks):
+        self, scores: torch.Tensor, weights: torch.Tensor, size: int, room: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens are kept as they are, and which blocks get an average, in `room` slots; scores and weights are
+        those of the tokens that may go."""
+        block = torch.arange(len(scores), device=scores.device) // size
+        blocks = int(block[-1]) + 1
+        if room <= blocks:
             heaviness = torch.stack([w.sum() for w in weights.split(size)])
             heaviest = heaviness.argsort(descending=True, stable=True)[:room]
-            return old[:0], [blocks[i] for i in sorted(heaviest.tolist())]
-        kept = room - len(blocks)
-        if self.empty_block == "drop":
-            in_block = torch.arange(len(old), device=old.device) // size
-            sizes = torch.bincount(in_block)
-            for kept in range(room, -1, -1):  # as many tokens as fit beside the blocks that are not wholly kept
-                left = (torch.bincount(in_block[best[:kept]], minlength=len(sizes)) < sizes).nonzero().squeeze(1)
-                if kept + len(left) <= room:
-                    blocks = [blocks[i] for i in left.tolist()]
-                    break
-        return old[best[:kept]], blocks
+            return block[:0], heaviest.sort().values
+        best = scores.argsort(descending=True, stable=True)
+        kept, last = room - blocks, torch.zeros(blocks, dtype=torch.long, device=scores.device)
+        if self.empty_block == "drop":  # as many tokens as fit beside the blocks that are not wholly kept
+            place = torch.arange(1, len(best) + 1, device=best.device)
+            last = last.scatter_reduce(0, block[best], place, "amax")  # a block is wholly kept from so many tokens on
+            tokens = torch.arange(room + 1, device=best.device)
+            left = blocks - torch.searchsorted(last.sort().values, tokens, right=True)
+            kept = int((tokens + left <= room).nonzero().max())
+        else:
+            last += len(best) + 1
+        return best[:kept], (last > kept).nonzero().squeeze(1)
