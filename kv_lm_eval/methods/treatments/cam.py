@@ -55,9 +55,10 @@ class CaM(Evicted):
         merged = gone & (position_hash(view, self.merge_seed) / 2**24 < ratio) & (after < slots)
         if not merged.any():
             return kept
-        share = (view.values.float() / size).masked_fill(~merged.unsqueeze(-1), 0.0)
+        # Sums in float64: a GPU adds in any order, which must not show.
+        share = (view.values.double() / size).masked_fill(~merged.unsqueeze(-1), 0.0)
         total = share.new_zeros(b, k, slots + size, share.shape[3])
         for step in range(size):
             total.scatter_add_(2, (after + step).unsqueeze(-1).expand_as(share), share)
-        kept.values = (kept.values.float() + total[:, :, :slots]).to(kept.values.dtype)
+        kept.values = (kept.values + total[:, :, :slots]).to(kept.values.dtype)
         return kept

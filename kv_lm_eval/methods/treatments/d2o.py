@@ -61,13 +61,14 @@ class D2O(Evicted):
             threshold = torch.where(view.memory.isneginf(), mean, moved)
             threshold = torch.where(number == 0, view.memory, threshold)
         merged = gone & (nearest >= threshold.unsqueeze(-1))
-        weight = nearest.exp().masked_fill(~merged, 0.0)
-        total = torch.zeros(valid.shape, device=weight.device).scatter_add_(2, partner, weight).unsqueeze(-1)
+        # Sums in float64: a GPU adds in any order, which must not show.
+        weight = nearest.double().exp().masked_fill(~merged, 0.0)
+        total = weight.new_zeros(valid.shape).scatter_add_(2, partner, weight).unsqueeze(-1)
         for name, old in (("keys", view.keys), ("values", view.values)):
             own: torch.Tensor = getattr(kept, name)
             where = partner.unsqueeze(-1).expand_as(old)
-            summed = (e * own.float()).scatter_add_(2, where, weight.unsqueeze(-1) * old.float())
-            setattr(kept, name, torch.where(total > 0, summed / (e + total), own.float()).to(own.dtype))
+            summed = (e * own.double()).scatter_add_(2, where, weight.unsqueeze(-1) * old)
+            setattr(kept, name, torch.where(total > 0, summed / (e + total), own.double()).to(own.dtype))
         kept.memory = threshold
         return kept
 
