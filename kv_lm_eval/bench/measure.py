@@ -144,7 +144,7 @@ def generation(bench: Bench, methods: Sequence[str], prompt: int, new_tokens: in
         tpot = [(t - f) / (new_tokens - 1) for t, f in zip(totals, ttft, strict=True)]
         out[name] = {
             "ttft_s": spread(ttft),
-            "tpot_s": spread(tpot),
+            "tpot_s": {**spread(tpot), "rounds": tpot},
             "tokens_per_s": spread([new_tokens / t for t in totals]),
             "wall_total_s": spread(total.wall_s)["median"],
             **kept[name],

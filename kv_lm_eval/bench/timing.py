@@ -31,9 +31,10 @@ class Times:
     cpu_s: list[float] = field(default_factory=list)
 
     def record(self, clock: str) -> dict[str, Any]:
-        """Median, p10, p90 and n of the seconds per unit by that clock ("cpu" or "wall"); the wall median too."""
-        values = self.cpu_s if clock == "cpu" else self.wall_s
-        numbers = spread(v / self.per for v in values)
+        """Median, p10, p90 and n of the seconds per unit by that clock ("cpu" or "wall"), and those of each round; the
+        wall median too."""
+        values = [v / self.per for v in (self.cpu_s if clock == "cpu" else self.wall_s)]
+        numbers: dict[str, Any] = {**spread(values), "rounds": values}
         numbers["wall_median"] = spread(v / self.per for v in self.wall_s)["median"]
         return numbers
 
