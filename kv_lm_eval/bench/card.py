@@ -202,7 +202,8 @@ def _decode(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     head = ["method", *(h for n in sizes for h in (f"{n} slots, ms", "of full"))]
     last, first = part["slots"][sizes[-1]]["full"], part["slots"][sizes[0]]
     best = min(first, key=lambda name: first[name]["median"])
-    gain = f"The full cache at {sizes[-1]} takes {last['median'] / first[best]['median']:.2f}x the step of {best} at {sizes[0]} slots."
+    times = last["median"] / first[best]["median"]
+    gain = f"The full cache at {sizes[-1]} takes {times:.2f}x the step of {best} at {sizes[0]} slots."
     return [*lines, *table(head, [*rows, floors]), "", gain]
 
 
