@@ -92,6 +92,8 @@ class KVCompressedLM(HFLM):
             super().__init__(tiny.resolve(pretrained), backend="causal", **rest)
         except OSError as error:
             raise UserError(f"pretrained={pretrained} could not be loaded: {str(error).splitlines()[0]}") from error
+        # Lengths are checked here, and a document may have any: no warning that the model would fail.
+        self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self._set_ranks()
         if self.compression.method.uses_cache:
             self.facts = wrap(self._causal_lm, self.compression)

@@ -112,7 +112,7 @@ def load(
         raise UserError(f"--model {name} could not be loaded: {str(error).splitlines()[0]}") from error
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     most = max_eval_tokens or (4096 if dataset == "wikitext" else 20_000)
-    ids = tokenizer.encode("\n\n".join(row["text"] for row in rows), add_special_tokens=False)[:most]
+    ids = tokenizer.encode("\n\n".join(row["text"] for row in rows), add_special_tokens=False, verbose=False)[:most]
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None:
         raise UserError(f"--model {name}: its tokenizer has neither a BOS nor an EOS token to begin a text with")

@@ -67,7 +67,7 @@ def _tokens(texts: dict[str, int | None], pretrained: str) -> int | None:
         tokenizer = AutoTokenizer.from_pretrained(tiny.resolve(pretrained), local_files_only=True)
     except (OSError, ValueError):  # not downloaded yet
         return None
-    lengths = (len(tokenizer(text)["input_ids"]) for text in texts)
+    lengths = (len(tokenizer(text, verbose=False)["input_ids"]) for text in texts)
     return sum(min(n, most or n) for n, most in zip(lengths, texts.values(), strict=True))
 
 
