@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Sight
 
@@ -221,8 +222,8 @@ def _in_sight(sight: Sight, pos: torch.Tensor, slot_pos: torch.Tensor, group: in
     """Which slots each query head may see: [B, 1 or K, G * q, N], bool; pos [B, q], slot_pos [B, 1 or K, N]."""
     everything = torch.iinfo(torch.int32).max
     shape = (1, 1, 1, 1, 1) if len(sight.sinks) == 1 else (1, -1, group, 1, 1)
-    sinks = torch.tensor(sight.sinks, device=pos.device).view(shape)
-    windows = torch.tensor([everything if w is None else w for w in sight.windows], device=pos.device).view(shape)
+    sinks = to_device(sight.sinks, pos.device).view(shape)
+    windows = to_device([everything if w is None else w for w in sight.windows], pos.device).view(shape)
     slots = slot_pos[:, :, None, None, :]
     seen = (slots < sinks) | (pos[:, None, None, :, None] - slots < windows)  # [B, 1 or K, 1 or G, q, N]
     return seen.expand(-1, -1, group, -1, -1).flatten(2, 3)

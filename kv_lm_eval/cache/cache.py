@@ -23,6 +23,7 @@ from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.cache.store import LayerStore
+from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.methods.base import View
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.methods.evicted import blank_lowest
@@ -385,12 +386,12 @@ class CompressedCache(Cache):
         if store.pristine_sinks is None:
             store.pristine_sinks = current
         else:
-            first_time = torch.tensor(fresh, device=device).view(-1, 1, 1, 1)
+            first_time = to_device(fresh, device).view(-1, 1, 1, 1)
             store.pristine_sinks = torch.where(first_time, current, store.pristine_sinks)
         lost = self._lost(layer)
-        delta = torch.tensor(lost, device=device).view(-1, 1)
+        delta = to_device(lost, device).view(-1, 1)
         moved = rope.rotate(store.pristine_sinks, delta, layer)
-        untouched = torch.tensor([n == 0 for n in lost], device=device).view(-1, 1, 1, 1)
+        untouched = to_device([n == 0 for n in lost], device).view(-1, 1, 1, 1)
         store.write_sinks(index, torch.where(untouched, current, moved))
 
     # ------------------------------------------------------------------------------------ numbers

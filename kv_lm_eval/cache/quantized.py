@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kv_lm_eval.cache.store import Kept, LayerStore, _own_storage
+from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.methods.storage import Storage
 
 BLOCK_SLOTS = 4096  # pairs a row that are coded, or read back, at a time: bounds what this takes beside its result
@@ -216,7 +217,7 @@ class QuantizedStore(LayerStore):
         if not pool.shape[2]:  # no row has a pair yet
             return exact.new_zeros(*exact.shape[:2], self.length, exact.shape[3])
         rank = (self.pos >= 0).cumsum(-1) - 1  # [B, 1 or K, N]
-        counts = torch.tensor(self.coded, device=pool.device).unsqueeze(-1)
+        counts = to_device(self.coded, pool.device).unsqueeze(-1)
         index = torch.where(rank < self.sinks + counts, rank, rank + width - counts)
         return _gather(pool, index.clamp(0, pool.shape[2] - 1))
 
@@ -239,7 +240,7 @@ class QuantizedStore(LayerStore):
         if end > self._exact_keys.shape[2]:
             room = end + self.storage.group_size
             self._exact_keys, self._exact_values = _grown(self._exact_keys, room), _grown(self._exact_values, room)
-        at = torch.tensor(self.exact, device=keys.device).unsqueeze(-1) + torch.arange(q, device=keys.device)
+        at = to_device(self.exact, keys.device).unsqueeze(-1) + torch.arange(q, device=keys.device)
         for held, new in ((self._exact_keys, keys), (self._exact_values, values)):
             held.scatter_(2, at.unsqueeze(-1).expand_as(new), new)
         self.exact = [[e + n for e in row] for row, n in zip(self.exact, counts, strict=True)]
@@ -255,9 +256,9 @@ class QuantizedStore(LayerStore):
         if not most:
             return
         device = self._exact_keys.device
-        out = torch.tensor(leaving, device=device).unsqueeze(-1)
+        out = to_device(leaving, device).unsqueeze(-1)
         real = torch.arange(most, device=device) < out
-        before = torch.tensor(self.coded, device=device).unsqueeze(-1)
+        before = to_device(self.coded, device).unsqueeze(-1)
         self.coded = [[c + m for c, m in zip(*rows, strict=True)] for rows in zip(self.coded, leaving, strict=True)]
         self.exact = [[e - m for e, m in zip(*rows, strict=True)] for rows in zip(self.exact, leaving, strict=True)]
         part = slice(self.sinks, self.sinks + most)
@@ -286,7 +287,7 @@ class QuantizedStore(LayerStore):
         keys, values = _gather(kept.keys, order), _gather(kept.values, order)
         was = torch.searchsorted(old.sort(dim=-1).values, new)  # the place that each had
         real, place = new < EMPTY, torch.arange(m, device=device)
-        coded = torch.tensor(self.coded, device=device).unsqueeze(-1)
+        coded = to_device(self.coded, device).unsqueeze(-1)
         inside = real & (place >= sinks) & (was < sinks + coded)  # coded pairs: those that follow the sinks
         counts, total = inside.sum(-1), real.sum(-1)
         self.coded, self.exact = counts.tolist(), (total - counts).tolist()

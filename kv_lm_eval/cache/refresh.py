@@ -20,6 +20,7 @@ import torch
 from kv_lm_eval.cache.attention import Step
 from kv_lm_eval.cache.cache import MAX_ROOM, CompressedCache
 from kv_lm_eval.cache.store import Kept
+from kv_lm_eval.cache.transfer import to_device
 
 
 class RefreshCache(CompressedCache):
@@ -35,7 +36,7 @@ class RefreshCache(CompressedCache):
         self.new_pos = self._true_pos
         if shift is not None and any(shift):
             assert rope is not None
-            delta = torch.tensor(shift, device=step.query.device).view(-1, 1)
+            delta = to_device(shift, step.query.device).view(-1, 1)
             self.new_pos = torch.where(self._true_pos >= 0, self._true_pos + delta.to(self._true_pos.device), -1)
             if self.facts.rope_kinds[step.layer] == "rope":
                 query, key = (rope.rotate(x, delta, step.layer) for x in (step.query, step.key))

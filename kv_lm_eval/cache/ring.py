@@ -17,6 +17,7 @@ import torch
 from kv_lm_eval.cache.attention import Step
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.store import LayerStore
+from kv_lm_eval.cache.transfer import to_device
 
 
 class RingStore(LayerStore):
@@ -107,8 +108,8 @@ class RingCache(CompressedCache):
     def _drop_unseen(self, layer: int) -> None:
         """Empties the slots of pairs that were cut and wait to be overwritten."""
         store, sinks = self.stores[layer], self.compression.method.sinks_and_recent or 0
-        seen = torch.tensor(self.seen, device=store.pos.device).view(-1, 1, 1)
-        new = torch.tensor(self.new_counts, device=store.pos.device).view(-1, 1, 1) * (self.mode != "score")
+        seen = to_device(self.seen, store.pos.device).view(-1, 1, 1)
+        new = to_device(self.new_counts, store.pos.device).view(-1, 1, 1) * (self.mode != "score")
         gone = (store.pos >= sinks) & (store.pos < seen - new - (self._capacity - sinks))
         store.pos.masked_fill_(gone, -1)
 
@@ -132,7 +133,7 @@ class RingCache(CompressedCache):
         assert rope is not None and store.pristine_sinks is not None
         lost = tuple(seen - held for seen, held in zip(self.seen, self.held[layer], strict=True))
         if lost != self._turned[0]:  # the same for all layers of a step
-            self._turned = (lost, torch.tensor(lost, device=store.keys.device, dtype=torch.long).view(-1, 1))
+            self._turned = (lost, to_device(lost, store.keys.device).long().view(-1, 1))
         delta = self._turned[1].to(store.keys.device)
         store.keys[:, :, : store.pristine_sinks.shape[2]] = rope.rotate(store.pristine_sinks, delta, layer)
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from typing_extensions import dataclass_transform
 
+from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.errors import UserError, close_names
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class View:
         """True for the last `count` tokens seen (one number, or one a row): [B, 1 or K, N]."""
         counts = [count] * len(self.seen) if isinstance(count, int) else count
         first = [seen - c for seen, c in zip(self.seen, counts, strict=True)]
-        return self.pos >= torch.tensor(first, device=self.pos.device).view(-1, 1, 1).clamp_min(0)
+        return self.pos >= to_device(first, self.pos.device).view(-1, 1, 1).clamp_min(0)
 
     def first(self, count: int) -> torch.Tensor:
         """True for the first `count` tokens of each row: [B, 1 or K, N]."""

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import torch
 
+from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.errors import UserError
 
 
@@ -222,7 +223,7 @@ class Heads:
         flat = torch.where(real, scores.float(), float("-inf")).reshape(rows, heads * n)
         order = flat.argsort(dim=-1, descending=True, stable=True)
         rank = torch.arange(heads * n, device=order.device)
-        chosen = rank < torch.tensor([k * heads for k in keep], device=order.device).view(-1, 1)
+        chosen = rank < to_device([k * heads for k in keep], order.device).view(-1, 1)
         wanted = torch.zeros(rows, heads, dtype=torch.long, device=order.device)
         wanted.scatter_add_(1, order // n, chosen.long())
         available = real.sum(-1).tolist()

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from kv_lm_eval.cache.store import Kept, rows_of
+from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.methods.base import Method, View
 
@@ -118,7 +119,7 @@ def blank_lowest(scores: torch.Tensor, pos: torch.Tensor, drop: list[int]) -> No
     """
     finite = torch.finfo(torch.float32)
     scores = torch.where(pos >= 0, scores.float().clamp(finite.min, finite.max), float("inf"))
-    todo = torch.tensor(drop, device=pos.device).view(-1, 1, 1)
+    todo = to_device(drop, pos.device).view(-1, 1, 1)
     last = pos.shape[2] - 1
     for i in range(max(drop)):
         lowest = last - scores.flip(-1).argmin(-1, keepdim=True)  # of equal ones the newest

@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View, setting
 
@@ -70,5 +71,5 @@ class ExpectedAttention(Method):
 
     def _ahead(self, view: View, x: Tensor) -> Tensor:
         """[B, H, n, D] vectors at position 0, turned by the mean rotation over the positions to come."""
-        start = torch.tensor(view.seen, device=x.device).unsqueeze(1)
+        start = to_device(view.seen, x.device).unsqueeze(1)
         return view.rotate(x, start, self.n_future_positions)

@@ -7,6 +7,7 @@ import torch
 
 from kv_lm_eval.analysis import head_profile
 from kv_lm_eval.analysis.head_profile import Head, HeadProfile
+from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, Sight, View, setting
 
@@ -231,7 +232,7 @@ class HeadAware(Method):
         slots = None if self._slots is None else self._slots[view.layer]
         if slots is not None:
             keeps_sinks = [n is None or n >= self._sinks for n in slots]  # a dead head keeps nothing
-            first = first & torch.tensor(keeps_sinks, device=first.device).view(1, -1, 1)
+            first = first & to_device(keeps_sinks, first.device).view(1, -1, 1)
             score = score.expand_as(first)
         return score.masked_fill(first, float("inf"))
 
