@@ -235,3 +235,12 @@ def test_config_file_names_the_tasks(tmp_path: Path, installed: None) -> None:
 def test_help_needs_no_lm_eval() -> None:
     code = "import sys; from kv_lm_eval.cli import main; main(['--help']); print('lm_eval' in sys.modules)"
     assert output(code).splitlines()[-1] == "False"
+
+
+def test_a_reader_who_has_enough_ends_the_list_quietly() -> None:
+    command = [sys.executable, "-m", "kv_lm_eval", "methods", "snapkv"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.close()
+        said = run.stderr.read()
+    assert (run.returncode, said) == (0, "")
