@@ -312,13 +312,29 @@ def _attend_one(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one new token a row, [B, H, 1, D], and what each slot receives from it, as `_received_mass` gives
     it, from one reading of the keys."""
-    b, h, _, _ = query.shape
-    kv_heads = keys.shape[1]
-    mask = visible(pos, slot_pos, 0, old, window, None).repeat(1, 1, h // kv_heads, 1)
-    added = None if bias is None else bias[:, :, None]
-    weights = attention_weights(packed_queries(query, kv_heads), keys, mask, scaling, None, added)  # [B, K, G, N]
-    out = (weights.to(values.dtype) @ values).reshape(b, h, 1, -1)
+    weights = _new_weights(query, keys, pos, slot_pos, 0, old, scaling, None, window, bias)  # [B, K, G, N]
+    out = (weights.to(values.dtype) @ values).reshape(*query.shape[:2], 1, -1)
     return out, weights.mean(2) * (pos >= 0).unsqueeze(2)
+
+
+def _new_weights(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    pos: torch.Tensor,
+    slot_pos: torch.Tensor,
+    first: int,
+    old: int,
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention weights of the new tokens first .. first + q - 1, query [B, H, q, D] and pos [B, q], over the slots up
+    to the last of them: [B, K, G * q, old + first + q] float32."""
+    kv_heads, end = keys.shape[1], old + first + query.shape[2]
+    mask = visible(pos, slot_pos[:, :, :end], first, old, window, None).repeat(1, 1, query.shape[1] // kv_heads, 1)
+    added = None if bias is None else bias[:, :, None, :end]
+    return attention_weights(packed_queries(query, kv_heads), keys[:, :, :end], mask, scaling, softcap, added)
 
 
 def _received_mass(
@@ -340,15 +356,10 @@ def _received_mass(
     mass = torch.zeros(b, kv_heads, n, device=query.device)
     for first in range(0, q, block):
         last = min(q, first + block)
-        end = old + last
-        block_pos = pos[:, first:last]
-        mask = visible(block_pos, slot_pos[:, :, :end], first, old, window, None).repeat(1, 1, h // kv_heads, 1)
-        added = None if bias is None else bias[:, :, None, :end]
-        weights = attention_weights(
-            packed_queries(query[:, :, first:last], kv_heads), keys[:, :, :end], mask, scaling, softcap, added
-        )
+        part, block_pos = query[:, :, first:last], pos[:, first:last]
+        weights = _new_weights(part, keys, block_pos, slot_pos, first, old, scaling, softcap, window, bias)
         share = (block_pos >= 0).repeat(1, h // kv_heads).float() / (h // kv_heads)  # of each packed query, [B, G * q]
-        mass[:, :, :end] += (share[:, None, None] @ weights).squeeze(2)
+        mass[:, :, : old + last] += (share[:, None, None] @ weights).squeeze(2)
     return mass
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kv_lm_eval.cache.store import Kept, LayerStore, _own_storage
+from kv_lm_eval.cache.store import Kept, LayerStore, _own_storage, rows_of
 from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.methods.storage import Storage
 
@@ -94,13 +94,13 @@ class Packed:
         if self.group is None:
             width = min(self.storage.group_size, self.size)
             return table[:, :, part].float().repeat_interleave(width, dim=-1)[..., : self.size]
-        return _gather(table, self.group[:, :, part].long()).float()
+        return rows_of(table, self.group[:, :, part].long()).float()
 
     def take(self, index: torch.Tensor, real: torch.Tensor) -> Packed:
         """The pairs at index [B, K, m], codes as they are; groups of which no real one is among them are dropped."""
-        codes = _gather(self.codes, index)
+        codes = rows_of(self.codes, index)
         if self.group is None:
-            return replace(self, codes=codes, scale=_gather(self.scale, index), zero=_gather(self.zero, index))
+            return replace(self, codes=codes, scale=rows_of(self.scale, index), zero=rows_of(self.zero, index))
         group = self.group.long().gather(2, index)
         used = torch.zeros(self.scale.shape[:3], dtype=torch.int32, device=codes.device)
         used.scatter_add_(2, group, real.int())
@@ -108,7 +108,7 @@ class Packed:
         order = (~alive).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(alive.sum(-1).max())]
         number = (alive.cumsum(-1) - 1).clamp_min(0)
         group = _narrow(number.gather(2, group))
-        return replace(self, codes=codes, scale=_gather(self.scale, order), zero=_gather(self.zero, order), group=group)
+        return replace(self, codes=codes, scale=rows_of(self.scale, order), zero=rows_of(self.zero, order), group=group)
 
     @staticmethod
     def join(parts: Sequence[Packed]) -> Packed:
@@ -136,7 +136,7 @@ class Packed:
         if not most:
             return stays
         order = (~changed).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
-        new = Packed.encode(_gather(x, order), changed.gather(2, order), self.storage, self.axis)
+        new = Packed.encode(rows_of(x, order), changed.gather(2, order), self.storage, self.axis)
         slots = torch.arange(x.shape[2], device=x.device)
         return Packed.join([stays, new]).take(torch.where(changed, x.shape[2] + changed.cumsum(-1) - 1, slots), real)
 
@@ -219,7 +219,7 @@ class QuantizedStore(LayerStore):
         rank = (self.pos >= 0).cumsum(-1) - 1  # [B, 1 or K, N]
         counts = to_device(self.coded, pool.device).unsqueeze(-1)
         index = torch.where(rank < self.sinks + counts, rank, rank + width - counts)
-        return _gather(pool, index.clamp(0, pool.shape[2] - 1))
+        return rows_of(pool, index.clamp(0, pool.shape[2] - 1))
 
     # ------------------------------------------------------------------------------------ writing
 
@@ -231,7 +231,7 @@ class QuantizedStore(LayerStore):
         super().append(keys[..., :0], values[..., :0], pos)
         if min(counts) < q:  # real pairs first
             order = (pos < 0).to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(1).expand(b, k, q)
-            keys, values = _gather(keys, order), _gather(values, order)
+            keys, values = rows_of(keys, order), rows_of(values, order)
         if self._exact_keys is None or self._exact_values is None:
             self._exact_keys, self._exact_values = _own_storage(keys), _own_storage(values)
             self.exact, self.coded, self._saved = [[n] * k for n in counts], [[0] * k for _ in counts], [0] * b
@@ -284,7 +284,7 @@ class QuantizedStore(LayerStore):
         old, new = (torch.where(p < 0, EMPTY, p).expand(b, k, -1) for p in (self.pos, kept.pos))
         super().replace(replace(kept, keys=kept.keys[..., :0], values=kept.values[..., :0]), room)
         new, order = new.sort(dim=-1, stable=True)  # each row and head from its oldest pair on, the empty slots last
-        keys, values = _gather(kept.keys, order), _gather(kept.values, order)
+        keys, values = rows_of(kept.keys, order), rows_of(kept.values, order)
         was = torch.searchsorted(old.sort(dim=-1).values, new)  # the place that each had
         real, place = new < EMPTY, torch.arange(m, device=device)
         coded = to_device(self.coded, device).unsqueeze(-1)
@@ -309,7 +309,7 @@ class QuantizedStore(LayerStore):
         place = torch.arange(most, device=keys.device)
         index = torch.where(place < self.sinks, place, place + out).clamp_max(keys.shape[2] - 1)
         room = most + self.storage.group_size  # tokens until the next groups leave
-        self._exact_keys, self._exact_values = _grown(_gather(keys, index), room), _grown(_gather(values, index), room)
+        self._exact_keys, self._exact_values = _grown(rows_of(keys, index), room), _grown(rows_of(values, index), room)
 
     def drop_oldest(self, keep: int) -> None:
         if self.length > keep:
@@ -386,11 +386,6 @@ def _unpack(packed: torch.Tensor, nbits: int) -> torch.Tensor:
     """The numbers again, uint8; those that filled the last byte included."""
     parts = [(packed >> shift) & (2**nbits - 1) for shift in range(0, 8, nbits)]
     return torch.stack(parts, dim=-1).flatten(-2)
-
-
-def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x [B, K, n, D] at index [B, 1 or K, m]."""
-    return x.gather(2, index.unsqueeze(-1).expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _narrow(numbers: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 
 from kv_lm_eval.cache.attention import Step
 from kv_lm_eval.cache.cache import MAX_ROOM, CompressedCache
-from kv_lm_eval.cache.store import Kept
+from kv_lm_eval.cache.store import Kept, rows_of
 from kv_lm_eval.cache.transfer import to_device
 
 
@@ -82,9 +82,7 @@ class RefreshCache(CompressedCache):
             at = slice(length - len(chosen), length)
             index[b, at], pos[b, at] = torch.tensor(chosen), torch.tensor(places)
             delta[b, at] = torch.tensor([new - row[i] for new, i in zip(places, chosen, strict=True)])
-        wide = index.to(store.keys.device)[:, None, :, None]
-        keys = store.keys.gather(2, wide.expand(-1, store.keys.shape[1], -1, store.keys.shape[3]))
-        values = store.values.gather(2, wide.expand(-1, store.values.shape[1], -1, store.values.shape[3]))
+        keys, values = (rows_of(x, index.to(x.device)[:, None]) for x in (store.keys, store.values))
         if self.facts.rope_kinds[layer] == "rope":
             assert self.facts.rope is not None
             keys = self.facts.rope.rotate(keys, delta.to(keys.device), layer)

@@ -16,7 +16,7 @@ import torch
 
 from kv_lm_eval.cache.attention import Step
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.store import LayerStore
+from kv_lm_eval.cache.store import LayerStore, rows_of
 from kv_lm_eval.cache.transfer import to_device
 
 
@@ -63,9 +63,7 @@ class RingStore(LayerStore):
         """The same pairs in order of position, empty slots first."""
         store = LayerStore()
         order = self.pos[:, 0].argsort(dim=-1, stable=True)
-        index = order[:, None, :, None]
-        store._keys = self.keys.gather(2, index.expand(-1, self.keys.shape[1], -1, self.keys.shape[3]))
-        store._values = self.values.gather(2, index.expand(-1, self.values.shape[1], -1, self.values.shape[3]))
+        store._keys, store._values = (rows_of(x, order[:, None]) for x in (self.keys, self.values))
         store._pos = self.pos.gather(2, order[:, None])
         store.length, store.pristine_sinks = self.length, self.pristine_sinks
         return store

@@ -173,17 +173,8 @@ class LayerStore:
             return
         index = (self.pos >= 0).int().argsort(dim=-1, stable=True)[..., self.length - held :]  # the empty ones first
         pos = self.pos.gather(2, index)
-        index = index.expand(-1, self.keys.shape[1], -1)
-        self.replace(
-            Kept(
-                rows_of(self.keys, index),
-                rows_of(self.values, index),
-                pos,
-                None if self.mass is None else self.mass.gather(2, index),
-                memory=self.memory,
-            ),
-            new,
-        )
+        mass = None if self.mass is None else self.mass.gather(2, index.expand(-1, self.keys.shape[1], -1))
+        self.replace(Kept(rows_of(self.keys, index), rows_of(self.values, index), pos, mass, memory=self.memory), new)
 
     def settle(self, due: Sequence[bool]) -> None:
         """After a forward and its cut: a store that holds old pairs in another form moves those of the rows that are
@@ -264,10 +255,9 @@ class LayerStore:
 
 
 def rows_of(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x [B, K, N, D] at index [B, K, M]: [B, K, M, D]. Whole rows: four times as fast as torch.gather on a CPU."""
-    b, k, _ = index.shape
-    rows, heads = torch.arange(b, device=index.device), torch.arange(k, device=index.device)
-    return x[rows.view(-1, 1, 1), heads.view(1, -1, 1), index]
+    """x [B, K, N, D] at index [B, 1 or K, M]: [B, K, M, D]. Whole rows: four times as fast as torch.gather on a CPU."""
+    rows, heads = (torch.arange(n, device=index.device) for n in x.shape[:2])
+    return x[rows.view(-1, 1, 1), heads.view(1, -1, 1), index.expand(-1, x.shape[1], -1)]
 
 
 def _own_storage(x: torch.Tensor) -> torch.Tensor:

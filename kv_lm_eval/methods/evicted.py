@@ -133,9 +133,8 @@ def gather(view: View, index: torch.Tensor, valid: torch.Tensor) -> Kept:
     heads = max(view.pos.shape[1], index.shape[1])
     pos = view.pos.expand(-1, heads, -1).gather(2, index.expand(-1, heads, -1))
     pos = torch.where(valid.expand(-1, heads, -1), pos, -1)
-    per_head = index.expand(-1, view.keys.shape[1], -1)
-    keys, values = rows_of(view.keys, per_head), rows_of(view.values, per_head)
-    return Kept(keys, values, pos, None if view.mass is None else view.mass.gather(2, per_head))
+    mass = None if view.mass is None else view.mass.gather(2, index.expand(-1, view.keys.shape[1], -1))
+    return Kept(rows_of(view.keys, index), rows_of(view.values, index), pos, mass)
 
 
 def split(view: View, index: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -160,13 +160,12 @@ class Compensate(Evicted):
             heaviest = heaviness.argsort(descending=True, stable=True)[:room]
             return block[:0], heaviest.sort().values
         best = scores.argsort(descending=True, stable=True)
-        kept, last = room - blocks, torch.zeros(blocks, dtype=torch.long, device=scores.device)
+        kept, chosen = room - blocks, torch.arange(blocks, device=scores.device)
         if self.empty_block == "drop":  # as many tokens as fit beside the blocks that are not wholly kept
             place = torch.arange(1, len(best) + 1, device=best.device)
-            last = last.scatter_reduce(0, block[best], place, "amax")  # a block is wholly kept from so many tokens on
+            last = torch.zeros_like(chosen).scatter_reduce(0, block[best], place, "amax")  # wholly kept from so many on
             tokens = torch.arange(room + 1, device=best.device)
             left = blocks - torch.searchsorted(last.sort().values, tokens, right=True)
             kept = int((tokens + left <= room).nonzero().max())
-        else:
-            last += len(best) + 1
-        return best[:kept], (last > kept).nonzero().squeeze(1)
+            chosen = (last > kept).nonzero().squeeze(1)
+        return best[:kept], chosen
