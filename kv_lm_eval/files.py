@@ -5,7 +5,8 @@ A schema is a type that pydantic can check as it stands: a TypedDict (from typin
 union, `Any`. Nothing is converted on the way: a string where a list was meant is an error, not a list of letters; only
 a whole number may stand for a float.
 
-Text is UTF-8; a byte order mark at its beginning is left out and every kind of line end becomes "\\n", whatever wrote it.
+Text is UTF-8; a byte order mark at its beginning is left out and every kind of line end becomes "\\n", whatever wrote
+it.
 """
 
 from __future__ import annotations

@@ -72,11 +72,11 @@ def test_a_file_that_cannot_grow_keeps_its_old_content(tmp_path):
     files.write_whole(file, "old")
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "from kv_lm_eval import files\n"
-        "try:\n    files.write_whole(r'%s', 'x' * 5000)\n"
-        "except files.UserError as error:\n    print(error)" % file
+        "import sys; from kv_lm_eval import files\n"
+        "try:\n    files.write_whole(sys.argv[1], 'x' * 5000)\n"
+        "except files.UserError as error:\n    print(error)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True).stdout
     assert "could not be written" in out and file.read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
 
 
@@ -84,12 +84,12 @@ def test_a_killed_writer_leaves_the_old_or_the_new_content(tmp_path):
     file = tmp_path / "x.json"
     files.write_json(file, {"n": 0, "pad": "x" * 100_000})
     code = (
-        "from kv_lm_eval import files\n"
+        "import sys; from kv_lm_eval import files\n"
         "print('ready', flush=True)\n"
-        "for n in range(1, 10**6):\n    files.write_json(r'%s', {'n': n, 'pad': 'x' * 100_000})" % file
+        "for n in range(1, 10**6):\n    files.write_json(sys.argv[1], {'n': n, 'pad': 'x' * 100_000})"
     )
     for _ in range(5):
-        writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
         before = json.loads(file.read_text())["n"]
         while json.loads(file.read_text())["n"] in (0, before):
