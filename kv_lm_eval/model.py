@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -24,16 +23,18 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from kv_lm_eval import __version__, config, tiny
+from kv_lm_eval import __version__, config, tiny, versions
 from kv_lm_eval.cache import static_ring
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import takes_logits_to_keep, wrap
 from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.engine.check import Roads, wrap
 from kv_lm_eval.engine.compiled import Decoder
+from kv_lm_eval.engine.forward import generate_with, logits_of
 from kv_lm_eval.engine.generate import check_generation_settings, decode_steps, noting_first_token, without_cache
-from kv_lm_eval.engine.prefill import feed_beginning, prefill
-from kv_lm_eval.engine.question import alike, as_fed, prefill_before_question
+from kv_lm_eval.engine.prefill import prefill
+from kv_lm_eval.engine.question import alike
 from kv_lm_eval.engine.recompute import see_last
+from kv_lm_eval.engine.start import start
 from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
 from kv_lm_eval.metrics.compression import CompressionLog, uncut
 from kv_lm_eval.metrics.latency import Stopwatch, Timing
@@ -96,9 +97,10 @@ class KVCompressedLM(HFLM):
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self._set_ranks()
         if self.compression.method.uses_cache:
-            self.facts = wrap(self._causal_lm, self.compression)
             evict = self.engine.prefill_evict
             chunk = evict or self.engine.prefill_chunk
+            roads = Roads(chunk is not None, not self.engine.question_in_prompt, self.engine.compile)
+            self.facts = wrap(self._causal_lm, self.compression, roads)
             self._new_cache = partial(make_cache, self.compression, self.facts, chunk, evict is not None)
             self._decoder = Decoder(self._causal_lm) if self.engine.compile else None
             for message in self.compression.warnings(self.facts):
@@ -113,6 +115,8 @@ class KVCompressedLM(HFLM):
                 "tail_tokens=0: the first token of every continuation is scored from the uncompressed prompt, so "
                 "one-token choices will show exactly no effect of a compression after the prefill"
             )
+        if untried := versions.in_use().get("untried"):
+            log.warning("%s: the self-check has passed, the tests have not been run with it", untried)
         log.info("kvcompressed: %s on %s", self.settings, self._name)
 
     @property
@@ -214,26 +218,22 @@ class KVCompressedLM(HFLM):
                     f"num_beams={kwargs['num_beams']} with compile=True: beams move rows about, which the compiled "
                     "step does not; leave one of them out"
                 )
-            cache = self._timed_cache(watch)
         rows = [row[-n:] for row, n in zip(context.tolist(), mask.sum(1).tolist(), strict=True)]
-        if cache is not None and (questions or cache.prefill_chunk):
-            tails = [q.tail_tokens for q in questions or ()]
+        if self.compression.method.uses_cache:
+            tails = [q.tail_tokens for q in questions] if questions else None
             with self._autocast():
-                if questions:
-                    cache = prefill_before_question(self.model, partial(self._timed_cache, watch), rows, tails)
-                else:
-                    feed_beginning(self.model, cache, rows)
-            if (beams := max(int(kwargs.get(name) or 1) for name in ("num_beams", "num_return_sequences"))) > 1:
+                new_cache, pad = partial(self._timed_cache, watch), self.tokenizer.pad_token_id
+                cache, ids, mask = start(self.model, new_cache, rows, tails, pad)
+            beams = max(int(kwargs.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
+            if beams > 1 and cache.seen:
                 cache.batch_repeat_interleave(beams)
-        if questions:
-            ids, mask = (t.to(context.device) for t in as_fed(rows, tails, self.tokenizer.pad_token_id))
             max_length += ids.shape[1] - context.shape[1]
         steps_before = len(cache.history) if cache is not None else 0
         fast: AbstractContextManager[None] = nullcontext()
         if cache is not None and self._decoder is not None:
             fast = self._decoder.decoding(cache, max_length - ids.shape[1])
         with noting_first_token(self._causal_lm, watch.first_token), fast:
-            held = {} if cache is None else {"past_key_values": cache}
+            held = generate_with(cache)
             out = super()._model_generate(ids, max_length, stop, attention_mask=mask, **held, **kwargs)
         watch.end()
         new = out[:, ids.shape[1] :]
@@ -303,7 +303,7 @@ class KVCompressedLM(HFLM):
                 if self.compression.method.uses_cache:
                     prefill(self.model, self._new_cache, [self._longest] * n)
                 else:
-                    self.model(torch.tensor([self._longest] * n, device=self.device), use_cache=False, logits_to_keep=1)
+                    logits_of(self.model, torch.tensor([self._longest] * n, device=self.device), keep=1)
 
         return largest_batch(attempt, self.max_batch_size)
 
@@ -335,13 +335,11 @@ class KVCompressedLM(HFLM):
 
     def _last_logits(self, ids: torch.Tensor, count: int) -> torch.Tensor:
         """One plain forward of right-padded rows [B, q] from an empty cache, uncut: the last logits [B, count, V]."""
-        fewer = {"logits_to_keep": count} if takes_logits_to_keep(type(self._causal_lm).forward) else {}
-        cache: dict[str, Any] = {"use_cache": False}
-        if self.compression.method.uses_cache:
-            cache = {"use_cache": True, "past_key_values": self._new_cache()}
-            cache["past_key_values"].mode = "hold"
+        cache = self._new_cache() if self.compression.method.uses_cache else None
+        if cache is not None:
+            cache.mode = "hold"
         with torch.inference_mode(), self._autocast():
-            return self.model(ids, **cache, **fewer).logits[:, -count:]
+            return logits_of(self.model, ids, cache=cache, keep=count)
 
     # ------------------------------------------------------------------------------------ loglikelihood_rolling
 
@@ -419,7 +417,7 @@ class KVCompressedLM(HFLM):
             **super().get_model_info(),
             "kv_compression": self.settings,
             "kv_stats": summary,
-            "kv_versions": {"kv-lm-eval": __version__, **{p: version(p) for p in ("transformers", "torch", "lm-eval")}},
+            "kv_versions": versions.in_use(),
         }
 
     def fingerprint(self) -> str:

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kv_lm_eval import config, tiny
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import wrap
+from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.head_aware import UNIFORM, HeadAware

@@ -32,7 +32,7 @@ from kv_lm_eval.analysis import head_plots
 from kv_lm_eval.analysis.classifier import Thresholds, classify
 from kv_lm_eval.analysis.head_profile import Head, HeadProfile
 from kv_lm_eval.analysis.head_statistics import HeadStatistics, measure
-from kv_lm_eval.cache.check import FULL, wrap
+from kv_lm_eval.engine.check import FULL, wrap
 from kv_lm_eval.errors import UserError
 
 SHORTEST = 10  # tokens; a shorter last chunk is left out, as in the published analysis

@@ -26,8 +26,8 @@ from kv_lm_eval import config
 from kv_lm_eval.bench import card, shapes
 from kv_lm_eval.bench.timing import synchronise
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import wrap
 from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.prefill import feed, prefill
 from kv_lm_eval.errors import UserError
 

@@ -11,10 +11,11 @@ import torch
 import transformers as tf
 
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import wrap
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.config import parse
+from kv_lm_eval.engine.check import wrap
+from kv_lm_eval.engine.forward import cache_argument, logits_of
 from kv_lm_eval.methods.compression import Compression
 
 VOCAB = 97
@@ -64,6 +65,11 @@ CONFIGS = {
 CORE = ("llama", "mistral_sliding", "qwen3", "gpt_neox", "gemma3", "gpt2")
 FULL_ATTENTION = ("llama", "qwen3", "gpt_neox", "gpt2")
 ROPE_FULL_ATTENTION = ("llama", "qwen3", "gpt_neox")  # streaming with in-cache positions is possible and simple
+
+
+def given(cache: tf.Cache) -> dict[str, tf.Cache]:
+    """The argument of forward() or generate() for a cache, by the name that this version of transformers has for it."""
+    return {cache_argument(tf.LlamaForCausalLM.forward): cache}
 
 
 # --- a model under our attention, its untouched twin, and caches for it --------------------------------------------
@@ -124,9 +130,7 @@ def forward(
     if starts is not None:
         positions = positions + torch.tensor(starts)[:, None] * mask
     padding = mask if (mask == 0).any() else None
-    return model(
-        input_ids=ids, attention_mask=padding, position_ids=positions, past_key_values=cache, use_cache=True
-    ).logits
+    return logits_of(model, ids, positions=positions, mask=padding, cache=cache)
 
 
 def kept(cache: CompressedCache, layer: int, row: int = 0) -> list[list[int]]:

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.attention import WEIGHT_ELEMENTS, Step, attention_weights, packed_queries, visible
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import FULL
 from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.engine.check import FULL
 from kv_lm_eval.engine.prefill import feed
 
 SINKS = 4  # first tokens that count as sinks

@@ -19,11 +19,12 @@ from kv_lm_eval import config
 from kv_lm_eval.bench.live_bytes import LiveBytes
 from kv_lm_eval.bench.timing import clock_of, rounds, synchronise
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import device_of, wrap
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.compiled import Decoder
+from kv_lm_eval.engine.forward import device_of, logits_of
 from kv_lm_eval.engine.prefill import NewCache, feed, prefill
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.errors import UserError
@@ -126,9 +127,7 @@ def generation(bench: Bench, methods: Sequence[str], prompt: int, new_tokens: in
         for i in range(new_tokens):
             window = torch.tensor([ids[-bench.capacity :]], device=bench.device)
             cache = bench.new_cache("full")()  # our attention wants one; it is thrown away after each token
-            ids.append(
-                int(bench.model(window, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
-            )
+            ids.append(int(logits_of(bench.model, window, cache=cache, keep=1)[0, -1].argmax()))
             if i == 0:
                 first = moment()
                 firsts[RECOMPUTE].append((first[0] - start[0], first[1] - start[1]))

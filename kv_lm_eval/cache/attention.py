@@ -31,7 +31,8 @@ WEIGHT_ELEMENTS = 2**24  # the same for explicit attention weights, float32
 # Arguments that models hand to every attention function and that do not change the result of an inference step.
 HARMLESS = frozenset(
     """use_cache output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch
-    logits_to_keep cache_position past_key_values past_key_value position_embeddings layer_past is_causal""".split()
+    logits_to_keep cache_position cache past_key_values past_key_value position_embeddings layer_past
+    is_causal""".split()
 )
 
 

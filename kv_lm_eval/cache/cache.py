@@ -16,9 +16,9 @@ from math import ceil
 from typing import Any, Literal
 
 import torch
-from transformers import Cache
 
 from kv_lm_eval.cache.attention import Step, attend_stored, window_attention
+from kv_lm_eval.cache.face import Face
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.quantized import QuantizedStore
@@ -34,7 +34,7 @@ MOMENTS_BLOCK = 1024  # queries turned back in float32 at a time
 Mode = Literal["prefill", "decode", "stream", "hold", "score"]
 
 
-class CompressedCache(Cache):
+class CompressedCache(Face):
     """The KV cache of one batch under one compression.
 
     Args:
@@ -59,7 +59,7 @@ class CompressedCache(Cache):
     """
 
     def __init__(self, compression: Compression, facts: ModelFacts, mode: Mode = "prefill") -> None:
-        super().__init__(layers=[])  # transformers sees no layers of its own kind: all state is in our stores
+        super().__init__(facts.num_layers)
         self.compression = compression
         self.facts = facts
         self.mode: Mode = mode
@@ -90,9 +90,7 @@ class CompressedCache(Cache):
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
         if layer_idx == 0:
             self.new_pos = None
-        keys = key_states.view_as(key_states)
-        keys._kv_tag = (self, layer_idx)
-        return keys, value_states
+        return super().update(key_states, value_states, layer_idx)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen by the longest row, padding included: never the number of slots."""
@@ -100,33 +98,8 @@ class CompressedCache(Cache):
 
     _columns = 0
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self._columns + query_length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_initialized(self) -> bool:
-        return not self.stores[0].is_empty
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError(
-            "a compressed cache cannot be cropped: evicted tokens are gone (no assisted decoding)"
-        )
-
-    def reset(self) -> None:
-        self.__init__(self.compression, self.facts)  # type: ignore[misc]
-
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._select_in_place(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._select_in_place(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = torch.arange(len(self.seen)).repeat_interleave(repeats)

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from transformers import Cache
 
 from kv_lm_eval.cache.attention import Step, packed_queries
 from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.face import Face
 from kv_lm_eval.cache.ring import RingStore
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.compression import Compression
@@ -27,7 +27,7 @@ from kv_lm_eval.methods.compression import Compression
 ROUND = 256  # slots
 
 
-class StaticCache(Cache):
+class StaticCache(Face):
     """The pairs of a prefilled cache in tensors that do not move; single tokens for all rows from there on.
 
     Attributes:
@@ -37,7 +37,7 @@ class StaticCache(Cache):
     """
 
     def __init__(self, cache: CompressedCache, room: int) -> None:
-        super().__init__(layers=[])
+        super().__init__(cache.facts.num_layers)
         check(cache.compression)
         self.facts = cache.facts
         self.sinks = cache.compression.method.sinks_and_recent or 0
@@ -87,23 +87,8 @@ class StaticCache(Cache):
 
     # ------------------------------------------------------------------------------------ transformers' protocol
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
-        keys = key_states.view_as(key_states)
-        keys._kv_tag = (self, layer_idx)
-        return keys, value_states
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are given with every forward
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
-    @property
-    def is_compileable(self) -> bool:
-        return False  # transformers' own way of compiling is not meant: see engine/compiled.py
 
     # ------------------------------------------------------------------------------------ one layer of one step
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import device_of
+from kv_lm_eval.engine.forward import device_of, logits_of
 from kv_lm_eval.engine.prefill import NewCache, feed, prefill
 from kv_lm_eval.engine.question import prefill_before_question
 
@@ -50,8 +50,8 @@ def score_continuations(
     else:
         cache, first_logits = _prefill_and_tail(model, new_cache, contexts, tail_tokens)
     if compression.schedule.online and compression.method.compresses:
-        return _score_in_forks(model, cache, first_logits, continuations, dtype), cache
-    return _score_packed(model, cache, first_logits, continuations, dtype), cache
+        return score_in_forks(model, cache, first_logits, continuations, dtype), cache
+    return score_packed(model, cache, first_logits, continuations, dtype), cache
 
 
 def _prefill_and_tail(
@@ -112,7 +112,7 @@ def _score_in_one_forward(
     return scores, cache
 
 
-def _score_packed(
+def score_packed(
     model: PreTrainedModel,
     cache: CompressedCache,
     first_logits: torch.Tensor,
@@ -137,13 +137,7 @@ def _score_packed(
                 at += n
         cache.mode, cache.branch = "score", branch.to(device)
         cache.next_counts = [len(row) for row in rows]
-        logits = model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
+        logits = logits_of(model, ids.to(device), positions=positions, mask=mask, cache=cache)
         cache.mode, cache.branch = "decode", None
     scores = []
     for b, group in enumerate(continuations):
@@ -159,7 +153,7 @@ def _score_packed(
     return scores
 
 
-def _score_in_forks(
+def score_in_forks(
     model: PreTrainedModel,
     cache: CompressedCache,
     first_logits: torch.Tensor,

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import device_of
 from kv_lm_eval.cache.static_ring import StaticCache
+from kv_lm_eval.engine.forward import cache_argument, device_of, forward_of, output
 
 Ended = Callable[[list[list[int]]], list[bool]]  # new tokens of each row so far -> whether it has ended
 
@@ -42,10 +41,11 @@ class Decoder:
         self._static: StaticCache | None = None
 
         forward = model.forward  # as it is now: `decoding` puts another in its place
+        name = cache_argument(forward_of(model))
 
         def step(cache: StaticCache, ids: torch.Tensor) -> torch.Tensor:
             positions = cache.seen.clone()
-            logits = forward(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+            logits = forward(input_ids=ids, position_ids=positions, use_cache=True, **{name: cache}).logits
             cache.advance()
             return logits[:, -1]
 
@@ -64,7 +64,7 @@ class Decoder:
 
     @contextmanager
     def decoding(self, cache: CompressedCache, room: int) -> Iterator[None]:
-        """Inside, every forward of `model.generate(past_key_values=cache)` after the prefill is the compiled step.
+        """Inside, every forward of a generate() over the cache after the prefill is the compiled step.
 
         Args:
             cache: empty, or prefilled. It counts as it would without the step; its pairs are no longer its own.
@@ -82,7 +82,7 @@ class Decoder:
                 statics[0].lend(cache)
             logits = self.step(statics[0], kwargs["input_ids"])
             statics[0].count(cache)
-            return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
+            return output(logits[:, None], cache)
 
         self.model.forward = forward
         try:

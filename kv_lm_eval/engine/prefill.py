@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import device_of, takes_logits_to_keep
+from kv_lm_eval.engine.forward import device_of, logits_of
 from kv_lm_eval.methods.schedule import Schedule
 
 NewCache = Callable[[], CompressedCache]
@@ -104,7 +104,6 @@ def _forward(
     starts: Sequence[int] | None,
 ) -> torch.Tensor:
     width = max(map(len, rows))
-    device = device_of(model)
     starts = starts or cache.next_positions() or [0] * len(rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.zeros_like(ids)
@@ -116,16 +115,8 @@ def _forward(
         mask[b, part] = 1
     ragged = any(len(row) < width for row in rows)
     cache.next_counts = [len(row) for row in rows] if ragged else None
-    keep = {"logits_to_keep": logits} if takes_logits_to_keep(type(model).forward) else {}
-    out = model(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device) if ragged else None,
-        position_ids=positions.to(device),
-        past_key_values=cache,
-        use_cache=True,
-        **keep,
-    ).logits
-    return out[:, -logits:] if logits else out
+    padding = mask if ragged else None
+    return logits_of(model, ids.to(device_of(model)), positions=positions, mask=padding, cache=cache, keep=logits)
 
 
 def prefill(

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import device_of
+from kv_lm_eval.engine.forward import device_of
 from kv_lm_eval.engine.prefill import NewCache, feed
 
 Synchronise = Callable[[], None]

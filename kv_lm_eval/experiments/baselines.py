@@ -26,7 +26,8 @@ import transformers
 
 from kv_lm_eval import __version__, config, tiny
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import device_of, takes_logits_to_keep, wrap
+from kv_lm_eval.engine.check import wrap
+from kv_lm_eval.engine.forward import device_of, logits_of
 from kv_lm_eval.engine.prefill import NewCache
 from kv_lm_eval.engine.recompute import windows_of
 from kv_lm_eval.engine.stepwise import steps, synchroniser
@@ -195,11 +196,9 @@ def measure(setup: Setup, length: int, runs: int, timed: int) -> dict[str, Any]:
         length: tokens that recompute sees. runs: repetitions of the timing. timed: tokens timed in each.
     """
     model, device = setup.model, device_of(setup.model)
-    keeps = takes_logits_to_keep(type(model).forward)
 
     def call(ids: torch.Tensor, k: int) -> torch.Tensor:
-        keep = {"logits_to_keep": k} if keeps else {}
-        return model(input_ids=ids, use_cache=False, **keep).logits[:, -k:].float()
+        return logits_of(model, ids, keep=k).float()
 
     windows = list(windows_of(setup.row, 1, length))
     scores = score_windows(call, windows[:1], 1, device) + score_windows(call, windows[1:], WINDOWS_PER_FORWARD, device)

@@ -15,7 +15,7 @@ from kv_lm_eval.analysis import head_profile, head_statistics
 from kv_lm_eval.analysis.classifier import Thresholds, classify
 from kv_lm_eval.analysis.head_profile import Head, HeadProfile
 from kv_lm_eval.analysis.head_statistics import HeadStatistics, LayerSums, measure
-from kv_lm_eval.cache.check import FULL, wrap
+from kv_lm_eval.engine.check import FULL, wrap
 from kv_lm_eval.errors import UserError
 
 NAMES = ("entropy", "entropy_std", "max_weight", "sink", "local", "recent", "far", "uniformity")
@@ -213,6 +213,6 @@ def test_stock_models_are_left_as_they_were() -> None:
     row = torch.tensor([tiny.tokens(20)])
     measure(pair.model, pair.facts, [tiny.tokens(20)])
     with torch.inference_mode():
-        expected = pair.stock(row, past_key_values=tf.DynamicCache(config=pair.stock.config)).logits
-        got = pair.model(row, past_key_values=pair.cache(method="full")).logits
+        expected = pair.stock(row, **tiny.given(tf.DynamicCache(config=pair.stock.config))).logits
+        got = pair.model(row, **tiny.given(pair.cache(method="full"))).logits
     assert (got - expected).abs().max() <= 1e-4

@@ -24,7 +24,7 @@ def generated(model: tf.PreTrainedModel, rows: list[list[int]], cache: tf.Cache,
         out = model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **tiny.given(cache),
             min_new_tokens=12,
             max_new_tokens=12,
             pad_token_id=0,
@@ -44,7 +44,7 @@ def chunked_logits(model: tf.PreTrainedModel, cache: tf.Cache) -> list[torch.Ten
             input_ids=ids[:, start:end],
             attention_mask=mask[:, :end],
             position_ids=positions[:, start:end],
-            past_key_values=cache,
+            **tiny.given(cache),
         ).logits
         out.append(logits[mask[:, start:end].bool()])
         start = end

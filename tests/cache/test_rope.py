@@ -7,8 +7,8 @@ import tiny
 import torch
 import transformers as tf
 
-from kv_lm_eval.cache.check import wrap
 from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.engine.check import wrap
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -35,7 +35,7 @@ def stock_keys(model: tf.PreTrainedModel, row: list[int], start: int) -> list[to
     cache = tf.DynamicCache()
     positions = torch.arange(start, start + len(row)).unsqueeze(0)
     with torch.inference_mode():
-        model(input_ids=torch.tensor([row]), position_ids=positions, past_key_values=cache, use_cache=True)
+        model(input_ids=torch.tensor([row]), position_ids=positions, **tiny.given(cache), use_cache=True)
     return [layer.keys for layer in cache.layers]
 
 

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_lm_eval.cache import band
-from kv_lm_eval.cache.check import wrap
 from kv_lm_eval.engine import streaming
+from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.streaming import score_documents, visible_slots
 
 PREFIX = 5

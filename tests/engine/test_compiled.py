@@ -93,7 +93,7 @@ def test_greedy_gives_the_tokens_of_generate_and_one_graph_serves_prompts_of_one
     for lengths in ((40, 20), (33, 28), (30, 12)):
         ids, mask, _ = tiny.left_padded([tiny.tokens(n, seed=n) for n in lengths])
         expected = pair.model.generate(
-            ids, attention_mask=mask, past_key_values=pair.cache(**RING), max_new_tokens=12, min_new_tokens=12,
+            ids, attention_mask=mask, **tiny.given(pair.cache(**RING)), max_new_tokens=12, min_new_tokens=12,
             do_sample=False, eos_token_id=96, pad_token_id=0,
         )[:, ids.shape[1] :]  # fmt: skip
         cache, logits = prefilled("llama", RING, lengths)
@@ -120,7 +120,7 @@ def test_generate_over_the_compiled_step_is_generate(settings: dict[str, object]
         with decoder.decoding(cache, 30) if compiled else nullcontext():
             out.append(
                 pair.model.generate(
-                    ids, attention_mask=mask, past_key_values=cache, max_new_tokens=30, pad_token_id=0,
+                    ids, attention_mask=mask, **tiny.given(cache), max_new_tokens=30, pad_token_id=0,
                     eos_token_id=[3, 4, 5, 6, 7], **more,
                 )
             )  # fmt: skip

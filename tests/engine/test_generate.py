@@ -31,7 +31,7 @@ def generated(model: tf.PreTrainedModel, rows: list[list[int]], cache: tf.Cache,
         out = model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **tiny.given(cache),
             min_new_tokens=NEW,
             max_new_tokens=NEW,
             pad_token_id=0,
@@ -69,7 +69,7 @@ def test_beams_carry_everything_of_their_cache_along(method: str) -> None:
         got = pair.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **tiny.given(cache),
             max_new_tokens=steps,
             min_new_tokens=steps,
             num_beams=beams,

@@ -88,7 +88,7 @@ def test_generate_goes_on_from_the_last_chunk(method: str, rows_of: tuple[int, .
         assert len(cache.seen) == (0 if chunk is None else len(rows))
         out.append(
             pair.model.generate(
-                ids, attention_mask=mask, past_key_values=cache, max_new_tokens=9, do_sample=False, pad_token_id=0
+                ids, attention_mask=mask, **tiny.given(cache), max_new_tokens=9, do_sample=False, pad_token_id=0
             )
         )
         assert cache.prefill_end is not None
@@ -105,8 +105,8 @@ def test_generate_with_beams_goes_on_from_the_last_chunk() -> None:
     whole, cut_up = new_cache(pair, METHODS["snapkv"]), new_cache(pair, METHODS["snapkv"], 8)
     feed_beginning(pair.model, cut_up, rows)
     cut_up.batch_repeat_interleave(3)
-    expected = pair.model.generate(ids, past_key_values=whole, **more)
-    assert torch.equal(pair.model.generate(ids, past_key_values=cut_up, **more), expected)
+    expected = pair.model.generate(ids, **tiny.given(whole), **more)
+    assert torch.equal(pair.model.generate(ids, **tiny.given(cut_up), **more), expected)
 
 
 @pytest.mark.parametrize("method", ["full", "snapkv", "tova"])

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import wrap
+from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.question import as_fed, prefill_before_question
 
@@ -90,7 +90,7 @@ def generated(pair: tiny.Pair, settings: dict[str, object], tails: tuple[int, ..
         out = pair.model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **tiny.given(cache),
             min_new_tokens=NEW,
             max_new_tokens=NEW,
             num_beams=beams,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import transformers as tf
 
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import wrap
+from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.streaming import score_documents
 
 MODELS = ("llama", "gpt_neox")

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_lm_eval.cache.check import wrap
+from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.methods.budget import Ratio
 
 ONLINE = {

@@ -15,7 +15,7 @@ from methods.test_kept_sets import Stock
 
 from kv_lm_eval.cache.attention import Step, window_attention
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import wrap
+from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import View
 

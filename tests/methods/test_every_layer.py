@@ -89,7 +89,7 @@ def test_lagkv_in_every_layer(name: str) -> None:
     for i, row in enumerate(rows):
         full = tf.DynamicCache(config=stock.config)
         with torch.inference_mode():
-            stock(input_ids=torch.tensor([row]), past_key_values=full, use_cache=True)
+            stock(input_ids=torch.tensor([row]), **tiny.given(full), use_cache=True)
         expected = []
         for layer in full.layers:
             expected.append([])

@@ -9,7 +9,7 @@ import transformers as tf
 from methods.rotary import rotation, unrotated_queries
 from methods.test_kept_sets import best, held_by
 
-from kv_lm_eval.cache.check import wrap
+from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.errors import UserError
 
 CAPACITY, SINKS, AHEAD = 15, 4, 512
@@ -25,7 +25,7 @@ def expected(
     turn = sum(rotation(config, p) for p in range(n, n + ahead)) / ahead
     cache = tf.DynamicCache(config=config)
     with torch.inference_mode():
-        stock(input_ids=torch.tensor([row]), past_key_values=cache, use_cache=True)
+        stock(input_ids=torch.tensor([row]), **tiny.given(cache), use_cache=True)
     for layer, queries in zip(cache.layers, unrotated_queries(stock, row), strict=True):
         keys, values = layer.keys[0].double(), layer.values[0].double()
         heads, kv_heads, size = len(queries), len(keys), keys.shape[-1]

@@ -15,7 +15,7 @@ import torch
 import transformers as tf
 
 from kv_lm_eval.analysis.head_profile import Head, HeadProfile
-from kv_lm_eval.cache.check import wrap
+from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.errors import UserError

@@ -73,7 +73,7 @@ class Stock:
     def keys(self, row: list[int]) -> list[list[list[list[float]]]]:
         """Cached keys [layer][KV head][position][dimension]."""
         cache = tf.DynamicCache(config=self.model.config)
-        self.model(input_ids=torch.tensor([row]), past_key_values=cache, use_cache=True)
+        self.model(input_ids=torch.tensor([row]), **tiny.given(cache), use_cache=True)
         return [layer.keys[0].double().tolist() for layer in cache.layers]
 
 

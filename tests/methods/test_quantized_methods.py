@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 
-from kv_lm_eval.cache.check import wrap
 from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.config import parse
+from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.errors import UserError

@@ -7,6 +7,7 @@ import pickle
 import re
 
 import pytest
+import tiny as tiny_models
 import torch
 import transformers
 from lm_eval.api.instance import Instance
@@ -114,7 +115,7 @@ def test_streaming_the_full_cache_is_the_stock_model_token_by_token(stock, load)
     row = [ours.prefix_token_id, *tokenizer.encode(TEXT, add_special_tokens=False)]
     cache, expected = transformers.DynamicCache(), []
     for now, then in zip(row, row[1:], strict=False):
-        logits = model(input_ids=torch.tensor([[now]]), past_key_values=cache, use_cache=True).logits[0, -1]
+        logits = model(input_ids=torch.tensor([[now]]), **tiny_models.given(cache), use_cache=True).logits[0, -1]
         expected.append(logits.log_softmax(-1)[then].item())
     assert score.record.log_probs.tolist() == pytest.approx(expected, abs=1e-4)
     assert score.record.evictions == [] and not score.record.after_first_eviction().any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,8 @@ import transformers as tf
 
 from kv_lm_eval.cache import attention
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.check import FULL, wrap
+from kv_lm_eval.engine.check import FULL, Roads, wrap
+from kv_lm_eval.engine.choices import score_packed
 from kv_lm_eval.errors import UserError
 
 IN_CACHE = tiny.compression(method="streaming_llm", window_size=8)
@@ -126,7 +128,7 @@ def test_a_model_can_be_wrapped_again_for_another_method() -> None:
     facts = wrap(model, IN_CACHE)
     row = tiny.tokens(30)
     with torch.inference_mode():
-        got = model(input_ids=torch.tensor([row]), past_key_values=CompressedCache(FULL, facts)).logits
+        got = model(input_ids=torch.tensor([row]), **tiny.given(CompressedCache(FULL, facts))).logits
         expected = stock(input_ids=torch.tensor([row])).logits
     assert (got - expected).abs().max() <= 1e-4
 
@@ -160,7 +162,7 @@ def test_a_ready_made_4d_mask_is_refused() -> None:
         pair.model(
             input_ids=torch.tensor([[1, 2, 3]]),
             attention_mask=torch.zeros(1, 1, 3, 3),
-            past_key_values=pair.cache(method="full"),
+            **tiny.given(pair.cache(method="full")),
         )
 
 
@@ -169,4 +171,49 @@ def test_training_mode_with_dropout_is_refused() -> None:
     facts = wrap(model, FULL)
     model.train()
     with pytest.raises(UserError, match="training mode"):
-        model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=CompressedCache(FULL, facts))
+        model(input_ids=torch.tensor([[1, 2, 3]]), **tiny.given(CompressedCache(FULL, facts)))
+
+
+def whole_prompt_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets generate() forget that a part of the prompt has been fed, as transformers 5.24 did."""
+    original = tf.LlamaForCausalLM.prepare_inputs_for_generation
+
+    def prepare(self, input_ids, next_sequence_length=None, **kwargs):  # type: ignore[no-untyped-def]
+        return original(self, input_ids, next_sequence_length=None if next_sequence_length != 1 else 1, **kwargs)
+
+    monkeypatch.setattr(tf.LlamaForCausalLM, "prepare_inputs_for_generation", prepare)
+
+
+@pytest.mark.parametrize("roads", [Roads(chunks=True), Roads(chunks=True, compiled=True)], ids=str)
+def test_a_transformers_that_feeds_a_prefilled_prompt_again_is_refused(
+    roads: Roads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_prompt_again(monkeypatch)
+    wrap(tiny.build("llama"), FULL)  # the settings do not go that way
+    with pytest.raises(UserError, match="generate\\(\\) after chunks"):
+        wrap(tiny.build("llama"), FULL, roads)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_every_road_is_walked_without_complaint(name: str) -> None:
+    for chunks, question, compiled in itertools.product((False, True), repeat=3):
+        wrap(tiny.build(name), FULL, Roads(chunks, question, compiled))
+
+
+def test_choices_that_are_scored_wrongly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_the_wrong_row(model, cache, first, continuations, dtype):  # type: ignore[no-untyped-def]
+        return score_packed(model, cache, first.flip(0), continuations, dtype)
+
+    monkeypatch.setattr("kv_lm_eval.engine.check.score_packed", of_the_wrong_row)
+    with pytest.raises(UserError, match="continuations over one prefill differ"):
+        wrap(tiny.build("llama"), FULL)
+
+
+def test_transformers_finds_as_many_growing_layers_as_the_model_has() -> None:
+    """generate() and the models look at the layers of a cache: an empty list is all of everything."""
+    cache = tiny.pair("llama").cache(method="full")
+    assert len(cache.layers) == len(cache) == 2
+    for question in ("is_linear", "is_sliding", "is_dummy"):
+        if hasattr(cache, question):
+            assert getattr(cache, question) == [False, False]
+    assert not cache.is_compileable and not all(layer.is_croppable for layer in cache.layers)

@@ -1,0 +1,346 @@
+"""The self-check at wrap time: does this model, through our attention, still say what it said before?
+
+A few dozen tokens, so it costs next to nothing on a 7B model. It compares logits without compression with the model's
+own attention on every road that the settings will use: forwards with left padding, a chunk, single tokens; generate(),
+after chunks or before the question where these are set, compiled if that is set; choices packed or in forks. So a
+version of transformers whose code is not what ours relies on is refused rather than believed. What cannot be done
+exactly is refused with the reason. A second probe says whether keys can be moved in position, for the methods that need
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from kv_lm_eval.cache import attention
+from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.cache.rope import RopeKit
+from kv_lm_eval.engine.choices import score_in_forks, score_packed
+from kv_lm_eval.engine.compiled import Decoder
+from kv_lm_eval.engine.forward import device_of, generate_with, logits_of
+from kv_lm_eval.engine.prefill import prefill
+from kv_lm_eval.engine.start import start
+from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods.budget import Everything
+from kv_lm_eval.methods.compression import Compression
+from kv_lm_eval.methods.evicted import Drop
+from kv_lm_eval.methods.full import Full
+from kv_lm_eval.methods.schedule import Schedule
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # relative, by dtype
+LENGTHS = (20, 13)  # tokens of the two left-padded rows
+STEPS = (5, 1, 1)  # then a chunk and two single tokens
+CHUNK = 8  # tokens of a chunk, where prompts go in chunks
+TAILS = (6, 3)  # tokens of the two questions, where they come after the compression
+FULL = Compression(Full(), Everything(), Schedule(), Drop())
+
+
+@dataclass(frozen=True)
+class Roads:
+    """What the settings will ask of the engine, beside plain prompts and choices."""
+
+    chunks: bool = False
+    question: bool = False
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Two rows of random tokens, as long as all steps together: ids, mask and positions [B, N]."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Probe:
+        """The same rows for every model of one vocabulary; without tokens at which generate() would stop."""
+        stops = torch.as_tensor(model.generation_config.eos_token_id or []).flatten().tolist()
+        usable = torch.tensor([t for t in range(model.config.get_text_config().vocab_size) if t not in stops])
+        total = max(LENGTHS) + sum(STEPS)
+        picked = torch.randint(0, len(usable), (len(LENGTHS), total), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones(len(LENGTHS), total, dtype=torch.long)
+        for row, length in enumerate(LENGTHS):
+            mask[row, : max(LENGTHS) - length] = 0
+        device = device_of(model)
+        return cls(usable[picked].to(device), mask.to(device), (mask.cumsum(1) - 1).clamp_min(0).to(device))
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The prompts, up to where the steps begin."""
+        return [ids[-n:].tolist() for ids, n in zip(self.ids[:, : max(LENGTHS)], LENGTHS, strict=True)]
+
+    @property
+    def later(self) -> torch.Tensor:
+        """The tokens after the prompts, [B, all steps]."""
+        return self.ids[:, max(LENGTHS) :]
+
+
+def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads()) -> ModelFacts:
+    """Puts our attention under the model, proves that it changes nothing, and returns what was learned.
+
+    Raises:
+        UserError: the model cannot be served exactly; the message says why. The model is left as it was.
+    """
+    original = model.config._attn_implementation
+    if original == attention.NAME:  # wrapped before, for another method
+        original = getattr(model, "_kv_own_attention", "sdpa")
+    kind = type(model).__name__
+    if not model._can_set_attn_implementation():
+        raise UserError(
+            f"{kind} does not let its attention function be chosen (transformers' AttentionInterface), so its KV cache "
+            "cannot be compressed exactly. Use method=no_cache or --model hf for it."
+        )
+    attention.register()
+    config = model.config.get_text_config()
+    facts = ModelFacts(config.num_hidden_layers, getattr(config, "max_position_embeddings", None))
+    try:
+        probe = Probe.of(model)
+        expected = _logits(model, probe, lambda: DynamicCache(config=config), original)
+        got = _logits(model, probe, lambda: CompressedCache(FULL, facts), attention.NAME)
+        _compare_forwards(kind, expected, got, model.dtype)
+        facts.rope = RopeKit(model, facts.modules)
+        if compression.moves_keys is not None:
+            _check_positions(model, facts, kind, compression)
+        compression.method.check_model(facts)
+        _walk(model, probe, facts, compression, roads, expected)
+    except UserError:
+        model.set_attn_implementation(original)
+        raise
+    except Exception as error:
+        model.set_attn_implementation(original)
+        raise UserError(
+            f"{kind} did not pass the self-check, its KV cache cannot be compressed: {type(error).__name__}: {error}"
+        ) from error
+    model.set_attn_implementation(attention.NAME)
+    model._kv_own_attention = original
+    return facts
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, probe: Probe, new_cache: Any, implementation: str) -> list[torch.Tensor]:
+    """Logits of the real tokens of a left-padded prefill, a chunk and single steps: a row for each, float32."""
+    model.set_attn_implementation(implementation)
+    cache, out, begin = new_cache(), [], 0
+    for step in (max(LENGTHS), *STEPS):
+        end = begin + step
+        part = slice(begin, end)
+        logits = logits_of(
+            model, probe.ids[:, part], positions=probe.positions[:, part], mask=probe.mask[:, :end], cache=cache
+        )
+        out.append(logits[probe.mask[:, part].bool()].float())
+        begin = end
+    return out
+
+
+def _compare_forwards(kind: str, expected: list[torch.Tensor], got: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """Refuses a model whose logits differ through our attention."""
+    for name, a, b in (
+        ("prefill", expected[0], got[0]),
+        ("chunk", expected[1], got[1]),
+        ("decode", torch.cat(expected[2:]), torch.cat(got[2:])),
+    ):
+        if (error := _beyond(a, b, dtype)) is not None:
+            raise UserError(
+                f"{kind} does not pass the self-check: without any compression, its {name} logits through our "
+                f"attention differ from its own by {error}. It probably shares caches between layers or uses attention "
+                "that we do not reproduce, so its results would be wrong."
+            )
+
+
+def _beyond(expected: torch.Tensor, got: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """How far logits [n, V] are apart, if by more than rounding; else None.
+
+    In half precision one token in four may: a mixture of experts can route a token elsewhere over a rounding.
+    """
+    allowed = TOLERANCE.get(dtype, 1e-1)
+    share = 0.75 if dtype in (torch.float16, torch.bfloat16) else 1.0
+    errors = (expected - got).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-9)
+    error = errors.quantile(share).item() if errors.isfinite().all() else float("nan")
+    return None if error <= allowed else f"{error:.1e} (relative, allowed {allowed:.0e})"  # NaN is beyond
+
+
+# ---------------------------------------------------------------------------------------------------- roads
+
+
+def _walk(
+    model: PreTrainedModel,
+    probe: Probe,
+    facts: ModelFacts,
+    compression: Compression,
+    roads: Roads,
+    expected: list[torch.Tensor],
+) -> None:
+    """Refuses a model, or a version of transformers, that says something else on a road that the settings will use.
+
+    Args:
+        expected: logits of the model's own forwards, see `_logits`.
+    """
+    after = _after_each(expected)  # [B, 1 + all steps, V]
+    new_cache = partial(make_cache, FULL, facts, CHUNK if roads.chunks else None)
+    decoder = Decoder(model, backend=None) if roads.compiled else None
+    ways = {"generate()": _generated(model, probe, new_cache, None, decoder)}
+    if roads.question:
+        ways["generate() after the question"] = _generated(model, probe, new_cache, TAILS, decoder)
+    for name, got in ways.items():
+        if (error := _beyond(after[:, : got.shape[1]].flatten(0, 1), got.flatten(0, 1), model.dtype)) is not None:
+            words = " after chunks" if roads.chunks else ""
+            raise UserError(
+                f"{type(model).__name__} does not pass the self-check: without any compression, the logits of "
+                f"{name}{words} differ from those of its own forwards by {error}. Probably this version of "
+                "transformers prepares the inputs of generate() in another way than those that were tried (see "
+                "kv_versions in a results file), so generated answers would be wrong."
+            )
+    _check_choices(model, probe, new_cache, compression.schedule.online, after)
+
+
+def _after_each(expected: list[torch.Tensor]) -> torch.Tensor:
+    """The logits after the prompts and after each later token, [B, 1 + all steps, V] float32."""
+    ends = torch.tensor(LENGTHS).cumsum(0) - 1
+    return torch.cat([expected[0][ends][:, None], *(e.unflatten(0, (len(LENGTHS), -1)) for e in expected[1:])], dim=1)
+
+
+class _Forced(LogitsProcessor):
+    """Makes generate() choose given tokens, [B, n], whatever the logits."""
+
+    def __init__(self, tokens: torch.Tensor, width: int) -> None:
+        self._tokens, self._width = tokens, width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = self._tokens[:, input_ids.shape[1] - self._width, None].to(scores.device)
+        return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
+
+
+@torch.no_grad()  # not inference_mode: as generate() will be run
+def _generated(
+    model: PreTrainedModel,
+    probe: Probe,
+    new_cache: Callable[[], CompressedCache],
+    tails: Sequence[int] | None,
+    decoder: Decoder | None,
+) -> torch.Tensor:
+    """Logits after the prompts and after all later tokens but the last, [B, all steps, V] float32, from generate()."""
+    count = probe.later.shape[1]
+    cache, ids, mask = start(model, new_cache, probe.rows, tails, pad=int(probe.ids[0, 0]))
+    config = GenerationConfig(
+        max_new_tokens=count,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    with nullcontext() if decoder is None else decoder.decoding(cache, count):
+        out: Any = model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Forced(probe.later, ids.shape[1])]),
+            **generate_with(cache),
+        )
+    return torch.stack([step.float() for step in out.logits], dim=1)
+
+
+@torch.inference_mode()
+def _check_choices(
+    model: PreTrainedModel,
+    probe: Probe,
+    new_cache: Callable[[], CompressedCache],
+    forks: bool,
+    after: torch.Tensor,
+) -> None:
+    """The same for choices: the next tokens of each row, and all but the first of them, as two continuations."""
+    later = probe.later.tolist()
+    cache, first = prefill(model, new_cache, probe.rows)
+    score = score_in_forks if forks else score_packed
+    got = score(model, cache, first, [[row[:3], row[:2]] for row in later], torch.float32)
+    log_probs = after.log_softmax(-1)
+    chosen = log_probs[:, :3].gather(2, probe.later[:, :3, None].to(after.device)).squeeze(2)
+    for b, (long, short) in enumerate(got):
+        pairs = ((float(chosen[b].sum()), long[0]), (float(chosen[b, :2].sum()), short[0]))
+        apart = max(abs(x - y) / max(1.0, abs(x)) for x, y in pairs)
+        allowed = 10 * TOLERANCE.get(model.dtype, 1e-1)
+        if not apart <= allowed:
+            raise UserError(
+                f"{type(model).__name__} does not pass the self-check: without any compression, log-likelihoods of "
+                f"continuations over one prefill differ from those of its own forwards by {apart:.1e} (relative, "
+                f"allowed {allowed:.0e}), so choices would be scored wrongly."
+            )
+
+
+# ---------------------------------------------------------------------------------------------------- positions
+
+
+def _check_positions(model: PreTrainedModel, facts: ModelFacts, kind: str, compression: Compression) -> None:
+    if facts.all_sliding and compression.method.in_cache_sinks:
+        raise UserError(
+            f"positions=in_cache on {kind}: all of its layers are sliding windows of {facts.sliding_windows[0]} "
+            "tokens, which cut off the sinks by their true distance. Use positions=absolute, or switch the model's "
+            "sliding window off "
+            "with model_kwargs={'sliding_window': None}."
+        )
+    facts.rope_kinds = probe_positions(model, facts)
+    if "other" in facts.rope_kinds:
+        assert compression.moves_keys is not None
+        asks, instead = compression.moves_keys
+        raise UserError(
+            f"{asks} on {kind}: its keys cannot be moved by a rotation (learned positions, or frequencies that change "
+            f"with the length), which it needs. Use {instead}."
+        )
+
+
+@torch.inference_mode()
+def probe_positions(model: PreTrainedModel, facts: ModelFacts) -> list[str]:
+    """For each layer: "rope" if rotating a key by d equals having been d later, "nope" if keys ignore positions.
+
+    Anything else is "other".
+
+    Probes a small shift and one beyond the trained context, where frequencies that depend on the length show.
+    """
+    assert facts.rope is not None
+    model.set_attn_implementation(attention.NAME)
+    base = _keys_at(model, facts, 0)
+    kinds = ["rope"] * facts.num_layers
+    original = getattr(model.config.get_text_config(), "original_max_position_embeddings", None)
+    for shift in (37, max(facts.max_positions or 0, original or 0) + 88):
+        try:
+            moved = _keys_at(model, facts, shift)
+        except (IndexError, RuntimeError):  # learned positions end at the maximum
+            return ["other"] * facts.num_layers
+        for layer, (a, b) in enumerate(zip(base, moved, strict=True)):
+            if _close(a, b):
+                kind = "nope"
+            elif facts.rope.available(layer) and _close(
+                facts.rope.rotate(a, torch.full((1, 1), shift, device=a.device), layer), b
+            ):
+                kind = "rope"
+            else:
+                kind = "other"
+            kinds[layer] = kind if kinds[layer] in ("rope", kind) else "other"
+    return kinds
+
+
+def _keys_at(model: PreTrainedModel, facts: ModelFacts, start: int) -> list[torch.Tensor]:
+    device = device_of(model)
+    ids = torch.randint(
+        0, model.config.get_text_config().vocab_size, (1, 16), generator=torch.Generator().manual_seed(1)
+    )
+    cache = CompressedCache(FULL, facts)
+    positions = torch.arange(start, start + 16, device=device).unsqueeze(0)
+    logits_of(model, ids.to(device), positions=positions, cache=cache)
+    return [store.keys for store in cache.stores]
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    error = ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9)).item()
+    return error < (5e-2 if a.dtype in (torch.bfloat16, torch.float16) else 5e-3)

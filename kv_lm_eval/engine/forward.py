@@ -1,0 +1,79 @@
+"""The one place that calls the model, and every word of transformers' forward() and generate() that we rely on.
+
+Names differ between versions of transformers and between models with code of their own: they are read from the function
+that will be called.
+
+Shapes: B rows, q tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+def logits_of(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    *,
+    positions: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    cache: Cache | None = None,
+    keep: int = 0,
+) -> torch.Tensor:
+    """Logits of one forward: [B, keep, V] of the last `keep` columns, [B, q, V] of all with keep=0.
+
+    Args:
+        ids: [B, q]. positions: [B, q]. mask: [B, >= q] 0 where a token is padding, None: nowhere.
+        cache: read and added to; None: the model is called without any.
+    """
+    given = {"position_ids": positions, "attention_mask": mask}
+    words: dict[str, Any] = {name: x.to(ids.device) for name, x in given.items() if x is not None}
+    forward = forward_of(model)
+    if cache is not None:
+        words[cache_argument(forward)] = cache
+    if keep and "logits_to_keep" in _parameters(forward):
+        words["logits_to_keep"] = keep
+    out: torch.Tensor = model(input_ids=ids, use_cache=cache is not None, **words).logits
+    return out[:, -keep:] if keep else out
+
+
+def forward_of(model: Any) -> Callable[..., Any]:
+    """The forward() of a model's class, below PEFT."""
+    return type(_base(model)).forward
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """What a function calls the cache: `cache`, before transformers 5.24 `past_key_values`."""
+    return "cache" if "cache" in _parameters(function) else "past_key_values"
+
+
+def generate_with(cache: Cache | None) -> dict[str, Any]:
+    """The arguments with which generate() goes on from a cache; none without one."""
+    return {} if cache is None else {cache_argument(CausalLMOutputWithPast): cache}
+
+
+def output(logits: torch.Tensor, cache: Cache) -> CausalLMOutputWithPast:
+    """What a forward() returns: logits [B, q, V] and the cache, as generate() looks for it."""
+    return CausalLMOutputWithPast(logits=logits, **generate_with(cache))
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where token ids go."""
+    return next(model.get_input_embeddings().parameters()).device
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of a function's parameters; asked at every forward, so looked up once."""
+    return frozenset(inspect.signature(function).parameters)
