@@ -62,6 +62,10 @@ CONFIGS = {
         }
     ),
 }
+CONFIGS |= {
+    "phi3": lambda **o: tf.Phi3Config(**{**LLAMA, "sliding_window": 24, "pad_token_id": 0, **o}),
+    "starcoder2": lambda **o: tf.Starcoder2Config(**{**LLAMA, "sliding_window": 24, **o}),
+}
 CORE = ("llama", "mistral_sliding", "qwen3", "gpt_neox", "gemma3", "gpt2")
 FULL_ATTENTION = ("llama", "qwen3", "gpt_neox", "gpt2")
 ROPE_FULL_ATTENTION = ("llama", "qwen3", "gpt_neox")  # streaming with in-cache positions is possible and simple

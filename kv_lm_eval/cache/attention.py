@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from kv_lm_eval.cache.transfer import to_device
+from kv_lm_eval.cache.transfer import at_least_float32, to_device
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Sight
 
@@ -292,7 +292,7 @@ def attention_weights(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention weights of packed queries [B, K, x, D] over [B, K, N, D], bias [B, K, 1, N]: [B, K, x, N] float32."""
-    scores = (packed @ keys.transpose(2, 3)).float().mul_(scaling)  # in place where it can be: these are large
+    scores = at_least_float32(packed @ keys.transpose(2, 3)).mul_(scaling)  # in place where it can be: these are large
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
@@ -354,12 +354,14 @@ def _received_mass(
     b, h, q, _ = query.shape
     kv_heads, n = keys.shape[1], keys.shape[2]
     block = max(1, min(q, 128, WEIGHT_ELEMENTS // (b * h * n)))
-    mass = torch.zeros(b, kv_heads, n, device=query.device)
+    mass = at_least_float32(query.new_zeros(0)).new_zeros(b, kv_heads, n)
     for first in range(0, q, block):
         last = min(q, first + block)
         part, block_pos = query[:, :, first:last], pos[:, first:last]
         weights = _new_weights(part, keys, block_pos, slot_pos, first, old, scaling, softcap, window, bias)
-        share = (block_pos >= 0).repeat(1, h // kv_heads).float() / (h // kv_heads)  # of each packed query, [B, G * q]
+        share = (block_pos >= 0).repeat(1, h // kv_heads).to(mass.dtype) / (
+            h // kv_heads
+        )  # of each packed query, [B, G * q]
         mass[:, :, : old + last] += (share[:, None, None] @ weights).squeeze(2)
     return mass
 

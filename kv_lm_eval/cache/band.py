@@ -33,14 +33,22 @@ class BandCache(CompressedCache):
         compression: a method whose `sinks_and_recent` is not None, dropping what it evicts from every layer alike.
         slots: [T] int32, how many slots each query of the longest document sees, itself included.
         cuts: slots dropped after so many tokens were fed.
+        prefill_tokens: tokens that are one forward of full attention with a cut after it, or all that a document has.
     """
 
-    def __init__(self, compression: Compression, facts: ModelFacts, slots: torch.Tensor, cuts: dict[int, int]) -> None:
+    def __init__(
+        self,
+        compression: Compression,
+        facts: ModelFacts,
+        slots: torch.Tensor,
+        cuts: dict[int, int],
+        prefill_tokens: int = 0,
+    ) -> None:
         super().__init__(compression, facts, mode="stream")
         sinks = compression.method.sinks_and_recent
         assert sinks is not None
         self.sinks = sinks
-        self.slots, self.cuts = slots.long(), cuts
+        self.slots, self.cuts, self.prefill_tokens = slots.long(), cuts, prefill_tokens
         self.low = torch.arange(1, len(slots) + 1) - (self.slots - sinks)  # first window token that query t sees
         self.base = 0  # true position minus the position that is fed, the same for all rows
         self.firsts: list[int] = []  # by layer, the token in the first slot after the sinks
@@ -148,7 +156,9 @@ class BandCache(CompressedCache):
         """What a token-by-token run would hold now, and held at most."""
         for b, seen in enumerate(self.seen):
             if seen:
-                slots = int(self.slots[seen - 1]) - self.cuts.get(seen, 0)
+                slots: float = int(self.slots[seen - 1]) - self.cuts.get(seen, 0)
+                if seen < self.prefill_tokens:  # its prefill ends where it ends
+                    slots = self.compression.keep([seen], [seen], 0, len(self.stores))[0]
                 self.peaks[b] = int(self.slots[:seen].max())
                 for layer, window in enumerate(self.facts.sliding_windows):
                     cut = self.facts.compressible(layer)

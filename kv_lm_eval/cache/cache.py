@@ -9,6 +9,7 @@ Shapes: B batch rows, K KV heads, N slots, M slots kept, q new tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -23,13 +24,16 @@ from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.cache.store import LayerStore
-from kv_lm_eval.cache.transfer import to_device
+from kv_lm_eval.cache.transfer import at_least_float32, to_device
 from kv_lm_eval.methods.base import View
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.methods.evicted import blank_lowest
 
 FEW = 4  # pairs that one cut may hide in their places instead of moving the others
 MAX_ROOM = 1024  # slots reserved for the tokens until the next cut, at most; storage grows by itself
+TRIM_EVERY = (
+    64  # tokens a row sees until its sliding-window layers, where these are never cut, drop what they cannot see
+)
 MOMENTS_BLOCK = 1024  # queries turned back in float32 at a time
 Mode = Literal["prefill", "decode", "stream", "hold", "score"]
 
@@ -62,22 +66,28 @@ class CompressedCache(Face):
         super().__init__(facts.num_layers)
         self.compression = compression
         self.facts = facts
+        self.around_cut: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.prefill_chunk: int | None = None
+        self.prefill_evicts = False
+        self._start(mode)
+
+    def _start(self, mode: Mode) -> None:
+        """Nothing has been seen, nothing is held."""
         self.mode: Mode = mode
-        self.stores = [self._new_store(i) for i in range(facts.num_layers)]
+        self.stores = [self._new_store(i) for i in range(self.facts.num_layers)]
         self.seen: list[int] = []
-        self.held: list[list[float]] = [[] for _ in range(facts.num_layers)]
+        self.held: list[list[float]] = [[] for _ in range(self.facts.num_layers)]
         self.peaks: list[float] = []
         self.prefill_end: dict[str, Any] | None = None
         self.history: list[tuple[list[list[float]], list[float], list[float]]] = []
         self.decoded = 0
-        self.around_cut: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self.prefill_chunk: int | None = None
-        self.prefill_evicts = False
         self.branch: torch.Tensor | None = None
         self.new_pos: torch.Tensor | None = None  # [B, q] of the running forward
         self.new_counts: list[int] = []  # real tokens per row of the running forward
         self.next_counts: list[int] | None = None  # the same for the next forward, where the caller knows
         self.padded = False  # whether the running forward has padded tokens
+        self.scattered = False  # whether some of these would stand between a row's pairs, or after them
+        self._columns = 0  # tokens of the longest row, padding included
 
     def _new_store(self, layer: int) -> LayerStore:
         storage = self.compression.storage
@@ -96,7 +106,8 @@ class CompressedCache(Face):
         """Tokens seen by the longest row, padding included: never the number of slots."""
         return self._columns
 
-    _columns = 0
+    def reset(self) -> None:
+        self._start("prefill")
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._select_in_place(beam_idx)
@@ -158,12 +169,24 @@ class CompressedCache(Face):
             self.padded = min(self.new_counts) < q
         self.next_counts = None
         self.new_pos = pos
+        self.scattered = self.padded and (any(self.seen) or bool(((pos[:, :-1] >= 0) & (pos[:, 1:] < 0)).any()))
         if not self.seen:
             self.seen, self.peaks = [0] * batch, [0] * batch
             self.held = [[0] * batch for _ in self.stores]
         if self.mode != "score":
             self.seen = [s + n for s, n in zip(self.seen, self.new_counts, strict=True)]
             self._columns += q
+
+    def _longest(self, layer: int) -> int:
+        """Pairs of the row and head of the layer that has most."""
+        if self._even(layer):
+            return int(max(self.held[layer]))
+        return int((self.stores[layer].pos >= 0).sum(-1).max())
+
+    def _even(self, layer: int) -> bool:
+        """Whether all heads of a row hold as many pairs: not where they share a budget, nor where what each of them
+        chose has partly left the layer's own window."""
+        return self.compression.uniform(layer) and not (self.facts.sliding_windows[layer] and self._is_cut(layer))
 
     def has_empty(self, layer: int) -> bool:
         """Whether any row of the layer has empty slots, so that a mask is needed."""
@@ -193,7 +216,7 @@ class CompressedCache(Face):
         if store.moments is None:
             store.moments = QueryMoments.none_yet(query)
         for block, at in zip(query.split(MOMENTS_BLOCK, dim=2), pos.split(MOMENTS_BLOCK, dim=1), strict=True):
-            store.moments.add(self._rotate(layer, block.float(), -at), (at >= 0) & (at >= first))
+            store.moments.add(self._rotate(layer, at_least_float32(block), -at), (at >= 0) & (at >= first))
 
     def _rotate(self, layer: int, x: torch.Tensor, delta: torch.Tensor, over: int = 1) -> torch.Tensor:
         """See `RopeKit.rotate`; what the model does not rotate stays as it is."""
@@ -205,15 +228,13 @@ class CompressedCache(Face):
     def after_attention(self, layer: int, scaling: float, softcap: float | None) -> None:
         """Cuts the layer if this forward is the end of the prefill or the schedule says so."""
         last = layer == len(self.stores) - 1
-        window = self.facts.sliding_windows[layer]
-        if window is not None and self.mode != "score":
-            self._trim_sliding(layer, window)
+        if self.scattered and self.mode != "score":
+            self.stores[layer].compact(self._longest(layer))
         q = self.new_pos.shape[1] if self.new_pos is not None else 0
-        if self.facts.compressible(layer) and self.compression.method.compresses:
-            keep = self._keep(layer, q)
-            if keep != self.held[layer]:
-                with self.around_cut():
-                    self._cut(layer, keep, scaling, softcap)
+        if self._is_cut(layer):
+            self._cut_if_due(layer, q, scaling, softcap)
+        elif self.mode != "score":
+            self._trim_sliding(layer)
         if self.mode == "prefill" and not self.compression.schedule.online:
             self.stores[layer].forget_observations()
         if self.compression.storage.quantises and self.mode in ("prefill", "decode", "stream"):
@@ -236,12 +257,63 @@ class CompressedCache(Face):
         by_layer = [store.valid_bytes(held) for store, held in zip(self.stores, self.held, strict=True)]
         return [sum(row) for row in zip(*by_layer, strict=True)]
 
-    def _trim_sliding(self, layer: int, window: int) -> None:
-        """Drops what a sliding-window layer can never see again, every 64 tokens rather than at each."""
-        store = self.stores[layer]
-        if store.length > window - 1 + 64:
-            store.drop_oldest(max(window - 1, 1))
-            self.held[layer] = [min(h, store.length) for h in self.held[layer]]
+    def _trim_sliding(self, layer: int) -> None:
+        """Drops what a layer of the model's own sliding window, which is never cut, can never see again.
+
+        Each time a row has seen a multiple of TRIM_EVERY tokens: a clock of its own, whatever forwards they came in.
+        """
+        window = self.facts.sliding_windows[layer]
+        if window is None:
+            return
+        first = [max(0, n // TRIM_EVERY * TRIM_EVERY - (window - 1)) for n in self.seen]
+        before = [n - new for n, new in zip(self.seen, self.new_counts, strict=True)]
+        ticks = [n // TRIM_EVERY > b // TRIM_EVERY for n, b in zip(self.seen, before, strict=True)]
+        if any(f and now for f, now in zip(first, ticks, strict=True)):
+            self.held[layer] = [n - f for n, f in zip(self.seen, first, strict=True)]
+            self.stores[layer].compact(int(max(self.held[layer])), first=first)
+
+    def _cut_if_due(self, layer: int, q: int, scaling: float, softcap: float | None) -> None:
+        """Cuts the layer to its budget if this forward ends with a cut; what its own window no longer shows goes first:
+        it may vote, it is neither counted nor chosen."""
+        store, window = self.stores[layer], self.facts.sliding_windows[layer]
+        first = None
+        if window is not None:
+            due = self._rows_due(layer)
+            first = [max(0, n - (window - 1)) if row else 0 for n, row in zip(self.seen, due, strict=True)]
+        if first is None or not any(first):
+            keep, in_sight = self._keep(layer, q), None
+            if keep == self.held[layer]:
+                return
+        else:
+            in_sight = (store.pos >= 0) & (store.pos >= to_device(first, store.pos.device).view(-1, 1, 1))
+            self.held[layer] = in_sight.sum(-1).double().mean(1).tolist()
+            keep = self._keep(layer, q)
+            if keep == self.held[layer]:
+                store.compact(int(in_sight.sum(-1).max()), first=first)
+                return
+        with self.around_cut():
+            self._cut(layer, keep, scaling, softcap, in_sight)
+
+    def _counted(self, layer: int) -> list[float]:
+        """Pairs of each row of the layer, mean over its heads, as the device counts them."""
+        return (self.stores[layer].pos >= 0).sum(-1).double().mean(1).tolist()
+
+    def _is_cut(self, layer: int) -> bool:
+        """Whether the method ever cuts the layer."""
+        skipped = layer in self.compression.schedule.skip_layers
+        return self.compression.method.compresses and self.facts.compressible(layer) and not skipped
+
+    def _rows_due(self, layer: int) -> list[bool]:
+        """Rows of the layer to which a cut comes after the running forward, even if they hold too little for it."""
+        schedule, rows = self.compression.schedule, self._rows_cut()
+        if self.mode == "prefill":
+            return rows
+        if self.mode not in ("decode", "stream") or not schedule.online:
+            return [False] * len(rows)
+        q = self.new_pos.shape[1] if self.new_pos is not None else 0
+        if schedule.trigger == "clock":
+            return [row and schedule.due(self.decoded, self.decoded + q) for row in rows]
+        return [k < h for k, h in zip(self._keep(layer, q), self.held[layer], strict=True)]
 
     def _keep(self, layer: int, q: int) -> list[float]:
         """Slots each row of the layer keeps after this forward."""
@@ -251,9 +323,14 @@ class CompressedCache(Face):
         if self.mode not in ("decode", "stream"):
             return held
         keep = self.compression.after_forward(self.seen, held, self.decoded, self.decoded + q, layer, layers)
-        if keep is not None and self.mode == "stream":  # documents that have ended are left as they are
-            keep = [k if n == q else h for k, h, n in zip(keep, held, self.new_counts, strict=True)]
-        return held if keep is None else keep
+        if keep is None:
+            return held
+        return [k if row else h for k, h, row in zip(keep, held, self._rows_cut(), strict=True)]
+
+    def _rows_cut(self) -> list[bool]:
+        """Rows that a cut after this forward concerns: documents that have ended are left as they are."""
+        q = self.new_pos.shape[1] if self.new_pos is not None else 0
+        return [self.mode != "stream" or n == q for n in self.new_counts]
 
     def until_due(self, limit: int, alive: Sequence[bool] | None = None) -> int:
         """Tokens that every row may be fed in one forward so that it ends at the next cut, or where the next pairs are
@@ -282,7 +359,8 @@ class CompressedCache(Face):
 
         if schedule.trigger == "clock":
             step = schedule.until_due(self.decoded)
-            while step < limit and not excess(step):  # a cut at which no row would lose anything changes nothing
+            slides = any(self.facts.sliding_windows[i] is not None for i in layers)  # then something is out of sight
+            while step < limit and not slides and not excess(step):  # a cut at which no row loses anything is none
                 step += schedule.compress_every
         else:
             step = 0
@@ -290,7 +368,15 @@ class CompressedCache(Face):
                 step += ceil(lacking)  # it grows by one a token at most
         return max(1, min(step, limit))
 
-    def _cut(self, layer: int, keep: list[float], scaling: float, softcap: float | None) -> None:
+    def _cut(
+        self,
+        layer: int,
+        keep: list[float],
+        scaling: float,
+        softcap: float | None,
+        in_sight: torch.Tensor | None = None,
+    ) -> None:
+        """Cuts the layer to `keep` slots a row; in_sight: [B, 1 or K, N] slots that may stay, None: all."""
         store, held = self.stores[layer], self.held[layer]
         view = View(
             keys=store.keys,
@@ -311,13 +397,15 @@ class CompressedCache(Face):
         scores = self.compression.method.score(view)
         if self.mode == "prefill" and not scores.isfinite().logical_or(scores.isinf()).all():
             raise FloatingPointError(f"{self.compression.method.name} scored a slot NaN in layer {layer}")
+        if in_sight is not None:
+            view = dataclasses.replace(view, pos=store.pos.masked_fill(~in_sight, -1))
         if self._leaves_holes(layer, scores, keep):
             blank_lowest(scores, store.pos, [int(h - k) for h, k in zip(held, keep, strict=True)])
             store.holes = True
         else:
             self._close_ranks(layer, view, scores, keep)
         fresh = [h == s for h, s in zip(held, self.seen, strict=True)]  # rows that lose tokens for the first time
-        self.held[layer] = keep
+        self.held[layer] = keep if self._even(layer) or not self.facts.sliding_windows[layer] else self._counted(layer)
         if self.compression.method.in_cache_sinks and self.facts.rope_kinds[layer] == "rope":
             self._move_sinks(layer, fresh)
 
@@ -329,7 +417,7 @@ class CompressedCache(Face):
             self.mode in ("decode", "stream")
             and compression.method.slotwise
             and compression.evicted.forgets
-            and compression.uniform(layer)
+            and self._even(layer)
             and not compression.storage.quantises
             and scores.shape[1] <= store.pos.shape[1]
             and max(h - k for h, k in zip(held, keep, strict=True)) <= FEW
@@ -338,7 +426,7 @@ class CompressedCache(Face):
     def _close_ranks(self, layer: int, view: View, scores: torch.Tensor, keep: list[float]) -> None:
         """Cuts the layer so that what stays stands without gaps."""
         store, held = self.stores[layer], self.held[layer]
-        counts = self.compression.counts(scores, store.pos, keep, self.seen, held, layer)
+        counts = self.compression.counts(scores, view.pos, keep, self.seen, held, layer)
         kept = self.compression.evicted.cut(self.compression.method, view, scores, counts)
         store.replace(kept, room=min(self.compression.schedule.compress_every, MAX_ROOM))
 

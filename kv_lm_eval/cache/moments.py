@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from kv_lm_eval.cache.transfer import at_least_float32
+
 
 class QueryMoments:
     """Running moments of each row and query head.
@@ -24,11 +26,11 @@ class QueryMoments:
     def none_yet(cls, like: torch.Tensor) -> QueryMoments:
         """For queries of the shape of `like`, [B, H, q, D]."""
         b, h, _, d = like.shape
-        zeros = torch.zeros(b, h, d, d, device=like.device)
+        zeros = at_least_float32(like).new_zeros(b, h, d, d)
         return cls(zeros.new_zeros(b), zeros.new_zeros(b, h, d), zeros)
 
     def add(self, queries: torch.Tensor, counted: torch.Tensor) -> None:
-        """Adds queries [B, H, q, D] float32; `counted` [B, q] says which of them count."""
+        """Adds queries [B, H, q, D], float32 or wider; `counted` [B, q] says which of them count."""
         share = counted.to(queries.dtype)
         n = share.sum(1)  # [B]
         mean = (queries * share[:, None, :, None]).sum(2) / n.clamp_min(1).view(-1, 1, 1)

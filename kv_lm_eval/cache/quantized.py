@@ -16,7 +16,6 @@ from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.methods.storage import Storage
 
 BLOCK_SLOTS = 4096  # pairs a row that are coded, or read back, at a time: bounds what this takes beside its result
-EMPTY = torch.iinfo(torch.int32).max  # stands for the position of an empty slot where positions are sorted
 
 
 @dataclass
@@ -281,14 +280,21 @@ class QuantizedStore(LayerStore):
     def replace(self, kept: Kept, room: int) -> None:
         b, k, m, _ = kept.keys.shape
         device, sinks = kept.keys.device, self.sinks
-        old, new = (torch.where(p < 0, EMPTY, p).expand(b, k, -1) for p in (self.pos, kept.pos))
+        assert kept.slots is not None, "codes follow their slots"
+        rank = ((self.pos >= 0).cumsum(-1) - 1).expand(b, k, -1)  # each slot's place among its head's pairs
+        was = rank.gather(2, kept.slots.expand(b, k, -1))
+        real = (kept.pos >= 0).expand(b, k, -1)
         super().replace(replace(kept, keys=kept.keys[..., :0], values=kept.values[..., :0]), room)
-        new, order = new.sort(dim=-1, stable=True)  # each row and head from its oldest pair on, the empty slots last
+        order = (
+            (~real).to(torch.uint8).argsort(dim=-1, stable=True)
+        )  # each row's and head's pairs, the empty slots last
         keys, values = rows_of(kept.keys, order), rows_of(kept.values, order)
-        was = torch.searchsorted(old.sort(dim=-1).values, new)  # the place that each had
-        real, place = new < EMPTY, torch.arange(m, device=device)
+        was, real, place = was.gather(2, order), real.gather(2, order), torch.arange(m, device=device)
         coded = to_device(self.coded, device).unsqueeze(-1)
-        inside = real & (place >= sinks) & (was < sinks + coded)  # coded pairs: those that follow the sinks
+        inside = real & (was < sinks + coded) | (
+            place < sinks
+        )  # coded pairs: those that follow the sinks without a gap
+        inside = inside.cumprod(-1).bool() & real & (place >= sinks)
         counts, total = inside.sum(-1), real.sum(-1)
         self.coded, self.exact = counts.tolist(), (total - counts).tolist()
         end = sinks + max(map(max, self.coded))
@@ -310,19 +316,6 @@ class QuantizedStore(LayerStore):
         index = torch.where(place < self.sinks, place, place + out).clamp_max(keys.shape[2] - 1)
         room = most + self.storage.group_size  # tokens until the next groups leave
         self._exact_keys, self._exact_values = _grown(rows_of(keys, index), room), _grown(rows_of(values, index), room)
-
-    def drop_oldest(self, keep: int) -> None:
-        if self.length > keep:
-            self._take_slots(torch.arange(self.length - keep, self.length, device=self.pos.device))
-
-    def drop_between(self, first: int, last: int) -> None:
-        slots = torch.arange(self.length, device=self.pos.device)
-        self._take_slots(slots[(slots < first) | (slots >= last)])
-
-    def _take_slots(self, slots: torch.Tensor) -> None:
-        mass, bias = (None if x is None else x[:, :, slots] for x in (self.mass, self.bias))
-        keys, values, pos = (x[:, :, slots] for x in (self.keys, self.values, self.pos))
-        self.replace(Kept(keys, values, pos, mass, bias, self.memory), room=0)
 
     def write_sinks(self, index: torch.Tensor, keys: torch.Tensor) -> None:
         assert self._exact_keys is not None and keys.shape[2] == self.sinks

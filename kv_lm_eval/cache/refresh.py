@@ -18,13 +18,18 @@ import dataclasses
 import torch
 
 from kv_lm_eval.cache.attention import Step
-from kv_lm_eval.cache.cache import MAX_ROOM, CompressedCache
+from kv_lm_eval.cache.cache import MAX_ROOM, CompressedCache, Mode
 from kv_lm_eval.cache.store import Kept, rows_of
 from kv_lm_eval.cache.transfer import to_device
 
 
 class RefreshCache(CompressedCache):
     """A compressed cache for a method with sinks and a window that reinserts some of what it evicts."""
+
+    def _start(self, mode: Mode) -> None:
+        super()._start(mode)
+        self._true_pos: torch.Tensor | None = None
+        self._shifts: dict[int, list[int]] = {}  # by layer, how far ahead of itself a row goes on
 
     def attend(self, step: Step) -> torch.Tensor:
         """[B, H, q, D]"""
@@ -43,13 +48,6 @@ class RefreshCache(CompressedCache):
                 step = dataclasses.replace(step, query=query, key=key)
         return super().attend(step)
 
-    _true_pos: torch.Tensor | None = None
-
-    @property
-    def _shifts(self) -> dict[int, list[int]]:
-        """By layer, how much further than its true position each row's next token stands."""
-        return self.__dict__.setdefault("_shift_by_layer", {})
-
     def select(self, rows: torch.Tensor) -> CompressedCache:
         new = super().select(rows)
         assert isinstance(new, RefreshCache)
@@ -59,7 +57,14 @@ class RefreshCache(CompressedCache):
     def _lost(self, layer: int) -> list[float]:
         return [lost + s for lost, s in zip(super()._lost(layer), self._shifts[layer], strict=True)]
 
-    def _cut(self, layer: int, keep: list[float], scaling: float, softcap: float | None) -> None:
+    def _cut(
+        self,
+        layer: int,
+        keep: list[float],
+        scaling: float,
+        softcap: float | None,
+        in_sight: torch.Tensor | None = None,
+    ) -> None:
         store, held, method = self.stores[layer], self.held[layer], self.compression.method
         shift = self._shifts.setdefault(layer, [0] * len(held))
         sinks, back = method.in_cache_sinks, method.reinserted
@@ -88,7 +93,7 @@ class RefreshCache(CompressedCache):
             keys = self.facts.rope.rotate(keys, delta.to(keys.device), layer)
         fresh = [h == s for h, s in zip(held, self.seen, strict=True)]
         store.replace(
-            Kept(keys, values, pos[:, None].to(store.pos), None),
+            Kept(keys, values, pos[:, None].to(store.pos), None, slots=index.to(store.pos.device)[:, None]),
             min(self.compression.schedule.compress_every, MAX_ROOM),
         )
         self.held[layer] = keep

@@ -2,9 +2,10 @@
 
 Shapes: B batch rows, H query heads, K KV heads, N slots, M slots kept, W last queries, D head size.
 
-Slots are in order of position. Where rows or heads hold different numbers of slots, the empty ones (pos = -1) come
-first, as with left padding, so that new tokens always follow the newest old one. A cut of a few pairs may leave empty
-slots in between, until there is no room for a new pair.
+Slots are in the order in which their tokens came. Where rows or heads hold different numbers of slots, the empty ones
+(pos = -1) come first, as with left padding, so that the slots of a row stand as they do alone: padding is taken out
+(`compact`) after the forward that brought it. A cut of a few pairs may leave empty slots in between, for methods that
+do not look at neighbours, until there is no room for a new pair.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from kv_lm_eval.cache.moments import QueryMoments
+from kv_lm_eval.cache.transfer import to_device
 
 MIN_HEADROOM = 64  # slots allocated beyond those in use, so that decoding does not reallocate at every token
 
@@ -25,6 +27,7 @@ class Kept:
 
     Empty slots come first, with pos -1. bias: [B, K, M] float32 or None, added to the attention logits of each slot.
     memory: [B, K] float32 or None, what the treatment of the evicted remembers until its next cut.
+    slots: [B, 1 or K, M] the slot before the cut that each was, or whose place it takes; positions may be doubled.
     """
 
     keys: torch.Tensor
@@ -33,6 +36,7 @@ class Kept:
     mass: torch.Tensor | None
     bias: torch.Tensor | None = None
     memory: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
 
 
 class LayerStore:
@@ -114,7 +118,7 @@ class LayerStore:
         self.length = end
 
     def add_mass(self, mass: torch.Tensor) -> None:
-        """Adds attention received by the slots in use: [B, K, N] float32."""
+        """Adds attention received by the slots in use: [B, K, N]."""
         if self._mass is None:
             assert self._keys is not None
             self._mass = mass.new_zeros(*self._keys.shape[:3])
@@ -169,12 +173,26 @@ class LayerStore:
     def make_room(self, new: int, held: int) -> None:
         """Closes the holes where so many new slots would not fit behind them; held: real pairs of the fullest row."""
         assert self._keys is not None
-        if not self.holes or self.length + new <= self._keys.shape[2]:
-            return
-        index = (self.pos >= 0).int().argsort(dim=-1, stable=True)[..., self.length - held :]  # the empty ones first
-        pos = self.pos.gather(2, index)
-        mass = None if self.mass is None else self.mass.gather(2, index.expand(-1, self.keys.shape[1], -1))
-        self.replace(Kept(rows_of(self.keys, index), rows_of(self.values, index), pos, mass, memory=self.memory), new)
+        if self.holes and self.length + new > self._keys.shape[2]:
+            self.compact(held, room=new)
+
+    def compact(self, length: int, room: int = 0, first: Sequence[int] | None = None) -> None:
+        """Takes out what is empty, wherever it stands: each row and head has its last `length` pairs at the end.
+
+        Args:
+            length: pairs of the row and head that has most. room: tokens that will be added next.
+            first: position of each row's first pair that stays; default all stay.
+        """
+        stays = self.pos >= 0
+        if first is not None:
+            stays &= self.pos >= to_device(first, self.pos.device).view(-1, 1, 1)
+        index = stays.to(torch.uint8).argsort(dim=-1, stable=True)[..., self.length - length :]
+        pos = self.pos.gather(2, index).masked_fill(~stays.gather(2, index), -1)
+        mass, bias = (
+            None if x is None else x.gather(2, index.expand(-1, x.shape[1], -1)) for x in (self.mass, self.bias)
+        )
+        keys, values = rows_of(self.keys, index), rows_of(self.values, index)
+        self.replace(Kept(keys, values, pos, mass, bias, self.memory, index), room)
 
     def settle(self, due: Sequence[bool]) -> None:
         """After a forward and its cut: a store that holds old pairs in another form moves those of the rows that are
@@ -183,18 +201,6 @@ class LayerStore:
     def write_sinks(self, index: torch.Tensor, keys: torch.Tensor) -> None:
         """Puts keys [B, K, S, D] in the place of the first S pairs of each row, which are the slots at index."""
         self.keys.scatter_(2, index, keys)
-
-    def drop_oldest(self, keep: int) -> None:
-        """Keeps the last `keep` slots of every row (layers whose own attention is a sliding window)."""
-        if self.length <= keep:
-            return
-        assert self._keys is not None and self._values is not None and self._pos is not None
-        first = self.length - keep
-        for name in ("_keys", "_values", "_pos", "_mass", "_bias"):
-            old = getattr(self, name)
-            if old is not None:
-                setattr(self, name, old[:, :, first : self.length].clone())
-        self.length = keep
 
     def drop_between(self, first: int, last: int) -> None:
         """Takes out the slots first .. last - 1; those after them move up."""

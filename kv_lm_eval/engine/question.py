@@ -25,13 +25,11 @@ def prefill_before_question(
     """The cache of all tokens but the last of each row, cut after the heads.
 
     Args:
-        rows: prompts, token ids. tails: tokens of each row from its question on, at least 1; one length for all rows
-            where cuts go on after the prefill (see `alike`).
+        rows: prompts, token ids. tails: tokens of each row from its question on, at least 1.
     """
     heads, middles = split(rows, tails)
     cache = prefill(model, new_cache, heads)[0] if any(heads) else new_cache()
     online = cache.compression.schedule.online
-    assert not online or len({len(m) for m in middles}) == 1, "padding inside a row would disturb its later cuts"
     if any(middles):
         cache.mode = "hold" if online else "decode"
         feed(model, cache, middles, side="left", logits=1)

@@ -101,7 +101,7 @@ def _stream_cache(cache: CompressedCache, every: int, tokens: int, prefill_token
     if not compression.method.compresses or not compression.banded or tokens < 1:
         return cache
     slots, cuts = visible_slots(compression, tokens, prefill_tokens, [0], 1)
-    return BandCache(compression, cache.facts, slots, dict(cuts))
+    return BandCache(compression, cache.facts, slots, dict(cuts), prefill_tokens)
 
 
 def _scored(

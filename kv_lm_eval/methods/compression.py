@@ -49,13 +49,15 @@ class Compression:
     ) -> torch.Tensor:
         """Slots per row and head that a cut leaves, [B, heads], on the host; keep is their mean over the heads."""
         shares = [self.budget.by_head(n, layer) for n in seen]
-        if not all(shares):
-            return self.heads.split(scores, pos, [int(k) for k in keep])
+        if all(shares):
+            counts = torch.tensor(shares)
+        else:
+            counts = self.heads.split(scores, pos, [int(k) for k in keep])
         whole = [k == h for k, h in zip(keep, held, strict=True)]  # rows left as they are, whatever their heads hold
-        if any(whole):
-            real = (pos >= 0).sum(-1).expand(-1, scores.shape[1]).tolist()
-            shares = [r if w else s for r, w, s in zip(real, whole, shares, strict=True)]
-        return torch.tensor(shares)
+        if any(whole) and max(counts.shape[1], pos.shape[1]) > 1:
+            real = (pos >= 0).sum(-1).cpu()
+            counts = torch.where(torch.tensor(whole)[:, None], real, counts)
+        return counts
 
     def uniform(self, layer: int) -> bool:
         """Whether all heads of the layer keep the same number of slots."""

@@ -134,7 +134,7 @@ def gather(view: View, index: torch.Tensor, valid: torch.Tensor) -> Kept:
     pos = view.pos.expand(-1, heads, -1).gather(2, index.expand(-1, heads, -1))
     pos = torch.where(valid.expand(-1, heads, -1), pos, -1)
     mass = None if view.mass is None else view.mass.gather(2, index.expand(-1, view.keys.shape[1], -1))
-    return Kept(rows_of(view.keys, index), rows_of(view.values, index), pos, mass)
+    return Kept(rows_of(view.keys, index), rows_of(view.values, index), pos, mass, slots=index)
 
 
 def split(view: View, index: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kv_lm_eval.cache.transfer import to_device
+from kv_lm_eval.cache.transfer import at_least_float32, to_device
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View, setting
 
@@ -46,7 +46,7 @@ class ExpectedAttention(Method):
 
     def score(self, view: View) -> Tensor:
         assert view.moments is not None
-        first, keys = view.first(self.n_sink), view.keys.float()
+        first, keys = view.first(self.n_sink), at_least_float32(view.keys)
         logits = view.scaling * torch.einsum("bkgd,bknd->bkgn", self._mean(view), keys)
         covariance = self._covariance(view)
         for group in range(logits.shape[2]):  # one at a time: [B, K, N, D] is as large as the keys
@@ -55,7 +55,7 @@ class ExpectedAttention(Method):
             logits = logits + view.bias.unsqueeze(2)
         hidden = (first | (view.pos < 0)).unsqueeze(2)
         weights = logits.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1).mean(2)
-        return ((weights + self.epsilon) * view.values.float().norm(dim=-1)).masked_fill(first, float("inf"))
+        return ((weights + self.epsilon) * at_least_float32(view.values).norm(dim=-1)).masked_fill(first, float("inf"))
 
     def _mean(self, view: View) -> Tensor:
         """Mean of the queries to come, [B, K, G, D]."""

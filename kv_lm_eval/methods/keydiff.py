@@ -1,6 +1,7 @@
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from kv_lm_eval.cache.transfer import at_least_float32
 from kv_lm_eval.methods.base import Method, View
 
 
@@ -16,6 +17,6 @@ class KeyDiff(Method):
 
     def score(self, view: View) -> Tensor:
         real = (view.pos >= 0).unsqueeze(-1)
-        keys = normalize(view.keys.float(), dim=-1)
+        keys = normalize(at_least_float32(view.keys), dim=-1)
         anchor = (keys * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
         return -cosine_similarity(keys, anchor, dim=-1)

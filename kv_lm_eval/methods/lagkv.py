@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kv_lm_eval.cache.transfer import at_least_float32
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View, setting
 
@@ -52,6 +53,6 @@ class LagKV(Method):
 
     def _standing_out(self, x: Tensor, parts: int) -> Tensor:
         """[parts * lag_size, D] -> [parts - 1, lag_size]: how much each token differs from the next partition."""
-        x = x.float().view(parts, self.lag_size, -1)
+        x = at_least_float32(x).view(parts, self.lag_size, -1)
         low, high = x[1:].min(1, keepdim=True).values, x[1:].max(1, keepdim=True).values
         return ((x[:-1] - low) / (high - low).clamp_min(1e-9)).std(-1).softmax(-1)

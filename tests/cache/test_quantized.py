@@ -138,6 +138,7 @@ class Twins:
             values.gather(2, wide.expand(-1, -1, -1, VALUE_SIZE)),
             torch.where(real, pos.gather(2, index), -1),
             None,
+            slots=index,
         )
         self.store.replace(kept, room=1)
 
@@ -237,7 +238,7 @@ def test_a_sliding_layer_drops_its_oldest_pairs_and_codes_no_other_anew() -> Non
     twins = Twins(CASES[0][0], 0, rows=2, seed=3)
     twins.feed([30, 17], "left")
     twins.settle([True, True])
-    twins.store.drop_oldest(20)
+    twins.store.compact(20, first=[10, 0])
     for row in twins.heads:
         for head in row:
             head.pairs = head.pairs[-20:]
@@ -314,10 +315,37 @@ def test_a_thousand_cuts_leave_a_survivor_as_it_was() -> None:
     survivor = store.keys[0, 0, 5].clone()
     kept = [5, *range(20, 40)]
     for token in range(40, 1040):
-        store.replace(Kept(store.keys[:, :, kept], store.values[:, :, kept], store.pos[:, :, kept], None), room=1)
+        slots = torch.tensor(kept).view(1, 1, -1)
+        keys, values, pos = (x[:, :, kept] for x in (store.keys, store.values, store.pos))
+        store.replace(Kept(keys, values, pos, None, slots=slots), room=1)
         keys, values = twins.numbers(1, HEADS, 1, SIZE), twins.numbers(1, HEADS, 1, VALUE_SIZE)
         store.append(keys, values, torch.tensor([[token]]))
         store.settle([storage.due(token, token + 1)])
         kept = [0, *range(2, 22)]
     assert torch.equal(store.keys[0, 0, 0], survivor)
     assert store.pos[0, 0].tolist() == [5, *range(1019, 1040)]
+
+
+def test_of_two_pairs_with_one_position_each_keeps_its_own_codes() -> None:
+    """An average takes the position of a token that may be kept too: a survivor is told by its slot."""
+    storage = Storage(nbits=4, group_size=4, residual_length=0)
+    twins = Twins(storage, 0, rows=1, seed=1)
+    store = twins.store
+    twins.feed([16], "left")
+    store.settle([True])
+    average = twins.numbers(1, HEADS, 1, SIZE), twins.numbers(1, HEADS, 1, VALUE_SIZE)
+    slots = torch.tensor([[[0, 1, 3, 3, 4, 5]]]).expand(1, HEADS, -1)  # the second of the two 3s is an average
+    pos = store.pos[:, :, slots[0, 0]]
+
+    def beside(x: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:, :, [0, 1, 3]], new, x[:, :, [4, 5]]], dim=2)
+
+    store.replace(Kept(beside(store.keys, average[0]), beside(store.values, average[1]), pos, None, slots=slots), 1)
+    survivors = store._coded_keys.group[0, 0].tolist()  # the group of each pair: that of the average is new
+    for _ in range(3):  # both stay: nothing is coded anew
+        before, groups = (store.keys.clone(), store.values.clone()), store._coded_keys.group.clone()
+        same = torch.arange(6).view(1, 1, -1)
+        store.replace(Kept(store.keys, store.values, store.pos, None, slots=same), 1)
+        assert torch.equal(before[0], store.keys) and torch.equal(before[1], store.values)
+        assert torch.equal(groups, store._coded_keys.group)
+    assert survivors == [0, 0, 0, 2, 1, 1]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kv_lm_eval.cache.store import Kept, rows_of
+from kv_lm_eval.cache.transfer import at_least_float32
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View
 from kv_lm_eval.methods.evicted import Evicted, needs_weights
@@ -87,22 +88,25 @@ class Compensate(Evicted):
         length = max(len(stays) + len(block) for row in heads for stays, block, _ in row)
         index = torch.zeros(b, k, length, dtype=torch.long, device=pos.device)  # old slots, then n + the averages
         new_pos = pos.new_full((b, k, length), -1)  # empty slots first
+        old_slots = torch.zeros_like(index)
         for i, row in enumerate(heads):
             for j, (stays, block, part) in enumerate(row):
                 members[i, j, : len(block), : block.shape[1]] = block.clamp_min(0)
                 parts[i, j, : len(block), : block.shape[1]] = part
-                place = pos[i, j, torch.cat([stays, block.max(1).values])]
+                was = torch.cat([stays, block.max(1).values])  # an average takes the place of its block's last token
+                place = pos[i, j, was]
                 if self.key_space == "pre_rope" and len(block):
                     mean = (part.double() * pos[i, j, block.clamp_min(0)]).sum(1).round().to(place.dtype)
                     place[len(stays) :] = torch.where(part.sum(1) > 0, mean, place[len(stays) :])
                 average_pos[i, j, : len(block)] = place[len(stays) :]
                 slots = torch.cat([stays, n + torch.arange(len(block), device=pos.device)])
-                order, first = place.argsort(stable=True), length - len(slots)
+                order, first = place.argsort(stable=True), length - len(slots)  # of one position, what stays is first
                 index[i, j, first:], new_pos[i, j, first:] = slots[order], place[order]
+                old_slots[i, j, first:] = was[order]
 
         def means(x: torch.Tensor) -> torch.Tensor:
-            """[B, K, blocks, D] float32, averages of x [B, K, N, D]."""
-            each_member = rows_of(x, members.flatten(2)).float() * parts.flatten(2).unsqueeze(-1)
+            """[B, K, blocks, D], averages of x [B, K, N, D]."""
+            each_member = at_least_float32(rows_of(x, members.flatten(2))) * parts.flatten(2).unsqueeze(-1)
             return each_member.view(b, k, most, size, x.shape[3]).sum(3)
 
         def beside(x: torch.Tensor, averages: torch.Tensor) -> torch.Tensor:
@@ -115,14 +119,14 @@ class Compensate(Evicted):
             return torch.cat([x, total], 2).gather(2, index)
 
         if self.key_space == "pre_rope":
-            turned_back = view.rotate(view.keys.float(), -view.pos.clamp_min(0))
+            turned_back = view.rotate(at_least_float32(view.keys), -view.pos.clamp_min(0))
             mean_keys = view.rotate(means(turned_back), average_pos)
         else:
             mean_keys = means(view.keys)
         keys, values = beside(view.keys, mean_keys), beside(view.values, means(view.values))
         bias = sums(each).log().masked_fill(new_pos < 0, 0.0) if self.count_bias == "log_n" else None
         mass = None if view.mass is None else sums(view.mass)
-        return Kept(keys, values, new_pos, mass, bias)
+        return Kept(keys, values, new_pos, mass, bias, slots=old_slots)
 
     def _head(
         self, scores: torch.Tensor, pos: torch.Tensor, weights: torch.Tensor, count: int
@@ -137,12 +141,12 @@ class Compensate(Evicted):
         always = real[scores[real].isposinf()]
         old = real[~scores[real].isposinf()]
         if len(real) <= count:
-            return torch.cat([old, always]), old.new_zeros(0, 1), weights.new_zeros(0, 1)
+            return real, old.new_zeros(0, 1), weights.new_zeros(0, 1)
         size = len(old) if self.block_size == "full" else min(int(self.block_size), len(old))
         padded = old.new_full((-(-len(old) // size), size), -1)
         padded.view(-1)[: len(old)] = old
         tokens, chosen = self._tokens_and_blocks(scores[old], weights[old], size, count - len(always))
-        stays, blocks = torch.cat([old[tokens], always]), padded[chosen]
+        stays, blocks = torch.cat([old[tokens], always]).sort().values, padded[chosen]
         evicted = weights.clone()
         evicted[stays] = 0
         part = torch.where(blocks >= 0, evicted[blocks.clamp_min(0)], 0.0)

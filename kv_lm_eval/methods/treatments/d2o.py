@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 from kv_lm_eval.cache.store import Kept
+from kv_lm_eval.cache.transfer import at_least_float32
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View
 from kv_lm_eval.methods.evicted import Evicted, choose, gather, split
@@ -75,7 +76,7 @@ class D2O(Evicted):
 
 def _nearest(keys: torch.Tensor, kept: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For each key [B, K, N, D] the largest cosine similarity with a kept key [B, K, M, D], and that one's index."""
-    ours, theirs = normalize(keys.float(), dim=-1), normalize(kept.float(), dim=-1)
+    ours, theirs = normalize(at_least_float32(keys), dim=-1), normalize(at_least_float32(kept), dim=-1)
     block = max(1, ELEMENTS // valid.numel())
     found = [
         (part @ theirs.transpose(2, 3)).masked_fill(~valid.unsqueeze(2), -2.0).max(-1) for part in ours.split(block, 2)
