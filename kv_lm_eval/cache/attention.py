@@ -8,6 +8,7 @@ Shapes: B batch rows, H query heads, K KV heads, G = H / K, q new tokens, N slot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from kv_lm_eval.cache.store import LayerStore
 
 NAME = "kv_lm_eval"
+ASKING = "kv_lm_eval_check"  # the same, and every layer notes the window that the model's masks give it
 MASK_ELEMENTS = 2**25  # queries are attended in blocks whose mask has at most this many elements
 WEIGHT_ELEMENTS = 2**24  # the same for explicit attention weights, float32
 
@@ -40,11 +42,55 @@ def register() -> None:
     """Makes the attention function known to transformers under our name; other names are left alone."""
     AttentionInterface.register(NAME, kv_attention)
     AttentionMaskInterface.register(NAME, keep_padding_mask)
+    AttentionInterface.register(ASKING, _asking_attention)
+    AttentionMaskInterface.register(ASKING, _mask_with_window)
 
 
 def keep_padding_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
     """Hands the raw 2D padding mask on to the attention function."""
     return attention_mask
+
+
+def _mask_with_window(
+    *args: Any,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The padding mask with 1 + the mask's own window in the place of 1, so that it reaches the layers that get this
+    mask; 1 where there is none.
+
+    Raises:
+        UserError: the mask is neither causal nor a causal sliding window.
+    """
+    assert attention_mask is not None, "the check's rows are padded"
+    for query in {0, 1, 2, 50, *(max(0, (local_size or 0) * n + d) for n in (1, 2) for d in (-1, 0, 1))}:
+        edge = [max(0, query + d - (local_size or 0)) for d in (-1, 0, 1)]
+        keys = sorted({0, 1, query // 2, *edge, query, query + 1})
+        got = [bool(mask_function(0, 0, torch.tensor(query), torch.tensor(key))) for key in keys]
+        if got != [key <= query and (local_size is None or query - key < local_size) for key in keys]:
+            raise UserError(
+                "its mask is neither causal nor a causal sliding window (attention within chunks, in both directions, "
+                "or of another kind), which is not reproduced here; use method=no_cache or --model hf for it"
+            )
+    return attention_mask.long() * (1 + (local_size or 0))
+
+
+def _asking_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`kv_attention` that goes by the window of the mask: what the model does, whatever else it hands over."""
+    window = None
+    if attention_mask is not None and attention_mask.dim() == 2:
+        window = int(attention_mask.max()) - 1 or None
+        attention_mask = attention_mask.clamp_max(1)
+    return kv_attention(module, query, key, value, attention_mask, **{**kwargs, "sliding_window": window})
 
 
 def kv_attention(
@@ -67,6 +113,7 @@ def kv_attention(
         query: [B, H, q, D] and key, value: [B, K, q, D], the new tokens only, rotary embedding applied.
         attention_mask: [B, >= q], 0 where a token is padding, or None.
         position_ids: [1 or B, q] index of each token among the real tokens of its row.
+        sliding_window: the layer's own window when the layer is first met; from then on it is what was noted then.
 
     Returns:
         [B, q, H, D], None
@@ -86,8 +133,9 @@ def kv_attention(
     if dropout and module.training:
         raise UserError("the model is in training mode: call model.eval() first")
     cache.facts.meet(layer, module, sliding_window, (query.shape[1], key.shape[1]))
+    window = cache.facts.sliding_windows[layer]
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    step = Step(layer, query, key, value, position_ids, attention_mask, scaling, sliding_window, softcap)
+    step = Step(layer, query, key, value, position_ids, attention_mask, scaling, window, softcap)
     return cache.attend(step).transpose(1, 2).contiguous(), None
 
 

@@ -22,6 +22,9 @@ class ModelFacts:
         position) or "other", only where a method asked for it.
     qk_norm: whether keys are normalised before they are cached.
     max_positions: trained context in tokens, if the configuration says.
+    border: tokens of a sequence beyond which the rotation of all its tokens is another (dynamic NTK, longrope); None:
+        a token is rotated by its position alone.
+    settles: whether the rotation beyond the border is one and the same.
     """
 
     num_layers: int
@@ -31,6 +34,8 @@ class ModelFacts:
     sliding_windows: list[int | None] = field(default_factory=list)
     rope: RopeKit | None = None
     rope_kinds: list[str] = field(default_factory=list)
+    border: int | None = None
+    settles: bool = False
 
     def __post_init__(self) -> None:
         self.sliding_windows = self.sliding_windows or [None] * self.num_layers
@@ -45,6 +50,19 @@ class ModelFacts:
     def compressible(self, layer: int) -> bool:
         """Sliding-window layers are bounded already and left alone, unless the model has no others."""
         return self.sliding_windows[layer] is None or all(w is not None for w in self.sliding_windows)
+
+    def beyond(self, tokens: int) -> bool:
+        """Whether the rotation of a sequence of so many tokens depends on their number: it is run alone, since a
+        forward rotates all of its rows by the longest."""
+        return self.border is not None and tokens > self.border
+
+    def until_border(self, seen: int, tokens: int) -> int:
+        """How many of the next tokens may be one forward, so that each is rotated as if it came alone."""
+        if self.border is None or seen + tokens <= self.border:
+            return tokens
+        if seen < self.border:
+            return self.border - seen
+        return tokens if self.settles else 1
 
     @property
     def all_sliding(self) -> bool:

@@ -41,6 +41,11 @@ class RopeKit:
         module = sys.modules[type(self._modules[layer]).__module__]
         return getattr(module, "apply_rotary_pos_emb", None)
 
+    def forget(self, device: torch.device) -> None:
+        """Lets frequencies that grew with the last sequence, which the module keeps, be those of a short one again."""
+        for layer in self._modules if self._by_layer_type else list(self._modules)[:1]:
+            self._tables(torch.empty(0, device=device), torch.zeros(1, 1, dtype=torch.long, device=device), layer)
+
     def rotate(self, keys: torch.Tensor, delta: torch.Tensor, layer: int, over: int = 1) -> torch.Tensor:
         """Keys [B, K, N, D] at position p -> the same keys at p + delta; delta [B, N] or [B, 1], in tokens.
 

@@ -106,16 +106,20 @@ def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads(
     try:
         probe = Probe.of(model)
         expected = _logits(model, probe, lambda: DynamicCache(config=config), original)
-        got = _logits(model, probe, lambda: CompressedCache(FULL, facts), attention.NAME)
+        got = _logits(model, probe, lambda: CompressedCache(FULL, facts), attention.ASKING)
+        model.set_attn_implementation(attention.NAME)
         _compare_forwards(kind, expected, got, model.dtype)
         facts.rope = RopeKit(model, facts.modules)
+        facts.border, facts.settles = _find_border(model, facts)
         if compression.moves_keys is not None:
             _check_positions(model, facts, kind, compression)
         compression.method.check_model(facts)
         _walk(model, probe, facts, compression, roads, expected)
-    except UserError:
+    except UserError as error:
         model.set_attn_implementation(original)
-        raise
+        if kind in str(error):
+            raise
+        raise UserError(f"{kind} does not pass the self-check: {error}") from error
     except Exception as error:
         model.set_attn_implementation(original)
         raise UserError(
@@ -311,8 +315,7 @@ def probe_positions(model: PreTrainedModel, facts: ModelFacts) -> list[str]:
     model.set_attn_implementation(attention.NAME)
     base = _keys_at(model, facts, 0)
     kinds = ["rope"] * facts.num_layers
-    original = getattr(model.config.get_text_config(), "original_max_position_embeddings", None)
-    for shift in (37, max(facts.max_positions or 0, original or 0) + 88):
+    for shift in (37, _far(model, facts)):
         try:
             moved = _keys_at(model, facts, shift)
         except (IndexError, RuntimeError):  # learned positions end at the maximum
@@ -330,14 +333,60 @@ def probe_positions(model: PreTrainedModel, facts: ModelFacts) -> list[str]:
     return kinds
 
 
+def _far(model: PreTrainedModel, facts: ModelFacts) -> int:
+    """A position well beyond the trained context."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [r for r in rope.values() if isinstance(r, dict)]
+    original = [getattr(config, "original_max_position_embeddings", None)]
+    original += [r.get("original_max_position_embeddings") for r in (rope, *by_layer_type)]
+    return max(facts.max_positions or 0, *(n or 0 for n in original)) + 88
+
+
+@torch.inference_mode()
+def _find_border(model: PreTrainedModel, facts: ModelFacts) -> tuple[int | None, bool]:
+    """Tokens of a sequence from which on one more changes how those before it are rotated, and whether that is all.
+
+    By behaviour: the keys of the first tokens beside one token that stands further and further away.
+    """
+    rope = facts.rope
+    assert rope is not None
+    if not any(rope.available(layer) for layer in facts.modules):
+        return None, False  # learned positions end somewhere, and a GPU does not forgive a look beyond
+
+    def keys(last: int) -> list[torch.Tensor]:
+        rope.forget(device_of(model))
+        return [k[:, :, :-1] for k in _keys_of(model, facts, [*range(8), last])]
+
+    def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+        return all(_close(x, y) for x, y in zip(a, b, strict=True))
+
+    near, top = keys(8), _far(model, facts)
+    beyond, above = keys(top), 8
+    if same(near, beyond):
+        return None, False
+    while top - above > 1:
+        middle = (above + top) // 2
+        if same(near, keys(middle)):
+            above = middle
+        else:
+            top = middle
+    settles = same(keys(top), beyond)
+    rope.forget(device_of(model))
+    return above + 1, settles
+
+
 def _keys_at(model: PreTrainedModel, facts: ModelFacts, start: int) -> list[torch.Tensor]:
+    return _keys_of(model, facts, range(start, start + 16))
+
+
+def _keys_of(model: PreTrainedModel, facts: ModelFacts, at: Sequence[int]) -> list[torch.Tensor]:
+    """Keys [1, K, n, D] of each layer, of some tokens at the given positions."""
     device = device_of(model)
-    ids = torch.randint(
-        0, model.config.get_text_config().vocab_size, (1, 16), generator=torch.Generator().manual_seed(1)
-    )
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocab, (1, len(at)), generator=torch.Generator().manual_seed(1))
     cache = CompressedCache(FULL, facts)
-    positions = torch.arange(start, start + 16, device=device).unsqueeze(0)
-    logits_of(model, ids.to(device), positions=positions, cache=cache)
+    logits_of(model, ids.to(device), positions=torch.tensor([list(at)], device=device), cache=cache)
     return [store.keys for store in cache.stores]
 
 

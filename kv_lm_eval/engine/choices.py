@@ -41,7 +41,11 @@ def score_continuations(
     Returns:
         scores in the order given, and the cache of the contexts (for its numbers).
     """
-    compression = new_cache().compression
+    compression, facts = new_cache().compression, new_cache().facts
+    if not compression.lossy and isinstance(tail_tokens, int):
+        longest = max(len(c) + max(map(len, group)) for c, group in zip(contexts, continuations, strict=True))
+        if facts.beyond(longest):
+            return _score_each_alone(model, new_cache, contexts, continuations, tail_tokens, dtype)
     if not isinstance(tail_tokens, int):
         cache = prefill_before_question(model, new_cache, contexts, tail_tokens)
         first_logits = feed(model, cache, [c[-1:] for c in contexts], side="left", logits=1)[:, -1]
@@ -49,7 +53,7 @@ def score_continuations(
         return _score_in_one_forward(model, new_cache, contexts, continuations, tail_tokens, dtype)
     else:
         cache, first_logits = _prefill_and_tail(model, new_cache, contexts, tail_tokens)
-    if compression.schedule.online and compression.method.compresses:
+    if compression.schedule.online and compression.method.compresses or _beyond(cache, continuations):
         return score_in_forks(model, cache, first_logits, continuations, dtype), cache
     return score_packed(model, cache, first_logits, continuations, dtype), cache
 
@@ -112,6 +116,29 @@ def _score_in_one_forward(
     return scores, cache
 
 
+def _beyond(cache: CompressedCache, continuations: Sequence[Sequence[Sequence[int]]]) -> bool:
+    """Whether the length of a context with a continuation turns all of its tokens."""
+    lengths = (n + max(map(len, group)) for n, group in zip(cache.seen, continuations, strict=True))
+    return any(map(cache.facts.beyond, lengths))
+
+
+def _score_each_alone(
+    model: PreTrainedModel,
+    new_cache: NewCache,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    tail_tokens: int,
+    dtype: torch.dtype | None,
+) -> tuple[list[list[Score]], CompressedCache]:
+    """Nothing will ever be cut: every continuation of the one context in a forward of its own, as lm-eval does."""
+    (context,), (group,) = contexts, continuations
+    scores = []
+    for continuation in group:
+        one, cache = _score_in_one_forward(model, new_cache, [context], [[continuation]], tail_tokens, dtype)
+        scores.append(one[0][0])
+    return [scores], cache
+
+
 def score_packed(
     model: PreTrainedModel,
     cache: CompressedCache,
@@ -161,6 +188,9 @@ def score_in_forks(
     dtype: torch.dtype | None,
 ) -> list[list[Score]]:
     """Cuts go on during the continuations: each on its own copy of the cache, in segments that end at the cuts."""
+    if sum(map(len, continuations)) > 1 and _beyond(cache, continuations):
+        (group,) = continuations  # a row beyond the border comes alone, and so do its continuations
+        return [[score_in_forks(model, cache, first_logits, [[c]], dtype)[0][0] for c in group]]
     rows = [list(c) for group in continuations for c in group]
     owner = [b for b, group in enumerate(continuations) for _ in group]
     parts = [[first_logits[b : b + 1]] for b in owner]

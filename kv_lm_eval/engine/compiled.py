@@ -76,6 +76,7 @@ class Decoder:
         @wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if cache.prefill_end is None:
+                statics.clear()  # those of a prompt before it, where generate() starts anew
                 return original(*args, **kwargs)
             if not statics:
                 statics.append(self.start(cache, room))

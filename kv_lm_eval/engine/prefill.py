@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.forward import device_of, logits_of
+from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.schedule import Schedule
 
 NewCache = Callable[[], CompressedCache]
@@ -59,6 +60,13 @@ def chunks(cache: CompressedCache, rows: Sequence[Sequence[int]], side: str) -> 
     width, size = max(map(len, rows)), cache.prefill_chunk
     if size is None or cache.mode != "prefill" or cache.prefill_end is not None or width <= size:
         return [list(rows)]
+    if cache.facts.beyond(width):
+        name, border = "prefill_evict" if cache.prefill_evicts else "prefill_chunk", cache.facts.border
+        raise UserError(
+            f"{name}={size} with a prompt of {width} tokens: beyond {border} tokens this model rotates every token by "
+            "the length of the whole sequence, which a chunk does not know, so that chunks would give other answers; "
+            f"leave {name} out, or take prompts of at most {border} tokens"
+        )
     bounds = [0, *range((width - 1) % size + 1, width + 1, size)]
     padding = [width - len(row) if side == "left" else 0 for row in rows]
     return [
@@ -114,6 +122,12 @@ def _forward(
         positions[b, part] = torch.arange(start, start + len(row))
         mask[b, part] = 1
     ragged = any(len(row) < width for row in rows)
+    if cache.facts.border is not None:
+        most = max(start + len(row) for row, start in zip(rows, starts, strict=True))
+        assert len(rows) == 1 or not cache.facts.beyond(most), "one row's length would rotate the others"
+        if not any(starts):
+            assert cache.facts.rope is not None
+            cache.facts.rope.forget(device_of(model))
     cache.next_counts = [len(row) for row in rows] if ragged else None
     padding = mask if ragged else None
     return logits_of(model, ids.to(device_of(model)), positions=positions, mask=padding, cache=cache, keep=logits)

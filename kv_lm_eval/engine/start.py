@@ -44,6 +44,9 @@ def start(
     else:
         cache = new_cache()
         feed_beginning(model, cache, rows)
+        if cache.facts.border is not None and not cache.seen:  # generate() does all of it
+            assert cache.facts.rope is not None
+            cache.facts.rope.forget(device_of(model))
         width = max(map(len, rows))
         ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

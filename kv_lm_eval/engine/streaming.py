@@ -80,6 +80,7 @@ def score_documents(
         else:
             cache.mode = "stream"
             step = cache.until_due(min(longest - done, most), [len(r) - 1 > done for r in rows])
+        step = cache.facts.until_border(done, step)
         if isinstance(cache, BandCache):
             cache.prepare(step)
         segment = [r[done : min(done + step, len(r) - 1)] for r in rows]

@@ -217,3 +217,54 @@ def test_transformers_finds_as_many_growing_layers_as_the_model_has() -> None:
         if hasattr(cache, question):
             assert getattr(cache, question) == [False, False]
     assert not cache.is_compileable and not all(layer.is_croppable for layer in cache.layers)
+
+
+def in_the_mask_only(**settings: object) -> tf.PreTrainedModel:
+    """A model that hands its window to the mask alone, not to the attention function."""
+    torch.manual_seed(0)
+    config = tf.Qwen2MoeConfig(
+        **{**tiny.LLAMA, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4},
+        num_experts_per_tok=2,
+        use_sliding_window=True,
+        sliding_window=300,
+        max_window_layers=1,
+        **settings,
+    )
+    return tf.AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def test_a_window_that_only_the_mask_knows_is_served_exactly_beyond_the_check() -> None:
+    model, stock = in_the_mask_only(), in_the_mask_only()
+    facts = wrap(model, FULL)
+    assert set(facts.sliding_windows) == {None, 300}
+    row = tiny.tokens(400)
+    with torch.inference_mode():
+        got = model(input_ids=torch.tensor([row]), **tiny.given(CompressedCache(FULL, facts))).logits
+        expected = stock(input_ids=torch.tensor([row])).logits
+    assert (got - expected).abs().max() <= 1e-4
+
+
+def test_phimoe_and_its_window() -> None:
+    def made_so() -> tf.PreTrainedModel:
+        torch.manual_seed(0)
+        config = tf.PhimoeConfig(**{**tiny.LLAMA, "num_local_experts": 2}, sliding_window=60, pad_token_id=0)
+        return tf.AutoModelForCausalLM.from_config(config).float().eval()
+
+    model, stock = made_so(), made_so()
+    facts = wrap(model, FULL)
+    assert facts.sliding_windows == [60, 60]
+    row = tiny.tokens(130)
+    with torch.inference_mode():
+        got = model(input_ids=torch.tensor([row]), **tiny.given(CompressedCache(FULL, facts))).logits
+        assert (got - stock(input_ids=torch.tensor([row])).logits).abs().max() <= 1e-4
+
+
+def test_attention_within_chunks_is_refused() -> None:
+    torch.manual_seed(0)
+    config = tf.Llama4TextConfig(
+        **{**tiny.LLAMA, "intermediate_size_mlp": 48, "head_dim": 8, "num_local_experts": 2},
+        attention_chunk_size=100,
+        no_rope_layers=[1, 0],
+    )
+    with pytest.raises(UserError, match="Llama4ForCausalLM.*within chunks"):
+        wrap(tf.AutoModelForCausalLM.from_config(config).float().eval(), FULL)
