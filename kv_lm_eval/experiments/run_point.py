@@ -157,13 +157,13 @@ class KeptLog(CompressionLog):
         with suppress(FileNotFoundError, EOFError, pickle.UnpicklingError), file.open("rb") as lines:
             while True:  # until the end, or what was being written
                 self.records += pickle.load(lines)
-        self.before = {(r.task, r.kind, r.prompt) for r in self.records}
+        self.before = {r.identity for r in self.records}
 
     def add_batch(self, *batch: Any, **more: Any) -> None:
         """As in CompressionLog; a request whose answer was lost after its record was written counts once."""
         start = len(self.records)
         super().add_batch(*batch, **more)
-        new = [r for r in self.records[start:] if (r.task, r.kind, r.prompt) not in self.before]
+        new = [r for r in self.records[start:] if r.identity not in self.before]
         self.records[start:] = new
         with self.file.open("ab") as out:
             pickle.dump(new, out)
