@@ -19,7 +19,9 @@ ROW_BY_ROW = {
     *("num_beams", "num_return_sequences", "use_cache", "cache_implementation", "length_penalty", "early_stopping"),
     *("max_length", "transformers_version", "_from_model_config"),
 }
-OURS = ("use_cache", "past_key_values", "stopping_criteria", "input_ids", "attention_mask")
+OURS = (
+    *("use_cache", "past_key_values", "stopping_criteria", "input_ids", "attention_mask", "return_dict_in_generate"),
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class GenSettings:
             ends = list(dict.fromkeys([*ends, *_tokens(lm.eot_token_id)]))
             kwargs["eos_token_id"] = ends
         own = run.causal_lm.generation_config.to_diff_dict()
-        changed = {name for name, value in {**own, **kwargs}.items() if value is not None and name not in ROW_BY_ROW}
+        changed = {name for name, value in {**own, **kwargs}.items() if value and name not in ROW_BY_ROW}
         return cls(
             key=repr((sorted(given.items(), key=lambda item: str(item[0])), as_token_only)),
             until=tuple(until),
