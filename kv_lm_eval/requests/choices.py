@@ -73,7 +73,7 @@ def score(run: Run, requests: list[Encoded], disable_tqdm: bool, stock: Callable
         return _score_groups(run, requests, groups, disable_tqdm)
     known: dict[int, dict[str, Any]] = {}
     for group in groups:
-        names = run.by_document(group.members)
+        names = run.by_task(group.members)
         own = list(dict.fromkeys(names.values()))
         records = run.record_uncached(own, [len(requests[group.members[-1]][1])] * len(own))
         by_name = {i: record.efficiency() for i, record in zip(own, records, strict=True)}
@@ -189,7 +189,7 @@ def _batches(run: Run, groups: list[Group], work: Callable[[Sequence[Group]], ob
 
 def _record(run: Run, batch: Sequence[Group], cache: CompressedCache, watch: Stopwatch) -> dict[int, dict[str, Any]]:
     """Logs a batch; what the samples say of each request."""
-    names = [run.by_document(group.members) for group in batch]
+    names = [run.by_task(group.members) for group in batch]
     own = [(row, i) for row, of_group in enumerate(names) for i in dict.fromkeys(of_group.values())]
     end = cache.snapshot()
     none_cut = [False] * len(batch)

@@ -124,9 +124,9 @@ def _batches(run: Run, prompts: Sequence[Prompt], size: int) -> Iterator[list[Pr
         alike[prompt.settings.key].append(prompt)
     for group in alike.values():
         ordered = sorted(group, key=lambda p: (-len(p.ids), run.requests[p.i].args[0]))
-        for start in range(0, len(ordered), size):
+        for at in range(0, len(ordered), size):
             parts: dict[Any, list[Prompt]] = defaultdict(list)
-            for prompt in ordered[start : start + size]:
+            for prompt in ordered[at : at + size]:
                 parts[_apart(run, prompt)].append(prompt)
             yield from (parts[key] for key in sorted(parts, reverse=True))
 

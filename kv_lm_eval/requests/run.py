@@ -123,10 +123,10 @@ class Run:
         prompt = digest((request.args[0], request.doc))
         return RequestId(request.task_name or "", self.kind, request.doc_id, request.idx, prompt)
 
-    def by_document(self, members: Sequence[int]) -> dict[int, int]:
-        """Requests that share a context, each with the first one of its document, in whose name it is logged."""
-        first: dict[Any, int] = {}
-        return {i: first.setdefault(self.who(i)._replace(idx=None), i) for i in members}
+    def by_task(self, members: Sequence[int]) -> dict[int, int]:
+        """Requests that share a prefill, each with the first one of its task, in whose name it is logged."""
+        first: dict[str, int] = {}
+        return {i: first.setdefault(self.who(i).task, i) for i in members}
 
     def check_prompts(self, lengths: Sequence[int], room: Sequence[int]) -> None:
         """Refuses empty and over-long prompts before any work is done.
