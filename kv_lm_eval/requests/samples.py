@@ -18,11 +18,11 @@ NO_MEMORY = {"out_of_memory": True}
 
 
 class Text(str):
-    """The answer of generate_until."""
+    """The answer of generate_until. lm-eval makes others of its type, of the targets."""
 
-    efficiency: dict[str, Any]
+    efficiency: dict[str, Any] | None
 
-    def __new__(cls, text: str, efficiency: dict[str, Any]) -> Text:
+    def __new__(cls, text: Any = "", efficiency: dict[str, Any] | None = None) -> Text:
         self = super().__new__(cls, text)
         self.efficiency = efficiency
         return self
@@ -34,9 +34,9 @@ class Text(str):
 class Choice(tuple[float, bool]):
     """The answer of loglikelihood. Choices that share a context share its numbers."""
 
-    efficiency: dict[str, Any]
+    efficiency: dict[str, Any] | None
 
-    def __new__(cls, score: tuple[float, bool], efficiency: dict[str, Any]) -> Choice:
+    def __new__(cls, score: tuple[float, bool], efficiency: dict[str, Any] | None = None) -> Choice:
         self = super().__new__(cls, score)
         self.efficiency = efficiency
         return self

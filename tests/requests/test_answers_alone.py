@@ -11,6 +11,7 @@ import torch
 import transformers
 from lm_eval.api.registry import get_model
 from model.test_requests import STORY, load, request
+from tokenizers.processors import TemplateProcessing
 
 from kv_lm_eval import tiny
 
@@ -100,30 +101,14 @@ def test_without_compression_an_answer_is_that_of_lm_evals_model_for_the_prompt_
     assert {kind: ask(batch, texts, settings) for kind, settings in known.items()} == expected
 
 
-def test_a_stop_that_is_a_special_token_ends_the_answer_in_a_batch_too():
-    """The embedded model answers `20112` and goes on; a number made special has no text in the answer."""
-    texts = [STORY * n + "The special magic number for harbour is" for n in (1, 3, 2)]
-    free = {"until": [], "max_gen_toks": 8}
-    first = load("kvcompressed", method="full", batch_size=1)
-    ids = [first.tok_encode(a, add_special_tokens=False) for a in ask(first, texts, free)]
-    stop = first.tok_decode(ids[0][2:3])
-    for size in (1, 3):
-        one = load("kvcompressed", method="full", batch_size=size)
-        one.tokenizer.add_tokens([transformers.AddedToken(stop.strip(), special=True)], special_tokens=True)
-        if size == 1:
-            alone = ask(one, texts, {**free, "until": [stop.strip()]})
-        else:
-            assert ask(one, texts, {**free, "until": [stop.strip()]}) == alone
-
-
 def test_a_text_that_begins_with_bos_does_not_take_it_from_its_neighbours():
     """lm-eval asks the first text of a batch whether all have one."""
-    texts = ["<s>" + STORY, STORY + "The number is"]
     answers = {}
     for size in (1, 2):
         one = load("kvcompressed", method="full", batch_size=size)
-        one.tokenizer.bos_token = one.tokenizer.convert_ids_to_tokens(0)
-        one.tokenizer._tokenizer.post_processor = None
-        given = [one.tokenizer.bos_token + texts[0][3:], texts[1]]
-        answers[size] = ask(one, given, {"until": [], "max_gen_toks": 6})
+        bos = one.tokenizer.bos_token = one.tokenizer.convert_ids_to_tokens(0)
+        one.tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
+        texts = [bos + STORY * 2 + "The", STORY + "The number is"]
+        answers[size] = ask(one, texts, {"until": [], "max_gen_toks": 12})
+        assert [r.prompt_tokens for r in one.compression_log.records] == [len(one.tok_encode(t)) for t in texts]
     assert answers[1] == answers[2]
