@@ -66,9 +66,10 @@ class GenSettings:
         kwargs.pop("max_length", None)
         most = int(kwargs.pop("max_gen_toks"))
         as_token_only = run.doc(i).get("eos_text_is_no_stop", False)
+        no_text = as_token_only or lm.eot_token_id is None
         until = handle_stop_sequences(
             [str(s) for s in kwargs.pop("until") if s is not None],
-            None if as_token_only else lm.tok_decode(lm.eot_token_id, skip_special_tokens=False),
+            None if no_text else lm.tok_decode(lm.eot_token_id, skip_special_tokens=False),
         )
         if most < 1:
             raise UserError(f"max_gen_toks={most} {where}: an answer needs at least 1 token")

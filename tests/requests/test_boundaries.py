@@ -25,46 +25,47 @@ def find(prompt: str, doc: dict[str, object], field: str | None = None) -> str:
 
 
 # lm-eval's documents hold the whole prompt in `input`, and its beginning of the answer in `gen_prefix`.
+READ = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+GIVEN = (
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
+)
 RULER = {
     "niah_single": (
-        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the "
-        f"number afterwards.\n{STORY * 3}\n",
+        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about "
+        f"the number afterwards.\n{STORY * 3}\n",
         "What is the special magic number for harbour mentioned in the provided text?",
         "The special magic number for harbour mentioned in the provided text is",
     ),
     "niah_multiquery": (
-        "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about "
-        f"the numbers afterwards.\n{STORY * 3}\n",
+        "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you "
+        f"about the numbers afterwards.\n{STORY * 3}\n",
         "What are all the special magic numbers for harbour, and ferry mentioned in the provided text?",
         "The special magic numbers for harbour, and ferry mentioned in the provided text are",
     ),
     "vt": (
-        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\nVAR AAA = 1 VAR BBB = "
-        "AAA\nQuestion: Find all variables that are assigned the value 1 in the text above. Answer: AAA BBB\n\nMemorize "
-        f"and track the chain(s) of variable assignment hidden in the following text.\n\n{STORY * 2} VAR X = 7\n",
+        f"{READ}VAR A = 1 VAR B = A\nQuestion: Find all variables that are assigned the value 1 in the text above. "
+        f"Answer: A B\n\n{READ}{STORY * 2} VAR X = 7\n",
         "Question: Find all variables that are assigned the value 7 in the text above.",
-        "Answer: According to the chain(s) of variable assignment in the text above, 5 variables are assgined the value 7, "
-        "they are:",
+        "Answer: According to the chain(s) of variable assignment in the text above, 5 variables are assgined the "
+        "value 7, they are:",
     ),
     "cwe": (
-        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
-        "appear most often.\n1. a 2. b\nQuestion: What are the 10 most common words in the above list? Answer: The top 10 "
-        f"words are: 1. a\nBelow is a numbered list of words.\n{' '.join(f'{i}. gull' for i in range(80))}\n",
+        "Below is a numbered list of words. Memorize the ones that appear most often.\n1. a 2. b\nQuestion: What are "
+        "the 10 most common words in the above list? Answer: The top 10 words are: 1. a\nBelow is a numbered list of "
+        f"words.\n{' '.join(f'{i}. gull' for i in range(80))}\n",
         "Question: What are the 10 most common words in the above list?",
         "Answer: The top 10 words that appear most often in the list are:",
     ),
     "fwe": (
-        "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared "
-        f"coded words. {'... xyz abc ' * 60}\n",
+        "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+        f"appeared coded words. {'... xyz abc ' * 60}\n",
         "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
         "appeared words in the above coded text?",
         "Answer: According to the coded text above, the three most frequently appeared words are:",
     ),
     "qa": (
-        "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
-        f"The following are given documents.\n\n{STORY * 3}\n\n",
-        "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
-        "Question: Who saw the ferry?",
+        f"{GIVEN}The following are given documents.\n\n{STORY * 3}\n\n",
+        f"{GIVEN}Question: Who saw the ferry?",
         "Answer:",
     ),
 }
@@ -118,7 +119,9 @@ NO_CONTEXT = {
 
 
 @pytest.mark.parametrize("what", NO_CONTEXT)
-@pytest.mark.parametrize("method", [{"method": "streaming_llm", "window_size": 28}, {}], ids=["streaming_llm", "snapkv"])
+@pytest.mark.parametrize(
+    "method", [{"method": "streaming_llm", "window_size": 28}, {}], ids=["streaming_llm", "snapkv"]
+)
 def test_a_boundary_that_leaves_nothing_to_compress_stops_the_run_before_any_work(what, method, monkeypatch):
     prompt, doc = NO_CONTEXT[what]
     prompt = prompt.strip()
@@ -128,7 +131,9 @@ def test_a_boundary_that_leaves_nothing_to_compress_stops_the_run_before_any_wor
     for kind, second in KINDS:
         bad = Instance(kind, doc, (prompt, second), 0, ("t", 7, 1))
         good.request_type, good.arguments = kind, (good.args[0], second)
-        with pytest.raises(UserError, match=r"document 7 of t.*nearly no context.*\d+ of its \d+ tokens.*question_field="):
+        with pytest.raises(
+            UserError, match=r"document 7 of t.*nearly no context.*\d+ of its \d+ tokens.*question_field="
+        ):
             getattr(lm, kind)([good, bad], disable_tqdm=True)
 
 
