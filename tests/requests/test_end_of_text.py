@@ -7,6 +7,7 @@ import json
 import lm_eval
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 from model.test_requests import STORY, load
 
 from kv_lm_eval import plugin
@@ -58,27 +59,25 @@ def test_the_token_ends_it_even_where_the_model_does_not_know_it(size, answer):
     assert lm.compression_log.records[0].timing.new_tokens < 8
 
 
-@pytest.mark.parametrize("name", ["lcc", "hotpotqa", "samsum"])
-def test_longbench_keeps_an_answer_that_spells_the_end_of_text(name, answer, tmp_path):
-    row = {"input": "", "context": PROMPT, "answers": ["x"], "length": 9, "dataset": name, "language": "en"}
-    row |= {"all_classes": None, "_id": "0"}
+@pytest.mark.parametrize("name", ["lcc", "hotpotqa"])
+def test_longbench_keeps_an_answer_that_spells_the_end_of_text(name, tmp_path):
+    row = {"input": "The number is 4", "context": PROMPT, "answers": ["x"], "length": 9, "dataset": name}
+    row |= {"language": "en", "all_classes": None, "_id": "0"}
     (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    metadata = {"longbench_dir": str(tmp_path), "longbench_max_length": "none"}
-    found = {}
-    for end in ("<|never|>", None):
-        if end is None:  # characters from inside the answer that the prompt does not have
-            text = found["<|never|>"]
-            parts = (text[i : i + n] for n in (4, 3, 2) for i in range(1, len(text) - n))
-            end = next(part for part in parts if part not in sample["arguments"][0][0])
-        with plugin.only_our_tasks():
-            from lm_eval.tasks import TaskManager
+    with plugin.only_our_tasks():
+        manager = TaskManager(metadata={"longbench_dir": str(tmp_path), "longbench_max_length": "none"})
 
-            manager = TaskManager(metadata=metadata)
-            got = lm_eval.simple_evaluate(
-                model=with_end(end, method="full"), tasks=[f"kv_longbench_{name}"], task_manager=manager,
-                bootstrap_iters=0, gen_kwargs={"max_gen_toks": 8},
-            )  # fmt: skip
-        (sample,) = got["samples"][f"kv_longbench_{name}"]
-        assert "eos_text_is_no_stop" not in sample["doc"]
-        found[end] = sample["resps"][0][0]
-    assert len(set(found.values())) == 1 and end in found[end]
+    def sample(end: str) -> dict:
+        got = lm_eval.simple_evaluate(
+            model=with_end(end, method="full"), tasks=[f"kv_longbench_{name}"], task_manager=manager,
+            bootstrap_iters=0, gen_kwargs={"max_gen_toks": 8},
+        )  # fmt: skip
+        (one,) = got["samples"][f"kv_longbench_{name}"]
+        assert "eos_text_is_no_stop" not in one["doc"]
+        return one
+
+    first = sample("<|never|>")
+    text, prompt = first["resps"][0][0], first["arguments"][0][0]
+    parts = (text[i : i + n] for n in (4, 3, 2) for i in range(len(text) - n + 1))
+    end = next(part for part in parts if part not in prompt)
+    assert sample(end)["resps"] == first["resps"]
