@@ -6,11 +6,14 @@ import json
 
 import lm_eval
 import pytest
+import tiny as tiny_models
+import transformers
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from model.test_requests import STORY, load
 
-from kv_lm_eval import plugin
+from kv_lm_eval import plugin, tiny
 
 plugin.install()
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -59,7 +62,7 @@ def test_the_token_ends_it_even_where_the_model_does_not_know_it(size, answer):
     assert lm.compression_log.records[0].timing.new_tokens < 8
 
 
-@pytest.mark.parametrize("name", ["lcc", "hotpotqa"])
+@pytest.mark.parametrize("name", ["lcc", "hotpotqa", "samsum"])
 def test_longbench_keeps_an_answer_that_spells_the_end_of_text(name, tmp_path):
     row = {"input": "The number is 4", "context": PROMPT, "answers": ["x"], "length": 9, "dataset": name}
     row |= {"language": "en", "all_classes": None, "_id": "0"}
@@ -68,16 +71,23 @@ def test_longbench_keeps_an_answer_that_spells_the_end_of_text(name, tmp_path):
         manager = TaskManager(metadata={"longbench_dir": str(tmp_path), "longbench_max_length": "none"})
 
     def sample(end: str) -> dict:
+        model = tiny_models.build("llama", vocab_size=2048, max_position_embeddings=2048)  # says any word
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.path())
+        tokenizer.add_special_tokens({"eos_token": end})
+        lm = get_model("kvcompressed")(pretrained=model, tokenizer=tokenizer, method="full")
         got = lm_eval.simple_evaluate(
-            model=with_end(end, method="full"), tasks=[f"kv_longbench_{name}"], task_manager=manager,
-            bootstrap_iters=0, gen_kwargs={"max_gen_toks": 8},
-        )  # fmt: skip
+            model=lm,
+            tasks=[f"kv_longbench_{name}"],
+            task_manager=manager,
+            bootstrap_iters=0,
+            gen_kwargs={"max_gen_toks": 8},
+        )
         (one,) = got["samples"][f"kv_longbench_{name}"]
         assert "eos_text_is_no_stop" not in one["doc"]
         return one
 
     first = sample("<|never|>")
     text, prompt = first["resps"][0][0], first["arguments"][0][0]
-    parts = (text[i : i + n] for n in (4, 3, 2) for i in range(len(text) - n + 1))
+    parts = (text[i : i + n] for n in (9, 6, 4) for i in range(len(text) - n + 1))
     end = next(part for part in parts if part not in prompt)
     assert sample(end)["resps"] == first["resps"]
