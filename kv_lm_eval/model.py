@@ -33,6 +33,7 @@ from kv_lm_eval.metrics.memory import PeakMemory
 from kv_lm_eval.requests import boundaries, choices, closing, generation, request_cache, samples
 from kv_lm_eval.requests.documents import score_requests
 from kv_lm_eval.requests.halving import Halving
+from kv_lm_eval.requests.own_keys import OwnKeys
 from kv_lm_eval.requests.run import Run, log
 
 HFLM_KEYS = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
@@ -73,6 +74,7 @@ class KVCompressedLM(HFLM):
         self._halving = Halving(log)
         self._warmed_up: set[str] = set()
         self._request_cache: Any = None
+        self._own_keys: OwnKeys | None = None
         self._from_request_cache = 0
         self._told = False  # whether an evaluation has ended since the log was begun
         samples.install()
@@ -164,6 +166,7 @@ class KVCompressedLM(HFLM):
             memory=self._memory,
             warmed_up=self._warmed_up,
             gains_by_batches=self._gains_by_batches,
+            own_keys=self._own_keys,
         )
 
     # ------------------------------------------------------------------------------------ the model
@@ -274,6 +277,8 @@ class KVCompressedLM(HFLM):
             for key in [k for k, answer in cache_hook.dbdict.items() if answer == OUT_OF_MEMORY]:
                 del cache_hook.dbdict[key]  # tried again, perhaps on a larger device
             samples.mark_what_is_read(cache_hook.dbdict)
+        own = cache_hook.dbdict is not None and not self.engine.question_in_prompt and self.compression.lossy
+        self._own_keys = OwnKeys(cache_hook.dbdict) if own else None
         super().set_cache_hook(cache_hook)
 
 

@@ -134,9 +134,8 @@ def _recompute(run: Run, requests: list[Encoded], length: int, disable_tqdm: boo
             lm.softmax_dtype,
             bar.update,
         )
-    for request, one in zip(requests, scores, strict=True):
-        if request[0] is not None:
-            lm.cache_hook.add_partial("loglikelihood", request[0], one)
+    for i, one in enumerate(scores):
+        run.keep(i, one, None)
     return scores
 
 
@@ -155,8 +154,13 @@ def _score_groups(run: Run, requests: list[Encoded], groups: list[Group], disabl
         watch.end()
         return scores, cache, watch
 
-    answers: dict[int, Choice] = {}
-    with tqdm(total=len(requests), disable=run.hidden(disable_tqdm), desc="kvcompressed loglikelihood") as bar:
+    answers: dict[int, Choice] = {
+        i: kept for g in groups for i in g.members if (kept := run.kept(i, g.boundary)) is not None
+    }
+    rest = (replace(g, members=[i for i in g.members if i not in answers]) for g in groups)
+    groups = [group for group in rest if group.members]
+    todo = len(requests) - len(answers)
+    with tqdm(total=todo, disable=run.hidden(disable_tqdm), desc="kvcompressed loglikelihood") as bar:
         for batch in _batches(run, groups, work):
             for part, result in run.halving.run(batch, work, lambda g: len(g.context)):
                 assert result is not None
@@ -164,8 +168,7 @@ def _score_groups(run: Run, requests: list[Encoded], groups: list[Group], disabl
                 for group, scores in zip(part, result[0], strict=True):
                     for i, one in zip(group.members, scores, strict=True):
                         answers[i] = Choice(one, known[i])
-                        if (texts := requests[i][0]) is not None:
-                            lm.cache_hook.add_partial("loglikelihood", texts, one)
+                        run.keep(i, one, group.boundary)
                     bar.update(len(group.members))
     return [answers[i] for i in range(len(requests))]
 

@@ -157,10 +157,13 @@ def score_requests(run: Run, disable_tqdm: bool) -> list[DocumentScore]:
     for reading in set(readings):
         _check(run, reading)
     texts = [_tokens(run, r.args[0], reading.max_eval_tokens) for r, reading in zip(requests, readings, strict=True)]
+    answers: dict[int, DocumentScore] = {
+        i: kept for i in range(len(requests)) if (kept := run.kept(i, None)) is not None
+    }
     groups: dict[Reading, list[int]] = defaultdict(list)
     for i, reading in enumerate(readings):
-        groups[reading].append(i)
-    answers: dict[int, DocumentScore] = {}
+        if i not in answers:
+            groups[reading].append(i)
     for reading, members in groups.items():
         of_group = {i: texts[i] for i in members}
         carried = reading.protocol in CARRIED and method.uses_cache
@@ -168,7 +171,7 @@ def score_requests(run: Run, disable_tqdm: bool) -> list[DocumentScore]:
         for i, record in records.items():
             record.end = texts[i][1]
             answers[i] = DocumentScore(record, known.get(i))
-            run.lm.cache_hook.add_partial("loglikelihood_rolling", requests[i].args, answers[i])
+            run.keep(i, answers[i].bare(), None)
     return [answers[i] for i in range(len(requests))]
 
 

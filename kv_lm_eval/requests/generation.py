@@ -55,9 +55,10 @@ class Prompt:
 
 def generate(run: Run, disable_tqdm: bool) -> list[str]:
     """Answers of all requests, in their order."""
-    prompts = read(run)
+    asked = read(run)
+    answers: dict[int, Text] = {p.i: kept for p in asked if (kept := run.kept(p.i, p.boundary)) is not None}
+    prompts = [p for p in asked if p.i not in answers]
     size = run.batch_size or _largest_batch(run, prompts)
-    answers: dict[int, Text] = {}
     desc = "Running generate_until requests"
     with tqdm(total=len(prompts), disable=run.hidden(disable_tqdm), desc=desc) as bar:
         for batch in _batches(run, prompts, size):
@@ -76,9 +77,9 @@ def generate(run: Run, disable_tqdm: bool) -> list[str]:
                     answers[part[0].i] = Text(OUT_OF_MEMORY, NO_MEMORY)
                 for p, answer in zip(part, result or (), strict=False):
                     answers[p.i] = answer
-                    run.lm.cache_hook.add_partial("generate_until", run.requests[p.i].args, str(answer))
+                    run.keep(p.i, str(answer), p.boundary)
                 bar.update(len(part))
-    return [answers[i] for i in range(len(prompts))]
+    return [answers[p.i] for p in asked]
 
 
 # ------------------------------------------------------------------------------------ what is asked

@@ -28,6 +28,7 @@ from kv_lm_eval.metrics.latency import Stopwatch, Timing
 from kv_lm_eval.metrics.memory import PeakMemory
 from kv_lm_eval.requests.boundaries import Boundary
 from kv_lm_eval.requests.halving import Halving
+from kv_lm_eval.requests.own_keys import OwnKeys
 
 log = logging.getLogger("lm_eval.models.kvcompressed")  # below lm-eval's logger: its format, its verbosity
 
@@ -46,6 +47,7 @@ class Run:
         tokens_from: tokens of a text from one of its characters on.
         log, halving, memory, warmed_up: of the LM object; they outlive the call.
         gains_by_batches: a CPU computes rows one after the other anyway.
+        own_keys: answers of --use_cache that lm-eval cannot look up.
     """
 
     kind: str
@@ -66,6 +68,7 @@ class Run:
     memory: PeakMemory
     warmed_up: set[str]
     gains_by_batches: bool
+    own_keys: OwnKeys | None = None
 
     # ------------------------------------------------------------------------------------ running
 
@@ -146,6 +149,23 @@ class Run:
                 f"tokens leaves room for (longest {max(over)}); they would lose their beginning. Set max_length=... if "
                 "the model can take more, or overlong=truncate_left to cut them as lm-eval's hf model does."
             )
+
+    # ------------------------------------------------------------------------------------ answers kept on the way
+
+    def kept(self, i: int, boundary: Boundary | None) -> Any:
+        """The answer of a request that --use_cache has and lm-eval could not find; None: it is to be run."""
+        if self.own_keys is None or i >= len(self.requests):
+            return None
+        return self.own_keys.get(self.kind, self.requests[i].args, boundary and boundary.tail_tokens)
+
+    def keep(self, i: int, answer: Any, boundary: Boundary | None) -> None:
+        """Hands an answer to --use_cache as soon as it is there."""
+        if i >= len(self.requests):
+            return
+        args = self.requests[i].args
+        if self.own_keys is not None:
+            self.own_keys.put(self.kind, args, boundary and boundary.tail_tokens, answer)
+        self.lm.cache_hook.add_partial(self.kind, args, answer)
 
     # ------------------------------------------------------------------------------------ records
 

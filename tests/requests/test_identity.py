@@ -9,6 +9,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from model.test_requests import STORY, choices, load, request
@@ -181,6 +182,33 @@ def test_answers_of_the_request_cache_say_so_and_only_they(tasks, by_name, tmp_p
     assert [row[1] for row in told(second)["b_choice"]] == [[{"from_request_cache": True}] * 2] * 2
     assert all("prompt_tokens" in row[1][0] for row in told(second)["c"])
     assert [s["resps"] for s in second["samples"]["a"]] == [s["resps"] for s in first["samples"]["a"]]
+
+
+def test_the_request_cache_does_not_answer_one_question_with_another(tasks, tmp_path):
+    """The prompts and settings of two tasks are the same, their questions are not."""
+    args, cache = {"question_in_prompt": False}, str(tmp_path / "answers")
+    names = ["a_choice", "b_choice", "c_choice"]
+    alone = {name: told(run(tasks, [name], args=args))[name] for name in [*names, "a"]}
+    for first in (["a", "b_choice"], ["c_choice", "b_choice"], [*names, "a"], [*names, "a"]):
+        got = run(tasks, first, args=args, use_cache=cache)
+        for name in first:
+            for (answers, *_), (expected, *_) in zip(told(got)[name], alone[name], strict=True):
+                flat = [[r[0] if isinstance(r, tuple) else r for r in row] for row in answers]
+                assert flat == [
+                    [pytest.approx(r[0], abs=2e-4) if isinstance(r, tuple) else r for r in row] for row in expected
+                ]
+    assert got["config"]["kv_stats"] == {"requests": 0, "from_request_cache": 2 * (3 + 6 + 3 + 1)}
+    assert all(row[1][0] == {"from_request_cache": True} for rows in told(got).values() for row in rows)
+
+
+def test_documents_are_kept_by_the_request_cache_too_where_questions_come_last(tmp_path):
+    for known in (0, 1):
+        lm = load("kvcompressed", **SNAPKV, question_in_prompt=False)
+        caching = CachingLM(lm, str(tmp_path / "answers.db"))
+        (score,) = caching.loglikelihood_rolling([request("loglikelihood_rolling", STORY * 2)])
+        assert (score.efficiency == {"from_request_cache": True}) is bool(known)
+        assert lm.get_model_info()["kv_stats"]["from_request_cache"] == known
+        caching.dbdict.close()
 
 
 def test_files_of_samples_have_the_field_too_for_an_lm_object(tasks, tmp_path):
