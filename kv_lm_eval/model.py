@@ -188,6 +188,8 @@ class KVCompressedLM(HFLM):
         cache = self._new_cache() if self.compression.method.uses_cache else None
         if cache is not None:
             cache.mode = "hold"
+            if self.facts.border is not None and self.facts.rope is not None:
+                self.facts.rope.forget(self.device)
         dtype = self.mixed_precision_dtype
         with torch.inference_mode(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             return logits_of(self.model, ids, cache=cache, keep=count)

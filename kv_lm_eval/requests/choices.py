@@ -13,7 +13,6 @@ from tqdm import tqdm
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine import recompute
 from kv_lm_eval.engine.choices import Score, score_continuations
-from kv_lm_eval.engine.question import alike
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.latency import Stopwatch
 from kv_lm_eval.requests import boundaries
@@ -32,6 +31,7 @@ class Group:
     context: tuple[int, ...]
     boundary: Boundary | None
     members: list[int]
+    tokens: int  # with the longest of its continuations
 
 
 def encode(run: Run, disable_tqdm: bool) -> list[Encoded]:
@@ -104,7 +104,10 @@ def _groups(run: Run, requests: list[Encoded]) -> list[Group]:
                 f"model's maximum is {run.lm.max_length}"
             )
         members[kept, _tail(run, i, kept, found[i])].append(i)
-    groups = [Group(context, boundary, of_it) for (context, boundary), of_it in members.items()]
+    groups = [
+        Group(context, boundary, of_it, len(context) + max(len(requests[i][2]) for i in of_it))
+        for (context, boundary), of_it in members.items()
+    ]
     return sorted(groups, key=lambda g: (-len(g.context), g.context))
 
 
@@ -174,20 +177,15 @@ def _score_groups(run: Run, requests: list[Encoded], groups: list[Group], disabl
 
 
 def _batches(run: Run, groups: list[Group], work: Callable[[Sequence[Group]], object]) -> list[list[Group]]:
+    alone, together = list[Group](), list[Group]()
+    for group in groups:
+        (alone if run.alone(group.tokens) else together).append(group)
     size = run.batch_size
     if size is None:
         size = 1
-        if run.gains_by_batches and groups:
-            size = largest_batch(lambda n: work(groups[:1] * n), min(run.lm.max_batch_size, len(groups)))
-    batches = [groups[start : start + size] for start in range(0, len(groups), size)]
-    if not run.question_first:
-        return batches
-    schedule = run.compression.schedule
-    return [
-        [batch[i] for i in rows]
-        for batch in batches
-        for rows in alike([min(len(g.context), g.boundary.tail_tokens) for g in batch if g.boundary], schedule)
-    ]
+        if run.gains_by_batches and together:
+            size = largest_batch(lambda n: work(together[:1] * n), min(run.lm.max_batch_size, len(together)))
+    return [*([group] for group in alone), *(together[at : at + size] for at in range(0, len(together), size))]
 
 
 def _record(run: Run, batch: Sequence[Group], cache: CompressedCache, watch: Stopwatch) -> dict[int, dict[str, Any]]:

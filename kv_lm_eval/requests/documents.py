@@ -242,8 +242,9 @@ def _stream(
         disable=run.hidden(disable_tqdm),
         desc=f"kvcompressed {reading.protocol}",
     )
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
+    alone = [i for i in order if run.alone(len(documents[i]) + 1)]
+    rest = order[len(alone) :]
+    for batch in [*([i] for i in alone), *(rest[at : at + size] for at in range(0, len(rest), size))]:
         watch = run.stopwatch()
         with run.autocast():
             scored, cache = score_documents(
@@ -338,7 +339,8 @@ def _windows(
     if reading.protocol == "strided":
         done["stride"] = min(reading.stride or max(1, length // 2), length)
     windows = [(i, window) for i, (tokens, _) in texts.items() for window in _cut(run, done, tokens)]
-    size = run.batch_size or 1
+    longest = max((len(w.context) + len(w.targets) for _, w in windows), default=0)
+    size = 1 if run.alone(longest) else run.batch_size or 1
     hidden = run.hidden(disable_tqdm)
     with tqdm(
         total=sum(len(w.targets) for _, w in windows), unit="tok", disable=hidden, desc="kvcompressed windows"

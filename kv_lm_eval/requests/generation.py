@@ -134,16 +134,16 @@ def _batches(run: Run, prompts: Sequence[Prompt], size: int) -> Iterator[list[Pr
 
 def _apart(run: Run, prompt: Prompt) -> tuple[int, ...]:
     """Prompts for which this differs are not run in one batch."""
-    if prompt.settings.beams > 1:
-        return (-prompt.i,)  # lm-eval's stops look at one beam for each row
-    later_cuts = prompt.tail if run.compression.schedule.online else 0
+    if prompt.settings.beams > 1 or run.alone(prompt.most_tokens):  # lm-eval's stops look at one beam for each row
+        return (1, -prompt.i)
     if prompt.settings.looks_at_prompt:  # and so at its padding
         return (len(prompt.ids), prompt.tail)
-    return (later_cuts,)
+    return ()
 
 
 def _largest_batch(run: Run, prompts: Sequence[Prompt]) -> int:
     """batch_size=auto: prompts as long as the longest with its answer, prefilled and cut."""
+    prompts = [p for p in prompts if not run.alone(p.most_tokens)]
     if not run.gains_by_batches or not prompts:
         return 1
     longest = max(prompts, key=lambda p: p.most_tokens)

@@ -82,6 +82,10 @@ class Run:
         """Whether contexts are compressed before their questions are seen."""
         return not self.engine.question_in_prompt and self.compression.lossy
 
+    def alone(self, tokens: int) -> bool:
+        """Whether a row of so many tokens shares no batch, since their number turns all of its tokens."""
+        return self.facts is not None and self.facts.beyond(tokens)
+
     def stopwatch(self) -> Stopwatch:
         return Stopwatch(self.memory, self.lm.device)
 

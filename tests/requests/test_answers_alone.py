@@ -112,3 +112,26 @@ def test_a_text_that_begins_with_bos_does_not_take_it_from_its_neighbours():
         answers[size] = ask(one, texts, {"until": [], "max_gen_toks": 12})
         assert [r.prompt_tokens for r in one.compression_log.records] == [len(one.tok_encode(t)) for t in texts]
     assert answers[1] == answers[2]
+
+
+@pytest.mark.parametrize("name", ["full", "snapkv"])
+def test_rows_whose_length_turns_all_of_their_tokens_share_no_batch(name):
+    """Dynamic frequencies: beyond 64 tokens a sequence is rotated by its length."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    answers = []
+    for size in (1, 4):
+        turning = tiny_models.build("llama", vocab_size=2048, max_position_embeddings=64, rope_parameters=rope).double()
+        turning.generation_config = transformers.GenerationConfig(eos_token_id=1, bos_token_id=0, pad_token_id=2)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.path())
+        one = get_model("kvcompressed")(
+            pretrained=turning, tokenizer=tokenizer, batch_size=size, max_length=300, device="cpu", **METHODS[name]
+        )
+        texts = [(STORY * 4)[:n] for n in (600, 90, 420, 120, 235)]
+        kinds = ask(one, texts, {"until": [], "max_gen_toks": 8})
+        asked = [request("loglikelihood", text, c) for text in texts for c in (" 48213", " 9")]
+        scores = [s for s, _ in one.loglikelihood(asked, disable_tqdm=True)]
+        documents = one.loglikelihood_rolling([request("loglikelihood_rolling", t) for t in texts], disable_tqdm=True)
+        answers.append((kinds, scores, list(map(float, documents))))
+    assert answers[0][0] == answers[1][0]
+    assert answers[0][1] == pytest.approx(answers[1][1], abs=1e-9)
+    assert answers[0][2] == pytest.approx(answers[1][2], abs=1e-4)
