@@ -186,3 +186,14 @@ def test_compressed_is_what_happened_before_the_question(size):
     short, long = sorted(lm.compression_log.records, key=lambda r: r.prompt_tokens)
     assert short.prompt_tokens > 64 and (short.compressed, long.compressed) == (False, True)
     assert lm.get_model_info()["kv_stats"]["compressed_share"] == 0.5
+
+
+def test_questions_that_are_most_of_their_prompts_are_said(caplog):
+    for n, said in ((1, True), (6, False)):
+        caplog.clear()
+        lm = load("kvcompressed", **SNAPKV)
+        doc = {"question": STORY[::-1].strip()}
+        ask = Instance("loglikelihood", doc, (f"{STORY * n}{STORY[::-1]} Number:", " 4"), 0, ("t", 0, 1))
+        lm.loglikelihood([ask], disable_tqdm=True)
+        lm.get_model_info()
+        assert ("are more than half of its prompts" in caplog.text) is said
