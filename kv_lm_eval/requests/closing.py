@@ -35,7 +35,7 @@ def say(log: logging.Logger, compression: Compression, summary: dict[str, Any]) 
         asked = one.get("question_tokens")
         if asked and 2 * asked["median"] > one["prompt_tokens"]["median"]:
             log.warning(
-                "%s: question_in_prompt=False, and its questions with what follows (median %d tokens) are more than half "
+                "%s: question_in_prompt=False, and its questions with what follows (median %d tokens) are over half "
                 "of its prompts (median %d): little is compressed before they are seen",
                 task or "this run",
                 asked["median"],
