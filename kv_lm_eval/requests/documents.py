@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
@@ -156,7 +157,7 @@ def score_requests(run: Run, disable_tqdm: bool) -> list[DocumentScore]:
     readings = [Reading.of(r.args[1]) if len(r.args) > 1 else default for r in requests]
     for reading in set(readings):
         _check(run, reading)
-    texts = [_tokens(run, r.args[0], reading.max_eval_tokens) for r, reading in zip(requests, readings, strict=True)]
+    texts = [_tokens(run.lm, r.args[0], reading.max_eval_tokens) for r, reading in zip(requests, readings, strict=True)]
     answers: dict[int, DocumentScore] = {
         i: kept for i in range(len(requests)) if (kept := run.kept(i, None)) is not None
     }
@@ -190,25 +191,25 @@ def _check(run: Run, reading: Reading) -> None:
         )
 
 
-def _tokens(run: Run, text: str, most: int | None) -> tuple[list[int], int]:
+def _tokens(lm: HFLM, text: str, most: int | None) -> tuple[list[int], int]:
     """Token ids of a text, at most `most`, and how many of its characters they stand for.
 
     A cut never falls inside a character that takes several tokens: it moves back to where that begins.
     """
-    tokens = run.lm.tok_encode(text)
+    tokens = lm.tok_encode(text)
     if most is None or len(tokens) <= most:
         return tokens, len(text)
     for keep in range(most, max(0, most - LONGEST_CHARACTER), -1):
-        decoded = run.lm.tokenizer.decode(tokens[:keep], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        decoded = lm.tokenizer.decode(tokens[:keep], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if text.startswith(decoded):
             return tokens[:keep], len(decoded)
-    return _by_offsets(run, text, tokens, most)
+    return _by_offsets(lm, text, tokens, most)
 
 
-def _by_offsets(run: Run, text: str, tokens: list[int], most: int) -> tuple[list[int], int]:
+def _by_offsets(lm: HFLM, text: str, tokens: list[int], most: int) -> tuple[list[int], int]:
     """The same for tokenizers whose decoding does not give the text back, as where they change its spaces."""
-    for special in (True, False) if run.lm.tokenizer.is_fast else ():
-        encoding = run.lm.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    for special in (True, False) if lm.tokenizer.is_fast else ():
+        encoding = lm.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
         if encoding["input_ids"] == tokens:
             spans, keep = encoding["offset_mapping"], most
             while keep > 0 and spans[keep] != (0, 0) and spans[keep][0] < spans[keep - 1][1]:
