@@ -47,6 +47,11 @@ class ModelFacts:
         return self.sliding_windows[layer] is None or all(w is not None for w in self.sliding_windows)
 
     @property
+    def cut_layers(self) -> list[int]:
+        """The compressible layers."""
+        return [i for i in range(self.num_layers) if self.compressible(i)]
+
+    @property
     def all_sliding(self) -> bool:
         return all(w is not None for w in self.sliding_windows)
 

@@ -111,7 +111,7 @@ def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads(
         facts.rope = RopeKit(model, facts.modules)
         if compression.moves_keys is not None:
             _check_positions(model, facts, kind, compression)
-        compression.method.check_model(facts)
+        compression.check_model(facts)
         _walk(model, probe, facts, compression, roads, expected)
     except UserError:
         model.set_attn_implementation(original)

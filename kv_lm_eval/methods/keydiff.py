@@ -17,5 +17,5 @@ class KeyDiff(Method):
     def score(self, view: View) -> Tensor:
         real = (view.pos >= 0).unsqueeze(-1)
         keys = normalize(view.keys.float(), dim=-1)
-        anchor = (keys * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
+        anchor = (keys * real).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp_min(1)
         return -cosine_similarity(keys, anchor, dim=-1)

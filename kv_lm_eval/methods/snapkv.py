@@ -40,6 +40,9 @@ class SnapKV(Method):
                 f"{max(1, self.kernel_size + 1)}"
             )
 
+        if self.kernel_size == 1 and self.pooling != "max":
+            raise UserError(f"pooling={self.pooling} has no effect with kernel_size=1, which pools nothing")
+
     @property
     def num_queries(self) -> int:
         return self.window_size
