@@ -12,6 +12,8 @@ from kv_lm_eval.methods.base import Method, View, setting
 if TYPE_CHECKING:
     from kv_lm_eval.cache.facts import ModelFacts
 
+BLOCK = 4096  # keys read in float64 at a time
+
 
 class Knorm(Method):
     """Keys with the smallest L2 norm stay: a low norm goes with high attention, without looking at attention.
@@ -55,20 +57,34 @@ class Knorm(Method):
 def key_norms(view: View) -> Tensor:
     """L2 norms of the keys, [B, K, N]; the same number for tokens of one value whose norms differ by rounding only.
 
-    A rotation leaves the norm of a key as it is, up to rounding, and the value alone. So tokens next to each other in
-    order of their values' norms are one where neither of the two norms differs by more than rounding.
+    A rotation leaves the norm of a key as it is, up to rounding, and the value alone. So two tokens are one where their
+    values look the same (in length and in two directions), and the norms of their keys too, up to rounding.
     """
-    exact = torch.float32 if view.keys.device.type == "mps" else torch.float64
-    keys, values = (torch.linalg.vector_norm(x, dim=-1, dtype=exact) for x in (view.keys, view.values))
+    keys, (length, *marks) = torch.cat([_norms(x) for x in view.keys.split(BLOCK, dim=2)], dim=2), _marks(view.values)
     eps = torch.finfo(view.keys.dtype).eps
-    values, order = values.masked_fill(view.pos < 0, float("nan")).sort(dim=-1)
-    ordered = keys.gather(2, order)
-    same = _close(values, min(16 * eps, 2**-14)) & _close(ordered, min(16 * eps, 2**-9))
+    length, order = length.masked_fill(view.pos < 0, float("nan")).sort(dim=-1)
+    in_order = keys.gather(2, order)
+    same = _close(in_order, in_order, min(16 * eps, 2**-7))
+    for mark in (length, *(x.gather(2, order) for x in marks)):
+        same &= _close(mark, length, min(16 * eps, 2**-9))
     group = F.pad((~same).cumsum(-1), (1, 0))
-    least = torch.full_like(ordered, float("inf")).scatter_reduce(2, group, ordered, "amin")
+    least = torch.full_like(keys, float("inf")).scatter_reduce(2, group, in_order, "amin")
     return torch.empty_like(keys).scatter_(2, order, least.gather(2, group))
 
 
-def _close(x: Tensor, share: float) -> Tensor:
-    """Whether each number of [B, K, N] and the next differ by no more than a share of them: [B, K, N - 1]."""
-    return (x[..., 1:] - x[..., :-1]).abs() <= share * x[..., 1:]
+def _norms(keys: Tensor) -> Tensor:
+    """[B, K, N] from [B, K, N, D], in float64 where the device has it."""
+    return keys.to(torch.float32 if keys.device.type == "mps" else torch.float64).square().sum(-1).sqrt()
+
+
+def _marks(values: Tensor) -> tuple[Tensor, ...]:
+    """Three numbers that tell values [B, K, N, D] apart, [B, K, N] each, the first their lengths."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    place = torch.arange(values.shape[-1], device=values.device, dtype=values.dtype)
+    directions = torch.stack([place.cos(), (2.5 * place).cos()], dim=-1)
+    return values.norm(dim=-1), *(values @ directions).unbind(-1)
+
+
+def _close(x: Tensor, length: Tensor, share: float) -> Tensor:
+    """Whether each number of x [B, K, N] and the next differ by no more than a share of a length: [B, K, N - 1]."""
+    return (x[..., 1:] - x[..., :-1]).abs() <= share * length[..., 1:]

@@ -1,5 +1,5 @@
-"""What layers and heads really hold after a cut has the budget as its mean, whatever shares it out: counted in caches of
-real models, over methods x budgets x lengths x layers x heads x sliding patterns."""
+"""What layers and heads really hold after a cut has the budget as its mean, whatever shares it out: counted in caches
+of real models, over methods x budgets x lengths x layers x heads x sliding patterns."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Every method with every treatment in bfloat16 and float16: scores in float32 or finer, nothing that is not a number, ties to
-the older token."""
+"""Every method with every treatment in bfloat16 and float16: scores in float32 or finer, nothing that is not a number,
+ties to the older token."""
 
 from __future__ import annotations
 

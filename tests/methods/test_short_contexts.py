@@ -79,7 +79,13 @@ def test_short_contexts_beside_long_ones_are_finite_and_their_own(method: str) -
         def cache(compression: Compression = compression) -> object:
             return make_cache(compression, pair().facts)
 
-        def close(a: torch.Tensor, b: torch.Tensor, what: str, compression: Compression = compression, allowed: float = allowed) -> None:
+        def close(
+            a: torch.Tensor,
+            b: torch.Tensor,
+            what: str,
+            compression: Compression = compression,
+            allowed: float = allowed,
+        ) -> None:
             assert a.isfinite().all() and b.isfinite().all(), (what, compression)
             assert (a - b).abs().max() < allowed, (what, compression)
 
