@@ -253,6 +253,4 @@ class Compression:
         for share, of_it in (("head_budget", "alpha"), ("layer_budget", "beta")):
             if flat.get(share) == "uniform":
                 del flat[of_it]
-        if flat.get("rounding") == "exact":
-            del flat["rounding"]
         return flat
