@@ -144,6 +144,27 @@ class EngineSettings:
         if self.rolling_compress_every < 1:
             raise UserError(f"rolling_compress_every={self.rolling_compress_every} must be at least 1 token")
 
+    def warnings(self, compression: Compression) -> list[str]:
+        """Settings that do nothing with this compression; they are no mistake where runs of a sweep share them."""
+        out, name, every = [], compression.method.name, compression.schedule.compress_every
+        if self.rolling_compress_every != EngineSettings.rolling_compress_every:
+            if every:
+                out.append(
+                    f"rolling_compress_every has no effect beside compress_every={every}, which cuts documents too"
+                )
+            elif not compression.method.compresses:
+                out.append(f"rolling_compress_every has no effect: method={name} evicts nothing")
+        if not compression.lossy:
+            if self.tail_tokens != EngineSettings.tail_tokens:
+                out.append(
+                    f"tail_tokens={self.tail_tokens} has no effect: method={name} compresses nothing before them"
+                )
+            if not self.question_in_prompt:
+                out.append(
+                    f"question_in_prompt=False has no effect: method={name} compresses nothing before the question"
+                )
+        return out
+
     def check(self, method: base.Method) -> None:
         """Raises UserError for settings that do nothing, or nothing sensible, with this method."""
         for name in ("prefill_chunk", "prefill_evict"):

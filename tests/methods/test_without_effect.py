@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 
+from kv_lm_eval.config import parse
 from kv_lm_eval.errors import UserError
 
 SLOTS = {"max_capacity_prompt": 16}
@@ -61,6 +62,23 @@ def test_a_ring_of_more_slots_than_the_model_has_positions_is_refused() -> None:
 )
 def test_what_does_nothing_is_said(name: str, args: dict[str, Any], words: list[str]) -> None:
     assert all(word in said(name, **args) for word in words), said(name, **args)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"method": "h2o", **SLOTS, "rolling_compress_every": 8}, "beside compress_every=1"),
+        ({"method": "full", "rolling_compress_every": 8}, "method=full evicts nothing"),
+        ({"method": "full", "tail_tokens": 4}, "tail_tokens=4 has no effect"),
+        ({"method": "no_cache", "question_in_prompt": False}, "question_in_prompt=False has no effect"),
+        ({"method": "knorm", **SLOTS, "rolling_compress_every": 8, "tail_tokens": 4}, ""),
+        ({"method": "quantized", "tail_tokens": 4, "question_in_prompt": False}, ""),
+    ],
+)
+def test_engine_settings_that_do_nothing_are_said(args: dict[str, Any], words: str) -> None:
+    compression, engine, _ = parse(args)
+    said = " / ".join(engine.warnings(compression))
+    assert words in said and bool(words) == bool(said)
 
 
 def test_one_kv_head_has_nothing_to_share() -> None:

@@ -23,7 +23,6 @@ from lm_eval.api.registry import get_model
 from settings.strings import draw
 
 from kv_lm_eval import plugin
-from kv_lm_eval.config import ALIASES
 from kv_lm_eval.errors import UserError
 
 plugin.install()
@@ -62,23 +61,33 @@ def parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def evaluate(args: dict[str, Any]) -> str:
     """ "ran" or "refused"; anything else that is raised is a fault."""
-    given = {"pretrained": "kv-tiny", "dtype": "float32", **args}
     try:
-        lm = get_model("kvcompressed").create_from_arg_obj(given, {"batch_size": 2, "device": "cpu"})
+        run(args)
     except UserError as error:
         assert str(error).strip() and "\n" not in str(error), f"more than a line: {error}"
         return "refused"
+    return "ran"
+
+
+def run(args: dict[str, Any]) -> None:
+    """All kinds of requests on the embedded model."""
+    given = {"pretrained": "kv-tiny", "dtype": "float32", **args}
+    lm = get_model("kvcompressed").create_from_arg_obj(given, {"batch_size": 2, "device": "cpu"})
     for name, value in args.items():
-        has = lm.settings.get(ALIASES.get(name, name))
-        same = has == value or str(has) == str(value) or (isinstance(has, tuple) and [*has] == value)
-        assert same or value is None or name == "compression_ratio" or has in ("max", "avg"), f"{name}: {has}"
+        assert taken(lm.settings.get(name), value) or name == "compression_ratio", f"{name}: {lm.settings.get(name)}"
     generate, choose, roll = requests()
     answers = lm.generate_until(generate, disable_tqdm=True)
     scores = [score for score, _ in lm.loglikelihood(choose, disable_tqdm=True)]
     scores += lm.loglikelihood_rolling(roll, disable_tqdm=True)
     assert len(answers) == 2 and all(map(math.isfinite, scores)) and max(scores) < 0, scores
     json.dumps(lm.get_model_info()["kv_stats"], allow_nan=False)
-    return "ran"
+
+
+def taken(has: Any, value: Any) -> bool:
+    """Whether a setting is what was written; what is switched off is not listed."""
+    if has is None:
+        return str(value).lower() in ("none", "0")
+    return has == value or str(has) == str(value) or (isinstance(has, tuple) and [*has] == value)
 
 
 def check(
@@ -126,8 +135,6 @@ def test_many_more_random_settings(
     [
         ("method=snapkv,max_capacity_prompt=24,window_size=4,layer_budget=pyramid,head_budget=ada", 0, []),
         ("method=knorm,max_capacity_prompt=1e90", 2, ["max_capacity_prompt=1e+90", "at most 2147483647"]),
-        ("method=knorm,keep_ratio=0.5,skip_layers=[0,1,2,3,4,5]", 2, ["skip_layers="]),
-        ("method=window,keep_ratio=many", 2, ["keep_ratio='many'", "a finite number"]),
         ("method=tova,max_capacity_prompt=24,head_budget=ada", 2, ["head_budget=ada has no effect"]),
     ],
 )
