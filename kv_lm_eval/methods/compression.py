@@ -139,14 +139,23 @@ class Compression:
     def warnings(self, facts: ModelFacts) -> list[str]:
         """What a user should know before trusting this compression on this model."""
         if not self.method.compresses:
-            return self.method.warnings(facts)
+            return [*self.method.warnings(facts), *self._never_quantised(facts)]
         every = self.schedule.compress_every
         return [
             *self.method.warnings(facts),
             *self.schedule.warnings(),
             *self.budget.warnings(every, self.method.protected, facts.max_positions),
+            *self._never_quantised(facts),
             *self._without_effect(facts),
         ]
+
+    def _never_quantised(self, facts: ModelFacts) -> Iterator[str]:
+        longest, residual = facts.max_positions, self.storage.residual_length
+        if self.storage.quantises and longest is not None and residual >= longest:
+            yield (
+                f"residual_length={residual} is no less than the {longest} positions of the model: the newest so many "
+                "pairs stay as they are, so that none is quantised in a text that it can take"
+            )
 
     def _without_effect(self, facts: ModelFacts) -> Iterator[str]:
         """Settings that do nothing on this model."""
@@ -167,6 +176,11 @@ class Compression:
     def check_model(self, facts: ModelFacts) -> None:
         """Raises UserError where the settings cannot go with this model."""
         self.method.check_model(facts)
+        if self.storage.quantises and self.storage.group_size > (facts.max_positions or self.storage.group_size):
+            raise UserError(
+                f"group_size={self.storage.group_size} is more than the {facts.max_positions} positions of the model: "
+                "pairs are quantised in whole groups, so that none ever would be"
+            )
         if not self.method.compresses:
             return
         skipped, last = set(self.schedule.skip_layers), facts.num_layers - 1

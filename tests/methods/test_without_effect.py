@@ -39,6 +39,13 @@ def test_skip_layers_that_leave_nothing_to_cut_or_do_not_exist_are_refused(
         tiny.wrap(tiny.build(name), compression)
 
 
+@pytest.mark.parametrize("args", [{"method": "quantized"}, {"method": "knorm", **SLOTS, "nbits": 2}])
+def test_groups_that_never_fill_are_refused(args: dict[str, Any]) -> None:
+    compression = tiny.compression(**args, group_size=10**9)
+    with pytest.raises(UserError, match="group_size=1000000000 is more than the 512 positions"):
+        compression.check_model(tiny.pair("llama").facts)
+
+
 def test_a_ring_of_more_slots_than_the_model_has_positions_is_refused() -> None:
     compression = tiny.compression(method="streaming_ring", max_capacity_prompt=10**6)
     with pytest.raises(UserError, match="takes the memory of its 1000000 slots at once"):
@@ -57,6 +64,7 @@ def test_a_ring_of_more_slots_than_the_model_has_positions_is_refused() -> None:
         ("gemma3", {"method": "pyramidkv", "max_capacity_prompt": 64}, ["layer_budget=pyramid has no effect"]),
         ("llama", {"method": "pyramidkv", "max_capacity_prompt": 64, "beta": 1}, ["layer_budget=uniform"]),
         ("llama", {"method": "knorm", **SLOTS, "layer_budget": "pyramid", "skip_layers": [1]}, ["only one layer"]),
+        ("llama", {"method": "quantized", "residual_length": 600}, ["residual_length=600", "none is quantised"]),
         ("llama", {"method": "l2_fixed", "strategy": "recent_only", "recent_ratio": 0.2}, ["all are recent"]),
     ],
 )

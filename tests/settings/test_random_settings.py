@@ -90,6 +90,28 @@ def taken(has: Any, value: Any) -> bool:
     return has == value or str(has) == str(value) or (isinstance(has, tuple) and [*has] == value)
 
 
+LARGE = {  # what a number beyond all bounds could cost: memory for it, or a loop over it
+    "kernel_size": "method=snapkv,max_capacity_prompt=24,window_size=4,kernel_size=N",
+    "tail_tokens": "method=snapkv,max_capacity_prompt=24,window_size=4,tail_tokens=N",
+    "merge_size": "method=h2o,max_capacity_prompt=24,evicted=cam,merge_size=N",
+    "block_size": "method=snapkv_comp,max_capacity_prompt=24,window_size=4,block_size=N",
+    "group_size": "method=quantized,group_size=N",
+    "residual_length": "method=quantized,residual_length=N",
+    "ring": "method=streaming_ring,max_capacity_prompt=N",
+    "n_future_positions": "method=expected_attention,max_capacity_prompt=24,n_future_positions=N",
+    "compress_every": "method=knorm,keep_ratio=0.9,prune_after=3,compress_every=N",
+    "lag_size": "method=lagkv,max_capacity_prompt=24,lag_size=N",
+}
+
+
+@pytest.mark.parametrize("number", [10**9 + 1, 2**31 - 1])
+@pytest.mark.parametrize("name", LARGE)
+def test_a_number_beyond_all_bounds_costs_nothing(name: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    evaluate(parsed(LARGE[name].replace("N", str(number)), monkeypatch))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_BYTES / 1024
+
+
 def check(
     seed: int, cases: int, record: Callable[[str, object], None], monkeypatch: pytest.MonkeyPatch
 ) -> Counter[str]:
