@@ -110,6 +110,8 @@ class KVCompressedLM(HFLM):
             if (length := self.compression.method.recomputed_tokens) is not None:
                 see_last(self._causal_lm, length)
         self._memory = PeakMemory({p.device for p in self._causal_lm.parameters()})
+        for message in self.engine.warnings(self.compression):
+            log.warning(message)
         if self.compression.lossy and self.engine.tail_tokens == 0:
             log.warning(
                 "tail_tokens=0: the first token of every continuation is scored from the uncompressed prompt, so "

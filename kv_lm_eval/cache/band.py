@@ -158,7 +158,7 @@ class BandCache(CompressedCache):
             if seen:
                 slots: float = int(self.slots[seen - 1]) - self.cuts.get(seen, 0)
                 if seen < self.prefill_tokens:  # its prefill ends where it ends
-                    slots = self.compression.keep([seen], [seen], 0, len(self.stores))[0]
+                    slots = self.compression.keep([seen], [seen], self._cut_layers[0], self._cut_layers)[0]
                 self.peaks[b] = int(self.slots[:seen].max())
                 for layer, window in enumerate(self.facts.sliding_windows):
                     cut = self.facts.compressible(layer)

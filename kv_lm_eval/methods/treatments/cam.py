@@ -46,7 +46,8 @@ class CaM(Evicted):
         kept = gather(view, index, valid)
         stays, gone = split(view, index, valid)
         b, k, n = stays.shape
-        slots, size = index.shape[2], self.merge_size
+        slots = index.shape[2]
+        size = min(self.merge_size, slots)  # no token has more kept ones after it
         empty = slots - stays.sum(-1, keepdim=True)
         after = empty + stays.cumsum(-1)  # [B, K, N] the first kept slot that follows each old one
         received = F.pad(weights.gather(2, index.expand(b, k, slots)) * valid, (0, size)).unfold(2, size, 1).sum(-1)
@@ -56,7 +57,7 @@ class CaM(Evicted):
         if not merged.any():
             return kept
         # Sums in float64: a GPU adds in any order, which must not show.
-        share = (view.values.double() / size).masked_fill(~merged.unsqueeze(-1), 0.0)
+        share = (view.values.double() / self.merge_size).masked_fill(~merged.unsqueeze(-1), 0.0)
         total = share.new_zeros(b, k, slots + size, share.shape[3])
         for step in range(size):
             total.scatter_add_(2, (after + step).unsqueeze(-1).expand_as(share), share)

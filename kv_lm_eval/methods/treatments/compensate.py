@@ -77,7 +77,7 @@ class Compensate(Evicted):
         each = torch.ones(b, k, n, device=view.keys.device) if view.bias is None else view.bias.exp()
         weights = method.weights(view) if self.weight == "attn" else each  # each: pairs that a slot stands for
         assert weights is not None
-        pos, scores, counts = view.pos.expand(b, k, n), scores.float().expand(b, k, n), counts.expand(b, k)
+        pos, scores, counts = view.pos.expand(b, k, n), at_least_float32(scores).expand(b, k, n), counts.expand(b, k)
         heads = [
             [self._head(scores[i, j], pos[i, j], weights[i, j], int(counts[i, j])) for j in range(k)] for i in range(b)
         ]
@@ -125,7 +125,7 @@ class Compensate(Evicted):
             mean_keys = means(view.keys)
         keys, values = beside(view.keys, mean_keys), beside(view.values, means(view.values))
         bias = sums(each).log().masked_fill(new_pos < 0, 0.0) if self.count_bias == "log_n" else None
-        mass = None if view.mass is None else sums(view.mass)
+        mass = None if view._mass is None else sums(view._mass)
         return Kept(keys, values, new_pos, mass, bias, slots=old_slots)
 
     def _head(

@@ -27,7 +27,8 @@ class D2O(Evicted):
     LLM_merge_new/kv_token_merge/modify_llama_merge.py.
     Deviations: the layer level (budgets by attention density) is not part of it; any scorer and budget will do. Weights
     are the paper's (its code averages u * k over the merged, and k of the partner); a threshold for each KV head, where
-    the code filters by the mean over heads, with threshold_ema=0.5.
+    the code filters by the mean over heads, with threshold_ema=0.5. The code also leaves layers 0 and 1 whole
+    (skip_layers=[0,1] here) and always keeps the first 4 tokens, which no setting here adds to a scorer that does not.
     """
 
     threshold_ema: float = field(
