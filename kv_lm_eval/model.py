@@ -10,8 +10,8 @@ import inspect
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,10 +30,10 @@ from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.check import Roads, wrap
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import generate_with, logits_of
-from kv_lm_eval.engine.generate import check_generation_settings, decode_steps, noting_first_token, without_cache
+from kv_lm_eval.engine.generate import check_generation_settings, decode_steps, noting_first_token
+from kv_lm_eval.engine.lent import as_found, our_attention, see_last, without_cache
 from kv_lm_eval.engine.prefill import prefill
 from kv_lm_eval.engine.question import alike
-from kv_lm_eval.engine.recompute import see_last
 from kv_lm_eval.engine.start import start
 from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
 from kv_lm_eval.metrics.compression import CompressionLog, uncut
@@ -100,15 +100,12 @@ class KVCompressedLM(HFLM):
             evict = self.engine.prefill_evict
             chunk = evict or self.engine.prefill_chunk
             roads = Roads(chunk is not None, not self.engine.question_in_prompt, self.engine.compile)
-            self.facts = wrap(self._causal_lm, self.compression, roads)
+            with as_found(self._causal_lm):
+                self.facts = wrap(self._causal_lm, self.compression, roads)
             self._new_cache = partial(make_cache, self.compression, self.facts, chunk, evict is not None)
             self._decoder = Decoder(self._causal_lm) if self.engine.compile else None
             for message in self.compression.warnings(self.facts):
                 log.warning(message)
-        else:
-            without_cache(self._causal_lm)
-            if (length := self.compression.method.recomputed_tokens) is not None:
-                see_last(self._causal_lm, length)
         self._memory = PeakMemory({p.device for p in self._causal_lm.parameters()})
         if self.compression.lossy and self.engine.tail_tokens == 0:
             log.warning(
@@ -128,6 +125,18 @@ class KVCompressedLM(HFLM):
     def settings(self) -> dict[str, Any]:
         """Everything that decides an answer beside the model: method, settings after defaults, engine settings."""
         return {**self.compression.settings(), **vars(self.engine)}
+
+    @contextmanager
+    def _model_in_use(self, generating: bool = False) -> Iterator[None]:
+        """Around each call of lm-eval's: what the method needs on the model object, which others may use between."""
+        with ExitStack() as put_on:
+            if self.compression.method.uses_cache:
+                put_on.enter_context(our_attention(self._causal_lm))
+            elif generating:
+                put_on.enter_context(without_cache(self.model))
+                if (length := self.compression.method.recomputed_tokens) is not None:
+                    put_on.enter_context(see_last(self._causal_lm, length))
+            yield
 
     def _set_ranks(self) -> None:
         """lm-eval sets ranks only with several local GPUs; CPU ranks and one GPU a node would repeat the whole job."""
@@ -149,7 +158,8 @@ class KVCompressedLM(HFLM):
         full_length = (p + p[-1:] * (self.max_length - n) for p, n in zip(prompts, room, strict=True))
         self._longest: list[int] = max(full_length, key=len, default=[])
         hidden = disable_tqdm or self.rank != 0
-        with tqdm(total=len(requests), disable=hidden, desc="Running generate_until requests") as self._bar:
+        bar = tqdm(total=len(requests), disable=hidden, desc="Running generate_until requests")
+        with bar as self._bar, self._model_in_use(generating=True):
             answers = super().generate_until(requests, disable_tqdm=True)
         return [
             OUT_OF_MEMORY if r.args[0] in self._out_of_memory else a for r, a in zip(requests, answers, strict=True)
@@ -312,7 +322,8 @@ class KVCompressedLM(HFLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._tasks = {"order": [r.task_name or "" for r in requests]}
         self._find_questions(requests)
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        with self._model_in_use():
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
         self,
@@ -331,7 +342,8 @@ class KVCompressedLM(HFLM):
         return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
-        return self._last_logits(inps, inps.shape[1])
+        with self._model_in_use():
+            return self._last_logits(inps, inps.shape[1])
 
     def _last_logits(self, ids: torch.Tensor, count: int) -> torch.Tensor:
         """One plain forward of right-padded rows [B, q] from an empty cache, uncut: the last logits [B, count, V]."""
@@ -345,7 +357,8 @@ class KVCompressedLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         self._tasks = {}
-        return list(score_requests(self, requests, disable_tqdm))
+        with self._model_in_use():
+            return list(score_requests(self, requests, disable_tqdm))
 
     # ------------------------------------------------------------------------------------ input checks
 
