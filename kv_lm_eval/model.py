@@ -27,6 +27,7 @@ from kv_lm_eval import __version__, config, tiny, versions
 from kv_lm_eval.cache import static_ring
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.engine import adapter
 from kv_lm_eval.engine.check import Roads, wrap
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import generate_with, logits_of
@@ -96,7 +97,10 @@ class KVCompressedLM(HFLM):
         # Lengths are checked here, and a document may have any: no warning that the model would fail.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self._set_ranks()
-        if self.compression.method.uses_cache:
+        method = self.compression.method
+        windowed = method.recomputed_tokens is not None
+        adapter.check(self.model, self._causal_lm, method.uses_cache or windowed, method.name)
+        if method.uses_cache:
             evict = self.engine.prefill_evict
             chunk = evict or self.engine.prefill_chunk
             roads = Roads(chunk is not None, not self.engine.question_in_prompt, self.engine.compile)

@@ -6,7 +6,8 @@ calls: our attention function, a generate() without a cache, a bounded view are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kv_lm_eval.cache import attention
 
+Call = dict[str, Any]  # arguments of a forward, by name
 _MISSING = object()
 
 
@@ -65,19 +67,34 @@ def see_last(model: PreTrainedModel, length: int) -> Iterator[None]:
     For generate() without a cache, whichever way it (or an adapter around it) prepares its inputs.
     """
 
-    def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        ids = kwargs["input_ids"]
-        mask = kwargs.get("attention_mask")
+
+    def cut(call: Call) -> Call:
+        ids, mask = call["input_ids"], call.get("attention_mask")
         mask = (torch.ones_like(ids) if mask is None else mask)[:, -length:]
         positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
         bounded = {"input_ids": ids[:, -length:], "attention_mask": mask, "position_ids": positions}
-        return args, {**{k: v for k, v in kwargs.items() if k != "cache_position"}, **bounded}
+        return {**{k: v for k, v in call.items() if k != "cache_position"}, **bounded}
 
-    hook = model.register_forward_pre_hook(cut, with_kwargs=True)
+    with each_forward(model, cut):
+        yield
+
+
+@contextmanager
+def each_forward(model: PreTrainedModel, change: Callable[[Call], Call]) -> Iterator[None]:
+    """Inside, `change` sees what every forward hands to the layers and says what they get instead.
+
+    At the module below the output layer, because adapters may keep the model's own forward() and call that.
+    """
+    names = list(inspect.signature(model.base_model.forward).parameters)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[Any, ...], Call]:
+        return (), change({**dict(zip(names, args, strict=False)), **kwargs})
+
+    handle = model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
-        hook.remove()
+        handle.remove()
 
 
 @contextmanager
