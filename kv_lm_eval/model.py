@@ -23,7 +23,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from kv_lm_eval import __version__, config, tiny, versions
+from kv_lm_eval import __version__, config, identity, loading, tiny, versions
 from kv_lm_eval.cache import static_ring
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
@@ -63,6 +63,8 @@ class KVCompressedLM(HFLM):
         UserError: before any weights are loaded for settings; after loading for a model the self-check refuses.
     """
 
+    AUTO_MODEL_CLASS = loading.WholeModels
+
     def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
         self.compression, self.engine, rest = config.parse(kwargs, pass_through=HFLM_KEYS)
         if pretrained is None:
@@ -78,6 +80,8 @@ class KVCompressedLM(HFLM):
                 "attn_implementation=%s is not used: kvcompressed brings its own attention",
                 rest.pop("attn_implementation"),
             )
+        self.arguments = {"pretrained": pretrained, **rest}
+        self._without_embedding: dict[int, str] = {}
         self._name = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "model")
         self.compression_log = CompressionLog()
         self._tasks: dict[Any, list[str]] = {}
@@ -90,10 +94,10 @@ class KVCompressedLM(HFLM):
         self._request_cache: Any = None
         self._from_request_cache = 0
         self._bar: Any = None
-        try:
-            super().__init__(tiny.resolve(pretrained), backend="causal", **rest)
-        except OSError as error:
-            raise UserError(f"pretrained={pretrained} could not be loaded: {str(error).splitlines()[0]}") from error
+        resolved = tiny.resolve(pretrained) if isinstance(pretrained, str) else pretrained
+        with loading.loading(resolved, rest):
+            super().__init__(resolved, backend="causal", **rest)
+        self._without_embedding = loading.check_loaded(self._causal_lm, self.tokenizer)
         # Lengths are checked here, and a document may have any: no warning that the model would fail.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self._set_ranks()
@@ -175,6 +179,15 @@ class KVCompressedLM(HFLM):
         return self.max_length - int(
             gen_kwargs.get("max_gen_toks", gen_kwargs.get("max_new_tokens", self.max_gen_toks))
         )
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        ids: list[int] = super().tok_encode(string, *args, **kwargs)
+        if self._without_embedding and (found := [i for i in ids if i in self._without_embedding]):
+            raise UserError(
+                f"a prompt holds the token {self._without_embedding[found[0]]!r} ({found[0]}), which the tokenizer was "
+                f"given but the model has no embedding for; resize the embeddings, or change the prompt: {string[:60]!r}"
+            )
+        return ids
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         self._batch_contexts = list(strings)
@@ -438,23 +451,8 @@ class KVCompressedLM(HFLM):
         }
 
     def fingerprint(self) -> str:
-        """Hash of all that decides an answer: model, revision, dtype, length limit, method, every setting."""
-        what = {
-            "pretrained": str(self._name),
-            "weights": request_cache.weights_identity(self.pretrained, self.model),
-            "kv-lm-eval": __version__,
-            "revision": str(self.revision),
-            "peft": str(self.peft),
-            "delta": str(self.delta),
-            "dtype": str(self.model.dtype),
-            "mixed_precision": str(self.mixed_precision_dtype),
-            "max_length": self.max_length,
-            "add_bos_token": self.add_bos_token,
-            "chat_template_args": self.chat_template_args,
-            "think_end_token": self.think_end_token,
-            "settings": self.settings,
-        }
-        return request_cache.digest(what)
+        """Hash of all that decides an answer (identity.py)."""
+        return identity.digest(identity.of_loaded(self))
 
     def _unless_out_of_memory(self, add_partial: Any) -> Any:
         def add(kind: str, request: tuple[Any, ...], answer: Any) -> None:
@@ -470,10 +468,7 @@ class KVCompressedLM(HFLM):
         """
         if cache_hook.dbdict is not None:
             request_cache.use_own_table(cache_hook.dbdict, self.fingerprint())
-            request_cache.count_answers(cache_hook.dbdict)
             self._request_cache = cache_hook.dbdict
-            for key in [k for k, answer in cache_hook.dbdict.items() if answer == OUT_OF_MEMORY]:
-                del cache_hook.dbdict[key]  # tried again, perhaps on a larger device
             cache_hook.add_partial = self._unless_out_of_memory(cache_hook.add_partial)
         super().set_cache_hook(cache_hook)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from kv_lm_eval.engine.forward import device_of
+from kv_lm_eval.engine.forward import cache_argument, device_of, forward_of
 from kv_lm_eval.engine.lent import Call, each_forward
 from kv_lm_eval.errors import UserError
 
@@ -69,7 +69,7 @@ def _changed(called: nn.Module, model: PreTrainedModel, ids: torch.Tensor) -> st
 
         try:
             with each_forward(model, note):
-                owner(**made, past_key_values=cache)
+                owner(**made, **{cache_argument(forward_of(model)): cache})
         except Exception as error:
             return f"cannot be called with a cache ({type(error).__name__}: {str(error).splitlines()[0]})"
     if len(through) != len(direct):
