@@ -125,8 +125,8 @@ def describe(value: Any, **where: Any) -> Described:
         return value
     if isinstance(value, (str, os.PathLike)):
         text = os.fspath(value)
-        contents = _contents(text, **where)
-        return text if contents is None else {"name": text, "contents": contents}
+        behind = contents(text, **where)
+        return text if behind is None else {"name": text, "contents": behind}
     if isinstance(value, Mapping):
         return {"mapping": [[describe(k), describe(v, **where)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
@@ -189,7 +189,7 @@ def _is_own(module: ModuleType) -> bool:
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def _contents(
+def contents(
     name: str, revision: str | None = None, cache_dir: str | None = None, subfolder: str | None = None, **_: Any
 ) -> Described | None:
     """What stands behind a string: a file, a folder, a name of the hub; None: it is only a string."""
