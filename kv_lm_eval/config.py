@@ -246,7 +246,10 @@ def _nested(value: Any) -> dict[str, Any]:
     path = Path(text).expanduser()
     if not path.is_file():
         raise UserError(f"compression={text} is neither a JSON object nor an existing YAML file")
-    return dict(files.read_yaml(path, dict[str, Any]))
+    loaded = files.read_yaml(path)
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} must hold one mapping of settings, it holds {type(loaded).__name__}")
+    return dict(files.check(loaded, dict[str, Any], str(path)))
 
 
 def _json_object(name: str, text: str) -> dict[str, Any]:
