@@ -63,7 +63,11 @@ def before_loading(model_args: Mapping[str, Any], model: str = "kvcompressed") -
 
         try:
             compression, engine, rest = config.parse(arguments)
-            arguments = {**rest, "settings": {**compression.settings(), **vars(engine)}, "code": type(compression.method)}
+            arguments = {
+                **rest,
+                "settings": {**compression.settings(), **vars(engine)},
+                "code": type(compression.method),
+            }
         except UserError:  # told where the settings are checked
             pass
     return {"model": model, **_asked(arguments)}
@@ -196,9 +200,11 @@ def contents(
     if not name or len(name) > 4096 or "\n" in name or "\0" in name:
         return None
     path = Path(name).expanduser()
+    in_file = Path(name.rpartition(":")[0]).expanduser()  # method=path/to/file.py:Class
     try:
-        if path.is_file():
-            return file_digest(path)
+        for file in (path, in_file):
+            if file.is_file():
+                return file_digest(file)
         if path.is_dir():
             if "/" in name or any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
                 return folder_contents(path, subfolder or "")
@@ -281,7 +287,7 @@ def _commit(name: str, revision: str, repo: Path) -> str | None:
 
 
 def _is_whole_blob(file: Path) -> bool:
-    """Whether a file of the hub's cache holds what its blob's name says: SHA-256 of large files, git's SHA-1 of others."""
+    """Whether a file of the hub's cache holds what its blob's name says: SHA-256 of large files, else git's SHA-1."""
     blob = file.resolve().name if file.is_symlink() else ""
     if re.fullmatch(r"[0-9a-f]{64}", blob):
         return file_digest(file) == blob
@@ -292,7 +298,7 @@ def _is_whole_blob(file: Path) -> bool:
 
 
 def files_of(paths: Iterable[Path], only: str = "", relative_to: Path | None = None) -> list[tuple[str, str]]:
-    """(name, SHA-256) of files and of all files below folders, hidden ones left out; large ones are read in parallel."""
+    """(name, SHA-256) of files and of all files below folders, without hidden ones; read in parallel."""
     named: dict[str, Path] = {}
     for path in paths:
         below = [path] if not path.is_dir() else [file for file in path.rglob("*") if file.is_file()]

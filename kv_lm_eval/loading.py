@@ -1,8 +1,8 @@
-"""Loading that fails early and in one line: files are looked at before the weights, and what was loaded before the work.
+"""Loading that fails early and in one line: files are looked at before the weights, the model before the work.
 
 A model folder that is not whole, or a hub that cannot be reached, is told at once and by its name; whatever else
-stops transformers on the way is told in one line too. A model whose weights are not all there, or are not numbers, would
-answer without a word.
+stops transformers on the way is told in one line too. A model whose weights are not all there, or are not numbers,
+would answer without a word.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def _reason(error: Exception, named: dict[str, str]) -> str:
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    return [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.name != "tokenizer_config.json"]
+    return [
+        file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.name != "tokenizer_config.json"
+    ]
 
 
 def _shown(pretrained: Any) -> str:
@@ -84,8 +86,8 @@ def _check_local(argument: str, name: str, arguments: dict[str, Any]) -> None:
             files.read_json(folder / one, dict[str, Any])
     if argument == "pretrained" and not arguments.get("gguf_file") and not (folder / "config.json").is_file():
         raise UserError(
-            f"{argument}={name}: there is no config.json in {folder}, so it is no model; give a folder with config.json, "
-            "weights and tokenizer files"
+            f"{argument}={name}: there is no config.json in {folder}, so it is no model; give a folder with "
+            "config.json, weights and tokenizer files"
         )
     if argument != "tokenizer":
         for file in sorted(folder.glob("*.safetensors")):
@@ -109,7 +111,8 @@ def check_safetensors(file: Path) -> None:
         raise UserError(f"{file} is no whole safetensors file: {reason}; get it again") from None
     if 8 + length + end != size:
         raise UserError(
-            f"{file} is no whole safetensors file: {size:,} bytes are there, {8 + length + end:,} should be; get it again"
+            f"{file} is no whole safetensors file: it has {size:,} bytes and should have {8 + length + end:,}; get it "
+            "again"
         )
 
 
@@ -176,12 +179,14 @@ class WholeModels:
     def from_pretrained(name: str, *args: Any, **kwargs: Any) -> Any:
         import transformers
 
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        load: Any = transformers.AutoModelForCausalLM.from_pretrained
+        model, info = load(name, *args, output_loading_info=True, **kwargs)
         parameters = {key for key, _ in model.named_parameters()}
         if missing := sorted(set(info["missing_keys"]) & parameters):
             raise UserError(
                 f"{name} has no weights for {len(missing)} of the model's {len(parameters)} parameters, such as "
-                f"{missing[0]}; they would be random numbers. Its files do not fit its configuration, or some are missing"
+                f"{missing[0]}; they would be random numbers. Its files do not fit its configuration, or some are "
+                "missing"
             )
         return model
 
@@ -213,8 +218,8 @@ def _check_vocabulary(model: Any, tokenizer: Any) -> dict[int, str]:
     pad = tokenizer.pad_token_id
     if pad is not None and pad >= rows:
         raise UserError(
-            f"the padding token {tokenizer.pad_token!r} ({pad}) has no embedding (there are {rows}): it was added to the "
-            "tokenizer alone. Resize the model's embeddings, or leave it out of the tokenizer"
+            f"the padding token {tokenizer.pad_token!r} ({pad}) has no embedding (there are {rows}): it was added to "
+            "the tokenizer alone. Resize the model's embeddings, or leave it out of the tokenizer"
         )
     return {i: text for text, i in beyond.items()}
 

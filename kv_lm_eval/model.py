@@ -23,7 +23,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from kv_lm_eval import __version__, config, identity, loading, tiny, versions
+from kv_lm_eval import config, identity, loading, tiny, versions
 from kv_lm_eval.cache import static_ring
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
@@ -184,8 +184,8 @@ class KVCompressedLM(HFLM):
         ids: list[int] = super().tok_encode(string, *args, **kwargs)
         if self._without_embedding and (found := [i for i in ids if i in self._without_embedding]):
             raise UserError(
-                f"a prompt holds the token {self._without_embedding[found[0]]!r} ({found[0]}), which the tokenizer was "
-                f"given but the model has no embedding for; resize the embeddings, or change the prompt: {string[:60]!r}"
+                f"a prompt holds the token {self._without_embedding[found[0]]!r} ({found[0]}), for which the model has "
+                f"no embedding; resize the embeddings, or change the prompt: {string[:60]!r}"
             )
         return ids
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from kv_lm_eval.engine.forward import cache_argument, device_of, forward_of
@@ -19,7 +18,7 @@ from kv_lm_eval.errors import UserError
 
 
 @torch.inference_mode()
-def check(called: nn.Module, model: PreTrainedModel, needs_calls_as_made: bool, method: str) -> None:
+def check(called: Any, model: PreTrainedModel, needs_calls_as_made: bool, method: str) -> None:
     """Refuses an adapter under which the method's numbers would be wrong.
 
     Args:
@@ -51,7 +50,7 @@ def check(called: nn.Module, model: PreTrainedModel, needs_calls_as_made: bool, 
         ) from error
 
 
-def _changed(called: nn.Module, model: PreTrainedModel, ids: torch.Tensor) -> str:
+def _changed(called: Any, model: PreTrainedModel, ids: torch.Tensor) -> str:
     """How a call with a cache reaches the layers otherwise than without the adapter; empty if it does not."""
     made: Call = {
         "input_ids": ids,
@@ -59,7 +58,8 @@ def _changed(called: nn.Module, model: PreTrainedModel, ids: torch.Tensor) -> st
         "position_ids": torch.arange(ids.shape[1], device=ids.device).unsqueeze(0),
         "use_cache": True,
     }
-    direct, through = [], []
+    direct: list[Call] = []
+    through: list[Call] = []
     for owner, seen in ((model, direct), (called, through)):
         cache = DynamicCache(config=model.config.get_text_config())
 

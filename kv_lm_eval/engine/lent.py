@@ -67,7 +67,6 @@ def see_last(model: PreTrainedModel, length: int) -> Iterator[None]:
     For generate() without a cache, whichever way it (or an adapter around it) prepares its inputs.
     """
 
-
     def cut(call: Call) -> Call:
         ids, mask = call["input_ids"], call.get("attention_mask")
         mask = (torch.ones_like(ids) if mask is None else mask)[:, -length:]

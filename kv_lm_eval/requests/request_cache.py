@@ -112,7 +112,7 @@ def use_own_table(dbdict: Any, identity: str) -> None:
 
 
 def _counting(kind: type) -> type:
-    class Counting(kind):  # type: ignore[misc, valid-type]
+    class Counting(kind):
         """The model never sees the requests that are answered from the file."""
 
         answers = 0

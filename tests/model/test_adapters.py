@@ -69,8 +69,14 @@ def test_generation_over_a_window_sees_only_the_window_under_an_adapter_too() ->
     """Everything before the window may be another text."""
     for kind in ("lora", "adaption prompt"):
         one = lm(IN_LAYERS[kind], method="window_recompute", window_size=8)
-        asked = [request("generate_until", f"{a} the boats lay still in the harbour of the town", {"until": [],
-                 "max_gen_toks": 4}) for a in ("Zebras", "Nobody had said that")]
+        asked = [
+            request(
+                "generate_until",
+                f"{a} the boats lay still in the harbour of the town",
+                {"until": [], "max_gen_toks": 4},
+            )
+            for a in ("Zebras", "Nobody had said that")
+        ]
         first, second = one.generate_until(asked)
         assert first == second
 

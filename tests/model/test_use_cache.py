@@ -72,7 +72,9 @@ def record() -> DocumentRecord:
     )
 
 
-@pytest.mark.parametrize("answer", ["", "x", "a\ud800\n\0", "<out>", -1 / 3, -math.inf, 0.0, (-1 / 3, True), (-0.0, False)])
+@pytest.mark.parametrize(
+    "answer", ["", "x", "a\ud800\n\0", "<out>", -1 / 3, -math.inf, 0.0, (-1 / 3, True), (-0.0, False)]
+)
 def test_every_answer_comes_back_as_it_was(answer):
     again = request_cache.decode(request_cache.encode(answer))
     assert again == answer and type(again) is type(answer)
