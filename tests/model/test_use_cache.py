@@ -13,7 +13,7 @@ from lm_eval.api.model import CachingLM
 from model.test_requests import STORY, load, request
 
 from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
-from kv_lm_eval.requests import request_cache
+from kv_lm_eval.requests import kept_answers, request_cache
 from kv_lm_eval.requests.documents import DocumentRecord, DocumentScore
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -76,14 +76,14 @@ def record() -> DocumentRecord:
     "answer", ["", "x", "a\ud800\n\0", "<out>", -1 / 3, -math.inf, 0.0, (-1 / 3, True), (-0.0, False)]
 )
 def test_every_answer_comes_back_as_it_was(answer):
-    again = request_cache.decode(request_cache.encode(answer))
+    again = kept_answers.decode(kept_answers.encode(answer), "here")
     assert again == answer and type(again) is type(answer)
 
 
 def test_a_document_comes_back_with_every_bit_of_its_record():
     for changes in ({}, {"slots": None}, {"log_probs": record().log_probs.astype(np.float64)}):
         answer = DocumentScore(DocumentRecord(**{**vars(record()), **changes}))
-        again = request_cache.decode(request_cache.encode(answer))
+        again = kept_answers.decode(kept_answers.encode(answer), "here")
         assert float(again) == float(answer)
         for name, value in vars(answer.record).items():
             got = getattr(again.record, name)
@@ -122,11 +122,14 @@ def rewrite(path, change):
         lambda text: "",
         lambda text: None,
         lambda text: os.urandom(50),
-        lambda text: '{"pair": [1]}',
-        lambda text: '{"pair": ["a", true]}',
-        lambda text: '{"text": "a", "number": 1}',
-        lambda text: "[]",
+        lambda text: "[1]",
+        lambda text: '["a", true]',
+        lambda text: "[1, 2]",
+        lambda text: "true",
+        lambda text: "null",
+        lambda text: "{}",
         lambda text: '{"document": {"tokens": []}}',
+        lambda text: '{"document": [1]}',
         lambda text: "[" * 100_000,
     ],
 )
@@ -136,13 +139,13 @@ def test_a_damaged_answer_is_asked_again_and_nothing_in_the_file_runs(change, tm
     rewrite(path, change)
     assert ask(load("kvcompressed", **SNAPKV), path, own_hook=True) == expected
     assert not Evil.ran
-    assert [request_cache.decode(value)[0] for _, value in rows(path)[1]] == expected
+    assert [kept_answers.decode(value, "here")[0] for _, value in rows(path)[1]] == expected
 
 
 def test_answers_that_ran_out_of_memory_are_asked_again(tmp_path):
     path = tmp_path / "a.db"
     expected = ask(load("kvcompressed", **SNAPKV), path, own_hook=True)
-    rewrite(path, lambda text: request_cache.encode(OUT_OF_MEMORY))
+    rewrite(path, lambda text: kept_answers.encode(OUT_OF_MEMORY))
     assert ask(load("kvcompressed", **SNAPKV), path, own_hook=True) == expected
 
 
