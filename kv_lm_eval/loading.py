@@ -135,7 +135,7 @@ def hub_is_reachable() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        get_session().head(constants.ENDPOINT, timeout=5)
+        get_session().head(constants.ENDPOINT, timeout=10)
     except Exception:  # of the HTTP client, which differs between versions: no name, no route, no answer
         return False
     return True
