@@ -348,7 +348,6 @@ def _loaded(lm: Any) -> dict[str, Described]:
         "generation_config": describe(model.generation_config.to_dict() if model.generation_config else None),
         "dtypes": dtypes,
         "adapters": describe({str(k): c.to_dict() for k, c in getattr(outer, "peft_config", {}).items()}),
-        "active_adapters": str(getattr(outer, "active_adapters", None)),
         "tokenizer": tokenizer(lm.tokenizer),
         "lengths": [lm.max_length, lm.max_gen_toks],
         "prefix_token_id": lm.prefix_token_id,
@@ -381,9 +380,24 @@ def tokenizer(of: Any) -> dict[str, Described]:
 
 
 def state(module: Any) -> Described:
-    """All parameters and buffers of a module, by name."""
+    """All parameters and buffers of a module, by name, and the plain attributes of its parts (scales, flags)."""
+    import torch
+
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return tensors(named)
+    bookkeeping = vars(torch.nn.Module())
+    plain = [
+        (name, {k: v for k, v in vars(part).items() if k not in bookkeeping and _is_plain(v)})
+        for name, part in module.named_modules()
+    ]
+    return {"tensors": tensors(named), "attributes": digest(describe(plain))}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def tensors(named: Iterable[tuple[str, Any]]) -> Described:

@@ -332,6 +332,7 @@ MODEL_CHANGES: dict[str, Callable[[Any], Any]] = {
     "eos": lambda m: setattr(m.generation_config, "eos_token_id", [5]),
     "attention": lambda m: m.set_attn_implementation("eager"),
     "dtype": lambda m: m.to(torch.bfloat16),
+    "a number in a layer": lambda m: setattr(m.model.norm, "variance_epsilon", 1e-2),
 }
 
 
@@ -388,6 +389,22 @@ def test_adapters_are_known_by_their_weights(tmp_path: Path) -> None:
         seen.append(late(peft=str(tmp_path)))
     assert len(set(seen)) == 4
     assert late(peft=str(tmp_path)) == seen[-1]
+
+
+def test_an_adapter_object_is_known_by_what_it_is_set_to() -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(loaded(), lora)
+    model.add_adapter("other", lora)
+    seen = [late(pretrained=model, tokenizer=tiny.path())]
+    for change in (
+        lambda: model.set_adapter("other"),
+        lambda: model.base_model.disable_adapter_layers(),
+        lambda: model.base_model.model.model.layers[0].self_attn.q_proj.scale_layer(2.0),
+    ):
+        change()
+        seen.append(late(pretrained=model, tokenizer=tiny.path()))
+    assert len(set(seen)) == len(seen) and late(pretrained=model, tokenizer=tiny.path()) == seen[-1]
 
 
 def test_loading_differences_that_only_the_model_shows() -> None:
