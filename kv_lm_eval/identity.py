@@ -84,7 +84,7 @@ def _asked(arguments: Mapping[str, Any]) -> dict[str, Described]:
     known = {**_defaults(), **arguments}
     if isinstance(known.get("pretrained"), str):
         known["pretrained"] = tiny.resolve(known["pretrained"])
-    where = {k: known.get(k) for k in ("revision", "cache_dir", "subfolder")}
+    where: dict[str, Any] = {k: known.get(k) for k in ("revision", "cache_dir", "subfolder")}
     counted = {name: value for name, value in known.items() if name not in WITHOUT_EFFECT}
     return {
         "arguments": {name: describe(value, **where) for name, value in counted.items()},
@@ -116,10 +116,11 @@ def _version(package: str) -> str | None:
 # ---------------------------------------------------------------------------------------------------- any value
 
 
-def describe(value: Any, **where: Any) -> Described:
-    """A value as plain ones that are equal exactly where the value is; a path or a name of the hub brings its contents.
+def describe(value: Any, names: bool = True, **where: Any) -> Described:
+    """A value as plain ones that are equal exactly where the value is.
 
     Args:
+        names: whether a string may name a file, a folder or a model of the hub, and then brings its contents.
         where: `revision`, `cache_dir` and `subfolder` of names of the hub.
     """
     import torch
@@ -129,14 +130,14 @@ def describe(value: Any, **where: Any) -> Described:
         return value
     if isinstance(value, (str, os.PathLike)):
         text = os.fspath(value)
-        behind = contents(text, **where)
+        behind = contents(text, **where) if names else None
         return text if behind is None else {"name": text, "contents": behind}
     if isinstance(value, Mapping):
-        return {"mapping": [[describe(k), describe(v, **where)] for k, v in value.items()]}
+        return {"mapping": [[describe(k, False), describe(v, names, **where)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
-        return [describe(part, **where) for part in value]
+        return [describe(part, names, **where) for part in value]
     if isinstance(value, (set, frozenset)):
-        return {"set": sorted(digest(describe(part)) for part in value)}
+        return {"set": sorted(digest(describe(part, names, **where)) for part in value)}
     if isinstance(value, (bytes, bytearray)):
         return {"bytes": hashlib.sha256(value).hexdigest()}
     if isinstance(value, (torch.dtype, torch.device)):
@@ -152,7 +153,7 @@ def describe(value: Any, **where: Any) -> Described:
     for plain in ("to_dict", "__getstate__"):
         of = getattr(value, plain, lambda: None)()
         if isinstance(of, Mapping):
-            return {"class": _name(type(value)), "of": describe(of, **where)}
+            return {"class": _name(type(value)), "of": describe(of, names, **where)}
     return {"unreadable": _name(type(value)), "equal to nothing": uuid.uuid4().hex}
 
 
@@ -241,10 +242,15 @@ def _model_files(folder: Path) -> list[Path]:
 
 def hub_contents(name: str, revision: str, cache_dir: str | None = None, subfolder: str = "") -> Described | None:
     """The commit of a name of the hub, and those of its files here that are no longer what the commit says."""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        return None
     from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
 
     repo = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
     if not repo.is_dir() and "/" not in name:
@@ -343,15 +349,15 @@ def _loaded(lm: Any) -> dict[str, Described]:
     dtypes = sorted({str(p.dtype) for p in model.parameters()})
     return {
         "class": [describe(type(part)) for part in (outer, model)],
-        "config": describe(model.config.to_dict()),
+        "config": describe(model.config.to_dict(), False),
         "attention": str(model.config._attn_implementation),
-        "generation_config": describe(model.generation_config.to_dict() if model.generation_config else None),
+        "generation_config": describe(model.generation_config.to_dict() if model.generation_config else None, False),
         "dtypes": dtypes,
-        "adapters": describe({str(k): c.to_dict() for k, c in getattr(outer, "peft_config", {}).items()}),
+        "adapters": describe({str(k): c.to_dict() for k, c in getattr(outer, "peft_config", {}).items()}, False),
         "tokenizer": tokenizer(lm.tokenizer),
         "lengths": [lm.max_length, lm.max_gen_toks],
         "prefix_token_id": lm.prefix_token_id,
-        "chat_template_args": describe(lm.chat_template_args),
+        "chat_template_args": describe(lm.chat_template_args, False),
         "weights": None if isinstance(lm.pretrained, str) else state(outer),
     }
 
@@ -360,22 +366,27 @@ def tokenizer(of: Any) -> dict[str, Described]:
     """Vocabulary, rules, special tokens, templates and flags of a tokenizer."""
     plain = (str, int, float, bool, type(None), list, tuple, dict)
     # What a call leaves behind, and the file that it was loaded from, whose contents are in the rest
-    passing = {"deprecation_warnings", "name_or_path", "init_kwargs", "verbose", "_unk_token"}
-    flags = {k: v for k, v in vars(of).items() if isinstance(v, plain) and k not in passing}
+    passing = {"deprecation_warnings", "name_or_path", "init_kwargs", "verbose"}
     backend = getattr(of, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else None
-    if isinstance(rules, dict):
-        rules = {k: v for k, v in rules.items() if k not in ("padding", "truncation")}  # set by each call
-    files = [str(v) for k, v in (getattr(of, "init_kwargs", None) or {}).items() if k.endswith("_file") and v]
+    if backend is None:
+        files = [str(v) for k, v in (getattr(of, "init_kwargs", None) or {}).items() if k.endswith("_file") and v]
+        rules: Any = [sorted(of.get_vocab().items()), [file_digest(Path(f)) for f in files if Path(f).is_file()]]
+    else:  # all but padding and truncation, which stand before the tokens and are set by each call
+        rules = backend.to_str().partition('"added_tokens"')[2]
+    flags = {
+        name: value
+        for name, value in vars(of).items()
+        if name not in passing
+        and isinstance(value, plain)
+        and not (backend is not None and isinstance(value, (list, dict)) and len(value) > 1000)  # is in the rules
+    }
     return {
         "class": describe(type(of)),
-        "flags": digest(describe(flags)),
+        "flags": digest(describe(flags, False)),
         "rules": digest(rules),
-        "vocabulary": digest(sorted(of.get_vocab().items())),
         "special": digest([str(of.special_tokens_map), of.all_special_ids]),
-        "added": digest({str(k): str(v) for k, v in getattr(of, "added_tokens_decoder", {}).items()}),
-        "chat_template": digest(describe(getattr(of, "chat_template", None))),
-        "files": [file_digest(Path(file)) for file in files if backend is None and Path(file).is_file()],
+        "added": digest({str(k): repr(v) for k, v in getattr(of, "added_tokens_decoder", {}).items()}),
+        "chat_template": digest(describe(getattr(of, "chat_template", None), False)),
     }
 
 
@@ -389,7 +400,7 @@ def state(module: Any) -> Described:
         (name, {k: v for k, v in vars(part).items() if k not in bookkeeping and _is_plain(v)})
         for name, part in module.named_modules()
     ]
-    return {"tensors": tensors(named), "attributes": digest(describe(plain))}
+    return {"tensors": tensors(named), "attributes": digest(describe(plain, False))}
 
 
 def _is_plain(value: Any) -> bool:
@@ -414,5 +425,5 @@ def tensors(named: Iterable[tuple[str, Any]]) -> Described:
             return {"unreadable": name, "equal to nothing": uuid.uuid4().hex}
         all_of.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         if codes is not None:
-            all_of.update(digest(describe(codes.as_dict(packed=True))).encode())
+            all_of.update(digest(describe(codes.as_dict(packed=True), False)).encode())
     return all_of.hexdigest()
