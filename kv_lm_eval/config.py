@@ -6,7 +6,6 @@ Everything here runs before a single weight is loaded.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import types
 import typing
@@ -15,6 +14,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from kv_lm_eval import files
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.methods import base, evicted
 from kv_lm_eval.methods.budget import Budget, Everything, Heads, Layers, PerHead, Ratio, RatioAbove, Slots
@@ -211,7 +211,11 @@ def parse(
     if ours.get("method") is None:
         raise UserError(f"which method? Add method=NAME to --model_args, one of: {', '.join(base.available())}.")
     cls = base.load(str(ours.pop("method")))
-    rest: dict[str, Any] = dict(args.pop("model_kwargs", None) or {})
+    rest: Any = args.pop("model_kwargs", None) or {}
+    rest = _json_object("model_kwargs", rest) if isinstance(rest, str) else rest
+    if not isinstance(rest, dict):
+        raise UserError(f"model_kwargs={rest!r} must be a mapping of arguments of from_pretrained")
+    rest = dict(rest)
 
     known = _known_keys(cls)
     for key in list(args):
@@ -260,19 +264,19 @@ def _nested(value: Any) -> dict[str, Any]:
         return dict(value)
     text = str(value).strip()
     if text.startswith("{"):
-        try:
-            return dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise UserError(f"compression={text} is not valid JSON: {error}") from error
+        return _json_object("compression", text)
     path = Path(text).expanduser()
     if not path.is_file():
         raise UserError(f"compression={text} is neither a JSON object nor an existing YAML file")
-    import yaml
-
-    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    loaded = files.read_yaml(path)
     if not isinstance(loaded, dict):
         raise UserError(f"{path} must hold one mapping of settings, it holds {type(loaded).__name__}")
-    return loaded
+    return dict(files.check(loaded, dict[str, Any], str(path)))
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    place = f"{name}={text if len(text) < 80 else text[:77] + '...'}"
+    return dict(files.check(files.parse_json(text, place), dict[str, Any], place))
 
 
 def _build(cls: type[base.Method], ours: dict[str, Any]) -> Compression:

@@ -10,8 +10,8 @@ import inspect
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,17 +23,18 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from kv_lm_eval import __version__, config, tiny, versions
+from kv_lm_eval import config, identity, loading, tiny, versions
 from kv_lm_eval.cache import static_ring
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.engine import adapter
 from kv_lm_eval.engine.check import Roads, wrap
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import generate_with, logits_of
-from kv_lm_eval.engine.generate import check_generation_settings, decode_steps, noting_first_token, without_cache
+from kv_lm_eval.engine.generate import check_generation_settings, decode_steps, noting_first_token
+from kv_lm_eval.engine.lent import as_found, our_attention, see_last, without_cache
 from kv_lm_eval.engine.prefill import prefill
 from kv_lm_eval.engine.question import alike
-from kv_lm_eval.engine.recompute import see_last
 from kv_lm_eval.engine.start import start
 from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
 from kv_lm_eval.metrics.compression import CompressionLog, uncut
@@ -62,6 +63,8 @@ class KVCompressedLM(HFLM):
         UserError: before any weights are loaded for settings; after loading for a model the self-check refuses.
     """
 
+    AUTO_MODEL_CLASS = loading.WholeModels
+
     def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
         self.compression, self.engine, rest = config.parse(kwargs, pass_through=HFLM_KEYS)
         if pretrained is None:
@@ -77,6 +80,8 @@ class KVCompressedLM(HFLM):
                 "attn_implementation=%s is not used: kvcompressed brings its own attention",
                 rest.pop("attn_implementation"),
             )
+        self.arguments = {"pretrained": pretrained, **rest}
+        self._without_embedding: dict[int, str] = {}
         self._name = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "model")
         self.compression_log = CompressionLog()
         self._tasks: dict[Any, list[str]] = {}
@@ -89,26 +94,26 @@ class KVCompressedLM(HFLM):
         self._request_cache: Any = None
         self._from_request_cache = 0
         self._bar: Any = None
-        try:
-            super().__init__(tiny.resolve(pretrained), backend="causal", **rest)
-        except OSError as error:
-            raise UserError(f"pretrained={pretrained} could not be loaded: {str(error).splitlines()[0]}") from error
+        resolved = tiny.resolve(pretrained) if isinstance(pretrained, str) else pretrained
+        with loading.loading(resolved, rest):
+            super().__init__(resolved, backend="causal", **rest)
+        self._without_embedding = loading.check_loaded(self._causal_lm, self.tokenizer)
         # Lengths are checked here, and a document may have any: no warning that the model would fail.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self._set_ranks()
-        if self.compression.method.uses_cache:
+        method = self.compression.method
+        windowed = method.recomputed_tokens is not None
+        adapter.check(self.model, self._causal_lm, method.uses_cache or windowed, method.name)
+        if method.uses_cache:
             evict = self.engine.prefill_evict
             chunk = evict or self.engine.prefill_chunk
             roads = Roads(chunk is not None, not self.engine.question_in_prompt, self.engine.compile)
-            self.facts = wrap(self._causal_lm, self.compression, roads)
+            with as_found(self._causal_lm):
+                self.facts = wrap(self._causal_lm, self.compression, roads)
             self._new_cache = partial(make_cache, self.compression, self.facts, chunk, evict is not None)
             self._decoder = Decoder(self._causal_lm) if self.engine.compile else None
             for message in self.compression.warnings(self.facts):
                 log.warning(message)
-        else:
-            without_cache(self._causal_lm)
-            if (length := self.compression.method.recomputed_tokens) is not None:
-                see_last(self._causal_lm, length)
         self._memory = PeakMemory({p.device for p in self._causal_lm.parameters()})
         for message in self.engine.warnings(self.compression):
             log.warning(message)
@@ -131,6 +136,18 @@ class KVCompressedLM(HFLM):
         """Everything that decides an answer beside the model: method, settings after defaults, engine settings."""
         return {**self.compression.settings(), **vars(self.engine)}
 
+    @contextmanager
+    def _model_in_use(self, generating: bool = False) -> Iterator[None]:
+        """Around each call of lm-eval's: what the method needs on the model object, which others may use between."""
+        with ExitStack() as put_on:
+            if self.compression.method.uses_cache:
+                put_on.enter_context(our_attention(self._causal_lm))
+            elif generating:
+                put_on.enter_context(without_cache(self.model))
+                if (length := self.compression.method.recomputed_tokens) is not None:
+                    put_on.enter_context(see_last(self._causal_lm, length))
+            yield
+
     def _set_ranks(self) -> None:
         """lm-eval sets ranks only with several local GPUs; CPU ranks and one GPU a node would repeat the whole job."""
         accelerator = getattr(self, "accelerator", None)
@@ -151,7 +168,8 @@ class KVCompressedLM(HFLM):
         full_length = (p + p[-1:] * (self.max_length - n) for p, n in zip(prompts, room, strict=True))
         self._longest: list[int] = max(full_length, key=len, default=[])
         hidden = disable_tqdm or self.rank != 0
-        with tqdm(total=len(requests), disable=hidden, desc="Running generate_until requests") as self._bar:
+        bar = tqdm(total=len(requests), disable=hidden, desc="Running generate_until requests")
+        with bar as self._bar, self._model_in_use(generating=True):
             answers = super().generate_until(requests, disable_tqdm=True)
         return [
             OUT_OF_MEMORY if r.args[0] in self._out_of_memory else a for r, a in zip(requests, answers, strict=True)
@@ -163,6 +181,15 @@ class KVCompressedLM(HFLM):
         return self.max_length - int(
             gen_kwargs.get("max_gen_toks", gen_kwargs.get("max_new_tokens", self.max_gen_toks))
         )
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        ids: list[int] = super().tok_encode(string, *args, **kwargs)
+        if self._without_embedding and (found := [i for i in ids if i in self._without_embedding]):
+            raise UserError(
+                f"a prompt holds the token {self._without_embedding[found[0]]!r} ({found[0]}), for which the model has "
+                f"no embedding; resize the embeddings, or change the prompt: {string[:60]!r}"
+            )
+        return ids
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         self._batch_contexts = list(strings)
@@ -314,7 +341,8 @@ class KVCompressedLM(HFLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._tasks = {"order": [r.task_name or "" for r in requests]}
         self._find_questions(requests)
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        with self._model_in_use():
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
         self,
@@ -333,7 +361,8 @@ class KVCompressedLM(HFLM):
         return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
-        return self._last_logits(inps, inps.shape[1])
+        with self._model_in_use():
+            return self._last_logits(inps, inps.shape[1])
 
     def _last_logits(self, ids: torch.Tensor, count: int) -> torch.Tensor:
         """One plain forward of right-padded rows [B, q] from an empty cache, uncut: the last logits [B, count, V]."""
@@ -347,7 +376,8 @@ class KVCompressedLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         self._tasks = {}
-        return list(score_requests(self, requests, disable_tqdm))
+        with self._model_in_use():
+            return list(score_requests(self, requests, disable_tqdm))
 
     # ------------------------------------------------------------------------------------ input checks
 
@@ -423,23 +453,8 @@ class KVCompressedLM(HFLM):
         }
 
     def fingerprint(self) -> str:
-        """Hash of all that decides an answer: model, revision, dtype, length limit, method, every setting."""
-        what = {
-            "pretrained": str(self._name),
-            "weights": request_cache.weights_identity(self.pretrained, self.model),
-            "kv-lm-eval": __version__,
-            "revision": str(self.revision),
-            "peft": str(self.peft),
-            "delta": str(self.delta),
-            "dtype": str(self.model.dtype),
-            "mixed_precision": str(self.mixed_precision_dtype),
-            "max_length": self.max_length,
-            "add_bos_token": self.add_bos_token,
-            "chat_template_args": self.chat_template_args,
-            "think_end_token": self.think_end_token,
-            "settings": self.settings,
-        }
-        return request_cache.digest(what)
+        """Hash of all that decides an answer (identity.py)."""
+        return identity.digest(identity.of_loaded(self))
 
     def _unless_out_of_memory(self, add_partial: Any) -> Any:
         def add(kind: str, request: tuple[Any, ...], answer: Any) -> None:
@@ -455,10 +470,7 @@ class KVCompressedLM(HFLM):
         """
         if cache_hook.dbdict is not None:
             request_cache.use_own_table(cache_hook.dbdict, self.fingerprint())
-            request_cache.count_answers(cache_hook.dbdict)
             self._request_cache = cache_hook.dbdict
-            for key in [k for k, answer in cache_hook.dbdict.items() if answer == OUT_OF_MEMORY]:
-                del cache_hook.dbdict[key]  # tried again, perhaps on a larger device
             cache_hook.add_partial = self._unless_out_of_memory(cache_hook.add_partial)
         super().set_cache_hook(cache_hook)
 

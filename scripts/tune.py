@@ -29,11 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from kv_lm_eval import plugin, quickstart
+from kv_lm_eval import files, identity, plugin, quickstart
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.experiments import paired
+from kv_lm_eval.experiments import paired, task_files
 from kv_lm_eval.experiments.run_point import task_manager, versions, write_json
-from kv_lm_eval.requests import request_cache
 
 Settings = dict[str, Any]
 
@@ -179,9 +178,10 @@ class Scores:
         self.order = self._documents()
         self.file = args.output_path / "scores.json" if args.output_path else None
         self.known: dict[str, dict[str, float]] = {}
+        self._keys: dict[tuple[str, str], str] = {}
         if self.file:
             args.output_path.mkdir(parents=True, exist_ok=True)
-            self.known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
+            self.known = files.read_json(self.file, dict[str, dict[str, float]]) if self.file.is_file() else {}
         self.runs = self.samples_run = 0
 
     def _documents(self) -> dict[str, list[int]]:
@@ -207,8 +207,7 @@ class Scores:
 
     def of(self, model_args: Settings, task: str, ids: Sequence[int]) -> dict[int, float]:
         """Scores of documents of a task; those not known yet are run."""
-        options = {k: str(v) for k, v in vars(self.args).items() if k in _DECIDING}
-        key = request_cache.digest({"model_args": model_args, "task": task, "versions": versions(), **options})
+        key = self._key(model_args, task)
         known = self.known.setdefault(key, {})
         if missing := [i for i in ids if str(i) not in known]:
             changed = {k: v for k, v in model_args.items() if k == "method" or self.base.get(k) != v}
@@ -217,6 +216,20 @@ class Scores:
             if self.file:
                 write_json(self.file, self.known)
         return {i: known[str(i)] for i in ids}
+
+    def _key(self, model_args: Settings, task: str) -> str:
+        """Of everything that decides a score; files are read once a search."""
+        asked = (_spelled(model_args), task)
+        if asked not in self._keys:
+            options = {k: v for k, v in vars(self.args).items() if k not in _NOT_DECIDING}
+            self._keys[asked] = identity.digest(
+                {
+                    "identity": identity.before_loading(model_args),
+                    "asked": identity.describe(options),
+                    "tasks": task_files.of([task], self.args.include_path),
+                }
+            )
+        return self._keys[asked]
 
     def _run(self, model_args: Settings, task: str, ids: Sequence[int]) -> dict[str, float]:
         from lm_eval import simple_evaluate
@@ -254,7 +267,11 @@ class Scores:
         return scores
 
 
-_DECIDING = ("metadata", "num_fewshot", "apply_chat_template", "include_path", "metric", "score_range")
+# Which documents are asked about and what is made of the scores, and model_args and tasks, which are in their parts
+_NOT_DECIDING = frozenset(
+    """model_args tasks budgets budget_setting axes tolerance confidence first_look max_samples shuffle_seed batch_size
+    device include_path output_path""".split()
+)
 
 
 def _not_of_the_method(base: Settings) -> set[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -71,12 +70,3 @@ def decode_steps(new_ids: list[int], stop: list[str], ends: list[int | None], de
         text = decode(new_ids[:middle], skip_special_tokens=False)
         low, high = (low, middle) if any(s in text for s in stop if s) else (middle + 1, high)
     return low - 1
-
-
-def without_cache(model: PreTrainedModel) -> None:
-    """Makes this model object's generate() recompute everything at each token, whatever its caller asks for."""
-
-    def generate(original: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(*args, **{**kwargs, "use_cache": False})
-
-    model.generate = partial(generate, model.generate)  # type: ignore[assignment]

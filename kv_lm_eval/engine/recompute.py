@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from kv_lm_eval.engine.choices import Score
 from kv_lm_eval.engine.windows import Call, Window, score_windows
-
-
-def see_last(model: PreTrainedModel, length: int) -> None:
-    """Makes this model object's generate() see the last `length` tokens at each step, at positions from 0 on."""
-    prepare: Any = model.prepare_inputs_for_generation
-
-    def prepare_last(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        mask = kwargs.get("attention_mask")
-        mask = (torch.ones_like(input_ids) if mask is None else mask)[:, -length:]
-        kwargs = {**kwargs, "attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)}
-        return prepare(input_ids[:, -length:], *args, **kwargs)
-
-    model.prepare_inputs_for_generation = prepare_last  # type: ignore[assignment]
 
 
 def windows_of(tokens: Sequence[int], first: int, length: int) -> Iterator[Window]:

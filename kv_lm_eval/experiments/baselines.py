@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 
-from kv_lm_eval import __version__, config, tiny
+from kv_lm_eval import __version__, config, identity, loading, tiny
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.forward import device_of, logits_of
@@ -35,7 +35,6 @@ from kv_lm_eval.engine.streaming import ScoredDocument, score_documents
 from kv_lm_eval.engine.windows import score_windows
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.compression import Compression
-from kv_lm_eval.requests import request_cache
 from kv_lm_eval.tasks.perplexity import texts
 
 WARM_UP = 4  # steps whose times are thrown away
@@ -66,11 +65,11 @@ class Setup:
         device = device_of(self.model)
         return {
             "model": self.name,
-            "weights": request_cache.digest(
-                {"of": request_cache.weights_identity(tiny.resolve(self.name), self.model)}
+            "identity": identity.digest(
+                identity.before_loading({"pretrained": self.name, "dtype": str(self.model.dtype), "method": "full"})
             ),
             "text": self.text,
-            "tokens_sha256": request_cache.digest({"ids": self.row}),
+            "tokens_sha256": identity.digest(self.row),
             "tokens": len(self.row) - 1,
             "window": length,
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -106,12 +105,11 @@ def load(
         rows = texts.files(list(text_files or []))[:documents]
     resolved = tiny.resolve(name)
     config.check_pretrained(name)
-    try:
+    with loading.loading(resolved, {}):
         tokenizer = transformers.AutoTokenizer.from_pretrained(resolved)
-        model = transformers.AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype).eval()
-    except OSError as error:
-        raise UserError(f"--model {name} could not be loaded: {str(error).splitlines()[0]}") from error
+        model = loading.WholeModels.from_pretrained(resolved, dtype=dtype).eval()
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loading.check_loaded(model, tokenizer)
     most = max_eval_tokens or (4096 if dataset == "wikitext" else 20_000)
     ids = tokenizer.encode("\n\n".join(row["text"] for row in rows), add_special_tokens=False, verbose=False)[:most]
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -257,7 +255,7 @@ def beyond_trained_length(setup: Setup, slots: int) -> bool | None:
 def path_of(key: Mapping[str, Any], folder: Path) -> Path:
     """Where a baseline with this key is kept."""
     kind = str(key["text"]).split(":")[0]
-    return folder / f"{kind}_{key['tokens']}_{request_cache.digest(dict(key))[:12]}.json"
+    return folder / f"{kind}_{key['tokens']}_{identity.digest(dict(key))[:12]}.json"
 
 
 def write(baseline: Mapping[str, Any], folder: Path) -> Path:

@@ -7,7 +7,6 @@ is an axis of its grid; `${name}` refers to another setting of the same point or
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
@@ -15,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kv_lm_eval import __version__
+from kv_lm_eval import identity
 from kv_lm_eval.errors import UserError, close_names
+from kv_lm_eval.experiments import task_files
 from kv_lm_eval.experiments.references import calculate, names_in, resolve
-from kv_lm_eval.requests import request_cache
 
 TOP_KEYS = ("name", "description", "vars", "defaults", "models", "tasks", "methods", "points")
 # lm-eval's own options; every other key of an entry goes into --model_args
@@ -41,6 +40,7 @@ RUN_DEFAULTS: dict[str, Any] = {"model": "kvcompressed", "batch_size": 1, "boots
 WORDS = ("name", "where", "label")  # about the entry itself
 
 Point = dict[str, Any]
+TaskFiles = dict[Any, dict[str, Any]]  # by tasks and folder
 
 
 def load(file: Path, overrides: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], list[Point]]:
@@ -77,13 +77,14 @@ def points(config: Mapping[str, Any]) -> list[Point]:
     if not methods and not listed:
         raise UserError("nothing to run: give `methods` (a grid) or `points` (a list)")
     found: dict[str, Point] = {}
+    of_tasks: TaskFiles = {}
     for entry, grid in [*((m, True) for m in methods), *((p, False) for p in listed)]:
         own_models = models if "pretrained" not in entry else [{}]
         own_tasks = tasks if "tasks" not in entry else [{}]
         if not own_models or not own_tasks:
             raise UserError(f"{_shown(entry)} has no {'tasks' if own_models else 'model'}: give `tasks` and `models`")
         for model, task in itertools.product(own_models, own_tasks):
-            for point in _expand(config, model, task, entry, grid):
+            for point in _expand(config, model, task, entry, grid, of_tasks):
                 found.setdefault(point["hash"], point)
     _name(list(found.values()))
     return list(found.values())
@@ -120,7 +121,12 @@ def _tasks(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _expand(
-    config: Mapping[str, Any], model: dict[str, Any], task: dict[str, Any], entry: dict[str, Any], grid: bool
+    config: Mapping[str, Any],
+    model: dict[str, Any],
+    task: dict[str, Any],
+    entry: dict[str, Any],
+    grid: bool,
+    of_tasks: TaskFiles,
 ) -> Iterator[Point]:
     """The points of one entry for one model and one task run."""
     variables = config.get("vars") or {}
@@ -138,7 +144,7 @@ def _expand(
         if "where" in full and not _holds(full["where"], entry):
             continue
         varying = {k for k in entry if k in axes or any(a in axes for a in _used({k: entry[k]}, variables))}
-        yield _point(full, entry, [k for k in entry if k in varying and k not in WORDS])
+        yield _point(full, entry, [k for k in entry if k in varying and k not in WORDS], of_tasks)
 
 
 def _used(values: Mapping[str, Any], variables: Mapping[str, Any]) -> list[str]:
@@ -162,7 +168,7 @@ def _holds(where: Any, entry: Mapping[str, Any]) -> bool:
     return bool(where)
 
 
-def _point(full: dict[str, Any], entry: Mapping[str, Any], axes: list[str]) -> Point:
+def _point(full: dict[str, Any], entry: Mapping[str, Any], axes: list[str], of_tasks: TaskFiles) -> Point:
     run_keys = {*DECIDING_KEYS, *OTHER_KEYS, *WORDS}
     model_args = {key: value for key, value in full.items() if key not in run_keys and value is not None}
     settings = {k: full[k] for k in entry if k in model_args and k not in ("method", "pretrained")}
@@ -178,24 +184,17 @@ def _point(full: dict[str, Any], entry: Mapping[str, Any], axes: list[str]) -> P
         **deciding,
         **{key: full.get(key) for key in OTHER_KEYS},
     }
-    what = {"model_args": model_args, **deciding, "kv-lm-eval": __version__}
-    point["hash"] = request_cache.digest({**what, "files": _file_stamps(what)})
+    names = (tuple(tasks), str(full.get("include_path")))
+    if names not in of_tasks:  # read once a plan
+        of_tasks[names] = task_files.of(tasks, full.get("include_path"))
+    point["hash"] = identity.digest(
+        {
+            "identity": identity.before_loading(model_args, str(full["model"])),
+            "asked": identity.describe({key: value for key, value in deciding.items() if key != "include_path"}),
+            "tasks": of_tasks[names],
+        }
+    )
     return point
-
-
-def _file_stamps(value: Any) -> list[Any]:
-    """Contents of the files and sizes of the model folders that a configuration names: they decide numbers too."""
-    if isinstance(value, Mapping):
-        return [stamp for part in value.values() for stamp in _file_stamps(part)]
-    if isinstance(value, list):
-        return [stamp for part in value for stamp in _file_stamps(part)]
-    if not isinstance(value, str) or len(value) > 1000:
-        return []
-    path = Path(value).expanduser()
-    path = path if path.exists() else Path(value.rpartition(":")[0]).expanduser()  # method=path/to/file.py:Class
-    if path.is_file():
-        return [hashlib.sha256(path.read_bytes()).hexdigest()]
-    return request_cache.weights_identity(value, None) if path.is_dir() and "/" in value else []
 
 
 def _name(plan: list[Point]) -> None:

@@ -84,7 +84,7 @@ def test_what_is_unknown_is_named_with_its_neighbours(args: dict[str, Any], word
         ({"method": "full", "rolling_compress_every": 0}, ["rolling_compress_every=0"]),
         ({"method": "full", "overlong": "ignore"}, ["overlong=ignore", "error, truncate_left"]),
         ({"method": "streaming_llm", "start_size": 4, "n_sink": 8, "window_size": 8}, ["n_sink is given twice"]),
-        ({"method": "snapkv", "compression": "{not json"}, ["not valid JSON"]),
+        ({"method": "snapkv", "compression": "{not json"}, ["compression={not json", "not whole JSON"]),
         ({"method": "snapkv", "compression": "nosuch.yaml"}, ["nosuch.yaml", "neither a JSON object nor"]),
     ],
 )
