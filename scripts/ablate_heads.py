@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kv_lm_eval import config, tiny
-from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.errors import UserError
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tqdm(total=len(names) * sum(map(len, documents)), unit="tok", mininterval=2) as bar:
         for name, compression in parsed.items():
             facts = wrap(model, compression)
-            new_cache = partial(CompressedCache, compression, facts)
+            new_cache = partial(make_cache, compression, facts)
             scored = []
             for start in range(0, len(documents), args.batch_size):
                 batch = documents[start : start + args.batch_size]

@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from kv_lm_eval import __version__, config, tiny
-from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.forward import device_of, logits_of
 from kv_lm_eval.engine.prefill import NewCache
@@ -130,7 +130,7 @@ def compressed(setup: Setup, **settings: Any) -> tuple[Compression, NewCache]:
     """Puts a method's cache under the model; afterwards it runs under such caches only."""
     compression, _, _ = config.parse(settings)
     facts = wrap(setup.model, compression)
-    return compression, partial(CompressedCache, compression, facts)
+    return compression, partial(make_cache, compression, facts)
 
 
 def capacity(settings: Mapping[str, Any]) -> int:

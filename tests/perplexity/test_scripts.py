@@ -150,6 +150,30 @@ def test_streaming_eval_compares_with_both_baselines_on_the_same_tokens(book, tm
     assert total["streaming"]["perplexity"] == streaming["perplexity"]  # 40 - 8 leaves the same sinks and window
 
 
+def test_streaming_eval_with_refresh_gives_what_the_evaluation_gives(book, script):
+    """A method with a cache of its own: the same settings through lm_eval and through the script."""
+    from lm_eval import simple_evaluate
+
+    from kv_lm_eval import plugin
+
+    common = ["--model", "kv-tiny", "--dtype", "float32", "--text-files", book, "--max-eval-tokens", 200]
+    common += ["--timed-tokens", 8, "--mode", "streaming", "--window-size", 28, "--compress-every", 8]
+    plain = script("streaming_eval.py", *common)["streaming"]["perplexity"]
+    found = script("streaming_eval.py", *common, "--refresh-budget", 8, "--refresh-policy", "uniform")["streaming"]
+    plugin.install()
+    settings = {"n_sink": 4, "window_size": 28, "compress_every": 8, "refresh_budget": 8, "refresh_policy": "uniform"}
+    results = simple_evaluate(
+        model=plugin.MODEL_NAME,
+        model_args={"pretrained": "kv-tiny", "dtype": "float32", "method": "streaming_llm", **settings},
+        tasks=["kv_ppl_file"],
+        device="cpu",
+        bootstrap_iters=0,
+        metadata={"text_files": [str(book)], "max_eval_tokens": 200, "protocol": "prefill_then_stream"},
+    )
+    assert found["perplexity"] == pytest.approx(results["results"]["kv_ppl_file"]["perplexity,none"], rel=1e-5)
+    assert found["perplexity"] > 1.05 * plain, "the negative control harms"
+
+
 def test_diagnose_pruning_writes_every_token_and_finds_no_spike_where_none_is(book, tmp_path, script):
     found = script(
         "diagnose_pruning.py", "--model", "kv-tiny", "--dtype", "float32", "--text-files", book,
