@@ -119,7 +119,7 @@ def test_one_long_text_is_compared_by_blocks_of_its_tokens(tmp_path):
         task = {**perplexity_task([pair]), "metric": "perplexity", "extra": [{"per_token": {"nll": mine}}]}
         run(tmp_path / str(i), FULL if i == 0 else snapkv(), {"ppl": task}, date=i + 1)
     comparison = cell(report_of(tmp_path), "snapkv max_capacity_prompt=64", "ppl").comparison
-    assert (comparison.documents, comparison.changed, comparison.unit) == (10, 10, "blocks of 512 tokens")
+    assert (comparison.documents, comparison.changed, comparison.unit) == (18, 18, "blocks of 256 tokens")
     assert comparison.verdict == "outside noise" and 0 < comparison.low < comparison.difference < comparison.high
 
 
