@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
+from kv_lm_eval import files
 from kv_lm_eval.errors import UserError
 
 FORMAT = "kv-lm-eval head profile 1"
@@ -70,7 +73,24 @@ class HeadProfile:
         head = {"format": FORMAT, "model": self.model, **shape, "classifier": self.classifier, "text": self.text}
         layers = [",\n  ".join(json.dumps(asdict(h)) for h in layer) for layer in self.heads]
         body = "],\n [\n  ".join(layers)
-        path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "heads": [\n [\n  {body}]\n ]\n}}\n', encoding="utf-8")
+        files.write_whole(path, json.dumps(head, indent=1)[:-2] + f',\n "heads": [\n [\n  {body}]\n ]\n}}\n')
+
+
+class _Head(TypedDict):
+    type: str
+    confidence: float
+    window: int
+
+
+class _File(TypedDict):
+    format: str
+    model: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    classifier: dict[str, Any]
+    text: dict[str, Any]
+    heads: list[list[_Head]]
 
 
 def load(path: str | Path) -> HeadProfile:
@@ -81,25 +101,17 @@ def load(path: str | Path) -> HeadProfile:
     """
     file = Path(path).expanduser()
     how = "python scripts/analyze_heads.py --model MODEL --text FILE writes one (docs/heads.md)"
-    if not file.is_file():
-        raise UserError(f"profile={path}: there is no such file ({file.resolve()}); {how}")
-    raw = file.read_bytes()
     try:
-        data = json.loads(raw)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT!r}")
+        data = files.read_json(file, dict[str, Any])
+        if data.get("format") != FORMAT:
+            raise UserError(f"its format is {data.get('format')!r}, not {FORMAT!r}")
+        files.check(data, _File, "in it")
         heads = tuple(tuple(Head(**one) for one in layer) for layer in data["heads"])
-        profile = HeadProfile(
-            data["model"],
-            int(data["num_kv_heads"]),
-            data["classifier"],
-            data["text"],
-            heads,
-            hashlib.sha256(raw).hexdigest(),
-        )
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        profile = HeadProfile(data["model"], data["num_kv_heads"], data["classifier"], data["text"], heads, sha256)
         _check(profile, data)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"profile={path} is not a head profile: {type(error).__name__}: {error}; {how}") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"profile={path} is not a head profile: {error}; {how}") from error
     return profile
 
 

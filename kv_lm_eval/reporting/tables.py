@@ -241,7 +241,7 @@ def _difference(cell: Cell, column: Column) -> Value:
     text = _signed(c.difference, like)
     if c.verdict == "unknown" or c.p is None:
         return Value(text, c.difference, "", c.reason)
-    if c.low is not None and c.verdict != "too few documents":
+    if c.low is not None and c.high is not None and c.verdict != "too few documents":
         text += f" [{_signed(c.low, like)}, {_signed(c.high, like)}]"
     text += f" {MARKS[c.verdict]}"
     about = f"{c.verdict}; {c.changed} of {c.documents} {c.unit} differ; p = {c.p:.2g}"

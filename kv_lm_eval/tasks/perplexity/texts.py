@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.files import read_text
 from kv_lm_eval.metrics.perplexity import count_words
 
+LINE_ENDS = "LF"  # of every text that is scored, for the records: read_text makes them so
 WIKITEXT_FILES = ("wiki.test.raw", "wiki.test.tokens", "test.raw", "test.txt")
 
 
@@ -23,7 +25,7 @@ def document(name: str, text: str, original: str | None = None) -> dict[str, Any
 
 
 def files(where: Any) -> list[dict[str, Any]]:
-    """Text files as they are, one document each: a path, a folder (its *.txt, sorted), or a list of these."""
+    """Text files, one document each: a path, a folder (its *.txt, sorted), or a list of these."""
     if not where:
         raise UserError(
             'kv_ppl_file scores your own text: add --metadata \'{"text_files": ["book.txt"]}\' (a file, a folder of '
@@ -39,11 +41,8 @@ def files(where: Any) -> list[dict[str, Any]]:
 
 
 def read(file: Path) -> str:
-    """UTF-8 text, line ends untouched, so that its bytes are those of the file (less a byte order mark)."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error}); convert it first, e.g. with iconv -t UTF-8") from error
+    """UTF-8 text with LINE_ENDS and no byte order mark, so that one book is one text whatever system saved it."""
+    text = read_text(file)
     if not text.strip():
         raise UserError(f"{file} is empty: there is nothing to score")
     return text
