@@ -120,7 +120,7 @@ def _clustering(stats: Layers, heads: Types, limits: Thresholds, title: str) -> 
             linewidths=1.2 if kind == SINKS else 0.8,
             label=f"{kind} ({len(chosen)})",
         )
-    lines = {"color": "black", "linewidth": 0.8, "linestyle": "--"}
+    lines: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": "--"}
     low, high, near = limits.low_entropy, limits.high_entropy, limits.high_local
     axes.set(xlabel="mean entropy (nats)", ylabel="share on the last 9 tokens", title=title, ylim=(-0.03, 1.06))
     left, right = min(0.0, axes.get_xlim()[0]), max(axes.get_xlim()[1], high + 0.6)
@@ -128,7 +128,7 @@ def _clustering(stats: Layers, heads: Types, limits: Thresholds, title: str) -> 
     axes.plot([left, low], [near, near], **lines)
     for x in (low, high):
         axes.axvline(x, **lines)
-    small = {"fontsize": 7.5, "color": "0.25", "bbox": {"color": "white", "alpha": 0.6, "pad": 0.5}}
+    small: dict[str, Any] = {"fontsize": 7.5, "color": "0.25", "bbox": {"color": "white", "alpha": 0.6, "pad": 0.5}}
     at = left + 0.01 * (right - left)
     axes.text(at, 1.03, f"positional: entropy < {low:g},", ha="left", va="center", **small)
     axes.text(at, near + 0.015, f"near: this > {near:g}", ha="left", va="bottom", **small)

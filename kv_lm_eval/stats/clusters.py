@@ -33,9 +33,9 @@ class Texts:
     other: tuple[str, ...] = ()
 
 
-def texts_of(doc: Mapping[str, Any] | None, own: str) -> Texts:
+def texts_of(doc: Any, own: str) -> Texts:
     """What a document is about; `own` stands for the document itself."""
-    doc = doc or {}
+    doc = doc if isinstance(doc, Mapping) else {}
     if doc.get("cluster") not in (None, ""):
         return Texts((_digest("cluster", doc["cluster"]),))
     named = [_digest("text", v) for k, v in doc.items() if (m := NAMED.fullmatch(str(k))) and _says(v, m[2])]
