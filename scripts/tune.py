@@ -100,8 +100,8 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     questions = [[task] for task in scores.order] + ([list(scores.order)] if len(scores.order) > 1 else [])
     alpha = paired.alpha_of(budgets, args.confidence, len(questions))
     print(
-        f"{number} candidates for {len(questions)} answers, each tested at {100 * (1 - alpha):.4g} % so that all hold "
-        f"together at {100 * args.confidence:g} %"
+        f"{number} candidates and {'1 answer' if len(questions) == 1 else f'{len(questions)} answers'}, each tested at "
+        f"{100 * (1 - alpha):.4g} % so that all hold together at {100 * args.confidence:g} %"
     )
     answers = []
     for tasks in questions:

@@ -502,6 +502,7 @@ def _warn(out: Report) -> None:
                 )
             if c.reason:
                 out.notes.append(f"{row.label}, {column.task}: no interval, {c.reason}.")
+    out.notes += _seeds(out)
     for model in out.models:
         if not any(row.first.is_full_cache and row.first.model == model for row in out.rows):
             out.notes.append(f"{model}: no run with the full cache (method=full), so there is nothing to compare with.")
@@ -516,6 +517,34 @@ def _warn(out: Report) -> None:
         prompts = _changed_prompts(out, task)
         if prompts:
             out.notes.append(f"{task}: {prompts} documents were asked with other prompts than under the full cache.")
+
+
+def _seeds(out: Report) -> list[str]:
+    """What a method that draws at random owes to its draw: the spread over its seeds, or that there was one alone."""
+    groups: dict[str, list[Row]] = {}
+    for row in out.rows:
+        settings = row.first.settings
+        if "seed" in settings and settings.get("strategy", "random") == "random":
+            rest = {k: v for k, v in settings.items() if k != "seed"}
+            identity = [row.first.model, row.first.method, rest, row.first.conditions, row.variant]
+            groups.setdefault(json.dumps(identity, sort_keys=True, default=str), []).append(row)
+    notes = []
+    for rows in groups.values():
+        if len({repr(row.first.settings["seed"]) for row in rows}) == 1:
+            notes.append(
+                f"{rows[0].label} draws at random and was run with one seed: another seed, another score, so that its "
+                "place among the others is the draw's too. Run several seeds."
+            )
+            continue
+        for column in out.columns:
+            found = [c.value for row in rows if (c := row.cells[column]).state == "scored" and c.value is not None]
+            if len(found) > 1:
+                mean = sum(found) / len(found)
+                notes.append(
+                    f"{rows[0].first.method}, {column.task}: {len(found)} seeds from {min(found):.4g} to "
+                    f"{max(found):.4g}, mean {mean:.4g} ({', '.join(row.label for row in rows)})."
+                )
+    return notes
 
 
 def _changed_prompts(out: Report, task: str) -> int:

@@ -62,7 +62,7 @@ def test_impossible_candidates_are_left_out_and_none_is_an_answer(asked: list[An
     assert tune.main([*ARGUMENTS, "--budgets", "16,24", "--tasks", "two"]) == 0
     said = capsys.readouterr().out
     assert "left out: max_capacity_prompt=16,window_size=16" in said
-    assert "3 candidates for" in said and "none within tolerance\n" in said
+    assert "3 candidates and" in said and "none within tolerance\n" in said
 
 
 def test_too_few_documents_are_told_before_anything_runs(asked: list[Any], capsys: Any) -> None:
