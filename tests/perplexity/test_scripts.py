@@ -151,6 +151,7 @@ def test_streaming_eval_compares_with_both_baselines_on_the_same_tokens(book, tm
 def test_streaming_eval_with_refresh_gives_what_the_evaluation_gives(book, script):
     """A method with a cache of its own: the same settings through lm_eval and through the script."""
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     from kv_lm_eval import plugin
 
@@ -160,14 +161,14 @@ def test_streaming_eval_with_refresh_gives_what_the_evaluation_gives(book, scrip
     found = script("streaming_eval.py", *common, "--refresh-budget", 8, "--refresh-policy", "uniform")["streaming"]
     plugin.install()
     settings = {"n_sink": 4, "window_size": 28, "compress_every": 8, "refresh_budget": 8, "refresh_policy": "uniform"}
+    model_args = {"pretrained": "kv-tiny", "dtype": "float32", "method": "streaming_llm", **settings}
+    metadata = {"text_files": [str(book)], "max_eval_tokens": 200, "protocol": "prefill_then_stream"}
+    with plugin.only_our_tasks():
+        index = TaskManager(metadata={**model_args, **metadata})
     results = simple_evaluate(
-        model=plugin.MODEL_NAME,
-        model_args={"pretrained": "kv-tiny", "dtype": "float32", "method": "streaming_llm", **settings},
-        tasks=["kv_ppl_file"],
-        device="cpu",
+        model=plugin.MODEL_NAME, model_args=model_args, tasks=["kv_ppl_file"], task_manager=index, device="cpu",
         bootstrap_iters=0,
-        metadata={"text_files": [str(book)], "max_eval_tokens": 200, "protocol": "prefill_then_stream"},
-    )
+    )  # fmt: skip
     assert found["perplexity"] == pytest.approx(results["results"]["kv_ppl_file"]["perplexity,none"], rel=1e-5)
     assert found["perplexity"] > 1.05 * plain, "the negative control harms"
 
