@@ -10,8 +10,9 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from kv_lm_eval import files
@@ -76,21 +77,26 @@ class HeadProfile:
         files.write_whole(path, json.dumps(head, indent=1)[:-2] + f',\n "heads": [\n [\n  {body}]\n ]\n}}\n')
 
 
-class _Head(TypedDict):
-    type: str
-    confidence: float
+class HeadEntry(TypedDict):
+    """One query head in the file."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    type: Literal["positional", "mixed", "gathering", "dead"]
+    confidence: Annotated[float, Field(ge=0, le=1)]
     window: int
 
 
-class _File(TypedDict):
-    format: str
+class ProfileFile(TypedDict):
+    """The JSON file."""
+
+    format: Literal["kv-lm-eval head profile 1"]
     model: str
     num_layers: int
     num_heads: int
-    num_kv_heads: int
+    num_kv_heads: Annotated[int, Field(ge=1)]
     classifier: dict[str, Any]
     text: dict[str, Any]
-    heads: list[list[_Head]]
+    heads: Annotated[list[Annotated[list[HeadEntry], Field(min_length=1)]], Field(min_length=1)]
 
 
 def load(path: str | Path) -> HeadProfile:
@@ -101,28 +107,31 @@ def load(path: str | Path) -> HeadProfile:
     """
     file = Path(path).expanduser()
     how = "python scripts/analyze_heads.py --model MODEL --text FILE writes one (docs/heads.md)"
+    if not file.is_file():
+        raise UserError(f"profile={path}: there is no such file ({file.resolve()}); {how}")
     try:
-        data = files.read_json(file, dict[str, Any])
-        if data.get("format") != FORMAT:
-            raise UserError(f"its format is {data.get('format')!r}, not {FORMAT!r}")
-        files.check(data, _File, "in it")
+        data = files.read_json(file, ProfileFile)
         heads = tuple(tuple(Head(**one) for one in layer) for layer in data["heads"])
-        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        profile = HeadProfile(data["model"], data["num_kv_heads"], data["classifier"], data["text"], heads, sha256)
-        _check(profile, data)
-    except (ValueError, OSError) as error:
-        raise UserError(f"profile={path} is not a head profile: {error}; {how}") from error
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        profile = HeadProfile(data["model"], data["num_kv_heads"], data["classifier"], data["text"], heads, digest)
+        _check(profile, data, str(file))
+    except UserError as error:
+        raise UserError(f"profile={error}; {how}") from None
     return profile
 
 
-def _check(profile: HeadProfile, data: dict[str, Any]) -> None:
-    if not profile.heads or {len(layer) for layer in profile.heads} != {data["num_heads"]}:
-        raise ValueError("its layers do not all have num_heads heads")
-    if profile.num_layers != data["num_layers"] or profile.num_kv_heads < 1:
-        raise ValueError("its layers or KV heads are not as many as it says")
+def _check(profile: HeadProfile, data: ProfileFile, place: str) -> None:
+    if {len(layer) for layer in profile.heads} != {data["num_heads"]}:
+        raise UserError(f"{place}: heads: its layers do not all have num_heads={data['num_heads']} heads")
+    if profile.num_layers != data["num_layers"]:
+        raise UserError(
+            f"{place}: num_layers: its layers are not as many as it says, {profile.num_layers} for {data['num_layers']}"
+        )
     if profile.num_heads % profile.num_kv_heads:
-        raise ValueError(f"{profile.num_heads} query heads do not divide into {profile.num_kv_heads} KV heads")
-    for layer in profile.heads:
-        for head in layer:
-            if head.type not in TYPES or not 0 <= head.confidence <= 1 or (head.window < 1 and head.window != -1):
-                raise ValueError(f"{head} has an unknown type, a confidence outside [0, 1] or a window below 1")
+        raise UserError(
+            f"{place}: num_kv_heads: {profile.num_heads} query heads do not divide into {profile.num_kv_heads} KV heads"
+        )
+    for i, layer in enumerate(profile.heads):
+        for j, head in enumerate(layer):
+            if head.window < 1 and head.window != -1:
+                raise UserError(f"{place}: heads.{i}.{j}.window: {head.window} is a window below 1, and not -1 (all)")

@@ -103,8 +103,8 @@ def test_mistakes_are_told_in_a_line(
         (analyze.main, ["--text", str(text)], "required: --output_path"),
         (ablate.main, ["--profile", "no.json", "--text", str(text)], "profile=no.json"),
         (ablate.main, ["--profile", str(tmp_path / "cut.json"), "--text", str(text)], "not whole JSON"),
-        (ablate.main, ["--profile", str(tmp_path / "other.json"), "--text", str(text)], "its format is 1"),
-        (ablate.main, ["--profile", str(tmp_path), "--text", str(text)], "is a folder"),
+        (ablate.main, ["--profile", str(tmp_path / "other.json"), "--text", str(text)], "format: input should be"),
+        (ablate.main, ["--profile", str(tmp_path), "--text", str(text)], "there is no such file"),
         (ablate.main, [*profile, "--text", str(text)], "fewer than 20"),
         (ablate.main, [*profile, *uniform, "--documents", "0"], "must be at least 1"),
     ):
