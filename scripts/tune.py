@@ -1,9 +1,10 @@
 """Find the smallest cache that answers as well as the full one: budget, and the best window, kernel, block size, ...
 
-Scores of the full cache and of a setting are compared document by document. A setting counts as good enough when its
-mean loss is at most --tolerance with --confidence, over everything that was tried; the test may be looked at after any
-number of documents, so easy decisions take few. Budgets are bisected, variants of a budget are halved each time the
-documents double (kv_lm_eval/experiments/paired.py says why that is sound).
+Scores of the full cache and of a setting are compared document by document; all documents about one text (the depths
+of a needle's filler, the questions on a passage) are one observation. A setting counts as good enough when its mean
+loss is at most --tolerance with --confidence, over everything that was tried for any task; the test may be looked at
+after any number of texts, so easy decisions take few. Budgets are bisected, variants of a budget are halved each time
+the texts double (kv_lm_eval/experiments/paired.py says why that is sound, and what it assumes).
 
 Usage:
     python scripts/tune.py --model_args pretrained=kv-tiny,dtype=float32,method=snapkv \\
@@ -33,6 +34,7 @@ from kv_lm_eval import files, identity, plugin, quickstart
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.experiments import paired, task_files
 from kv_lm_eval.experiments.run_point import task_manager, versions, write_json
+from kv_lm_eval.stats import betting, clusters
 
 Settings = dict[str, Any]
 
@@ -67,10 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         "needs stronger evidence",
     )
     parser.add_argument("--tolerance", type=float, default=0.05, help="largest mean loss that counts as equal (0.05)")
-    parser.add_argument("--confidence", type=float, default=0.95, help="that the recommended setting is (0.95)")
+    parser.add_argument("--confidence", type=float, default=0.95, help="that all answers hold (0.95)")
     parser.add_argument("--metric", help="a score of the samples (default: the first of each task)")
     parser.add_argument("--score_range", default="0,1", help="smallest and largest score of a sample (0,1)")
-    parser.add_argument("--first_look", type=int, default=32, help="documents of the first round; then doubled (32)")
+    parser.add_argument("--first_look", type=int, default=32, help="texts of the first round; then doubled (32)")
     parser.add_argument("--max_samples", type=int, help="documents per task at most (default: all)")
     parser.add_argument("--shuffle_seed", type=int, default=0, help="of the order in which documents are drawn")
     parser.add_argument("--metadata", type=json.loads, default={}, help="as of lm_eval, JSON")
@@ -94,33 +96,35 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     for note in left_out:
         print(f"left out: {note}")
     number = sum(map(len, budgets))
-    alpha = (1 - args.confidence) / number
-    fewest = paired.fewest_documents(tolerance, alpha)
+    questions = [[task] for task in scores.order] + ([list(scores.order)] if len(scores.order) > 1 else [])
+    alpha = paired.alpha_of(budgets, args.confidence, len(questions))
     print(
-        f"{number} candidates, each tested at {100 * (1 - alpha):.4g} % so that the answer holds at "
-        f"{100 * args.confidence:g} %: at least {fewest} documents where a candidate never loses"
+        f"{number} candidates and {'1 answer' if len(questions) == 1 else f'{len(questions)} answers'}, each tested at "
+        f"{100 * (1 - alpha):.4g} % so that all hold together at {100 * args.confidence:g} %"
     )
-    groups = [[task] for task in scores.order] + ([list(scores.order)] if len(scores.order) > 1 else [])
     answers = []
-    for tasks in groups:
+    for tasks in questions:
         name = tasks[0] if len(tasks) == 1 else "all tasks, their mean"
-        documents = min(len(scores.order[task]) for task in tasks)
-        if documents < fewest:
+        weights = scores.weights(tasks)
+        fewest = betting.fewest(tolerance, alpha, float(weights.mean()))
+        print(f"{name}: {len(weights)} texts, of which it takes {fewest} where a candidate never loses")
+        if len(weights) < fewest:
             print(
-                f"\n{name}: {documents} documents cannot show a loss of at most {args.tolerance}, whatever the scores; "
-                "give more documents, a larger --tolerance, fewer candidates or a lower --confidence"
+                f"\n{name}: {len(weights)} texts cannot show a loss of at most {args.tolerance}, whatever the scores; "
+                "give more texts, a larger --tolerance, fewer candidates or a lower --confidence"
             )
-            answers.append({"tasks": tasks, "model_args": None, "too_few_documents": documents})
+            answers.append({"tasks": tasks, "model_args": None, "too_few_texts": len(weights)})
             continue
         answer = paired.search(
             budgets,
             partial(scores.losses, tasks),
-            documents,
+            len(weights),
             tolerance,
             args.confidence,
             args.first_look,
+            len(questions),
         )
-        answers.append(_report(name, tasks, answer, scores, scale, args, documents))
+        answers.append(_report(name, tasks, answer, scores, scale, args))
     return {"answers": answers, "runs": scores.runs, "samples_run": scores.samples_run, "versions": versions()}
 
 
@@ -155,6 +159,25 @@ def candidates(args: argparse.Namespace, base: Settings) -> tuple[list[list[Sett
     return out, left_out
 
 
+def drawn_texts(labels: Sequence[Sequence[int]], seed: int, most: int | None) -> list[list[list[int]]]:
+    """By task, its documents by text, the texts in a random order that all tasks have in common.
+
+    Args:
+        labels: by task, the text of each document. most: documents of a task, at most; whole texts.
+    """
+    count = 1 + max((label for of_task in labels for label in of_task), default=-1)
+    rank = np.random.default_rng(seed).permutation(count)
+    out = []
+    for of_task in labels:
+        texts: dict[int, list[int]] = {}
+        for i, label in enumerate(of_task):
+            texts.setdefault(label, []).append(i)
+        ordered = [texts[label] for label in sorted(texts, key=lambda label: int(rank[label]))]
+        taken = np.cumsum([len(text) for text in ordered])
+        out.append(ordered if most is None else [t for t, n in zip(ordered, taken.tolist(), strict=True) if n <= most])
+    return out
+
+
 class Scores:
     """Per-document scores of settings, run when they are asked for and kept."""
 
@@ -184,26 +207,50 @@ class Scores:
             self.known = files.read_json(self.file, dict[str, dict[str, float]]) if self.file.is_file() else {}
         self.runs = self.samples_run = 0
 
-    def _documents(self) -> dict[str, list[int]]:
-        """Documents of each task in the order in which they are drawn: a shuffle, so that the first are a sample."""
+    def _documents(self) -> dict[str, list[list[int]]]:
+        """Documents of each task, those about one text together, in the order in which the texts are drawn: a shuffle,
+        so that the first are a sample; the same for all tasks, so that those about one text see it at once."""
         with task_manager({**self.run_options, "model_args": self.base}) as manager, quickstart.quietly():
             loaded = manager.load(self.run_options["tasks"])["tasks"]
-        order = {}
+        documents = []
         for name, task in loaded.items():
             if len(getattr(task, "instances", None) or []) or task.get_config("output_type") == "loglikelihood_rolling":
                 raise UserError(f"{name}: perplexities have no bounded score per document; take an accuracy")
-            shuffled = np.random.default_rng(self.args.shuffle_seed).permutation(len(task.eval_docs)).tolist()
-            order[name] = shuffled[: self.args.max_samples]
-        return order
+            documents.append([clusters.texts_of(doc, f"{name} {i}") for i, doc in enumerate(task.eval_docs)])
+        labels = clusters.label(documents)
+        drawn = drawn_texts([of.tolist() for of in labels], self.args.shuffle_seed, self.args.max_samples)
+        return dict(zip(loaded, drawn, strict=True))
+
+    def _heaviest(self, tasks: Sequence[str]) -> float:
+        """The largest weight of a text before it is made 1."""
+        shares = [[len(text) / self._size(task) for text in self.order[task]] for task in tasks]
+        return max((sum(of) / len(tasks) for of in zip(*shares, strict=False)), default=1.0)
+
+    def _size(self, task: str) -> float:
+        """Documents of a text of the task, on average."""
+        return sum(map(len, self.order[task])) / len(self.order[task])
+
+    def weights(self, tasks: Sequence[str]) -> np.ndarray:
+        """[texts] what each text counts, the heaviest 1: its share of a task's documents, the mean over the tasks."""
+        out = np.zeros(min(len(self.order[task]) for task in tasks))
+        for task in tasks:
+            sizes = np.array([len(text) for text in self.order[task]][: len(out)])
+            out += sizes / self._size(task) / len(tasks)
+        return out / self._heaviest(tasks)
 
     def losses(self, tasks: Sequence[str], settings: Settings, n: int) -> np.ndarray:
-        """[n] score(full) - score(settings) of the first n documents, the mean over the tasks; in score ranges."""
-        out = np.zeros(n)
+        """[n, 2] weighted losses of the first n texts and their weights, as in stats/betting.py; in score ranges.
+
+        A loss is score(full) - score(settings). Every document of a task counts alike, and so does every task.
+        """
+        lost = np.zeros(n)
         for task in tasks:
-            ids = self.order[task][:n]
+            texts = self.order[task][:n]
+            ids = [i for text in texts for i in text]
             full, mine = self.of(self.full, task, ids), self.of({**self.base, **settings}, task, ids)
-            out += np.array([full[i] - mine[i] for i in ids]) / len(tasks)
-        return out / (self.range[1] - self.range[0])
+            lost += np.array([sum(full[i] - mine[i] for i in text) for text in texts]) / self._size(task) / len(tasks)
+        lost /= self._heaviest(tasks) * (self.range[1] - self.range[0])
+        return np.stack([lost, self.weights(tasks)[:n]], axis=1)
 
     def of(self, model_args: Settings, task: str, ids: Sequence[int]) -> dict[int, float]:
         """Scores of documents of a task; those not known yet are run."""
@@ -294,17 +341,17 @@ def _report(
     scores: Scores,
     scale: float,
     args: argparse.Namespace,
-    documents: int,
 ) -> dict[str, Any]:
     """Prints one search and returns it."""
     rows = []
     for verdict in answer.verdicts:
-        seen = {task: scores.order[task][: verdict.documents] for task in tasks}
+        seen = {task: [i for text in scores.order[task][: verdict.texts] for i in text] for task in tasks}
         full = np.mean([list(scores.of(scores.full, task, ids).values()) for task, ids in seen.items()])
         rows.append(
             {
                 "candidate": _spelled(verdict.candidate),
-                "documents": verdict.documents,
+                "texts": verdict.texts,
+                "documents": sum(map(len, seen.values())),
                 "full": f"{full:.3f}",
                 "score": f"{full - scale * verdict.mean_loss:.3f}",
                 "loss": f"{scale * verdict.mean_loss:+.3f}",
@@ -320,7 +367,8 @@ def _report(
         recommended = _spelled({**scores.base, **answer.best.candidate})
         print(f"\nrecommended: --model_args {recommended}")
     elif any(v.decision == paired.UNDECIDED for v in answer.verdicts):
-        print(f"\nnone within tolerance could be shown with {documents} documents ('not shown' may still be)")
+        most = max(verdict.texts for verdict in answer.verdicts)
+        print(f"\nnone within tolerance could be shown with {most} texts ('not shown' may still be)")
     else:
         print("\nnone within tolerance")
     return {

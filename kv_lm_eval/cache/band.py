@@ -36,6 +36,8 @@ class BandCache(CompressedCache):
         prefill_tokens: tokens that are one forward of full attention with a cut after it, or all that a document has.
     """
 
+    serves = ("ring",)  # which pairs a query sees is the same, however they are stored
+
     def __init__(
         self,
         compression: Compression,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import ceil
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -59,10 +59,22 @@ class CompressedCache(Face):
         prefill_evicts: whether the cache is cut between the chunks.
         history: (held, peaks, valid bytes) after the prefill and after each decode step, so that a batch whose rows end
             at different steps can be told apart afterwards.
+        serves: what a class can do beyond dropping pairs, by the method's name for it.
+
+    Raises:
+        TypeError: the method needs another class of cache; `make_cache` gives the right one.
     """
+
+    serves: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, compression: Compression, facts: ModelFacts, mode: Mode = "prefill") -> None:
         super().__init__(facts.num_layers)
+        for needed in ("ring", "reinserted"):
+            if getattr(compression.method, needed) and needed not in self.serves:
+                raise TypeError(
+                    f"{type(self).__name__} cannot serve a method with {needed}={getattr(compression.method, needed)}: "
+                    "it would be measured under another cache's name; make_cache gives the right class"
+                )
         self.compression = compression
         self.facts = facts
         self.around_cut: Callable[[], AbstractContextManager[Any]] = nullcontext

@@ -79,6 +79,8 @@ class RingCache(CompressedCache):
     return for it.
     """
 
+    serves = ("ring",)
+
     def attend(self, step: Step) -> torch.Tensor:
         """[B, H, q, D]"""
         if self.new_pos is None:

@@ -172,6 +172,10 @@ def _point(full: dict[str, Any], entry: Mapping[str, Any], axes: list[str], of_t
     run_keys = {*DECIDING_KEYS, *OTHER_KEYS, *WORDS}
     model_args = {key: value for key, value in full.items() if key not in run_keys and value is not None}
     settings = {k: full[k] for k in entry if k in model_args and k not in ("method", "pretrained")}
+    for own in (model_args, settings):  # `seed` is lm-eval's option
+        if "method_seed" in own:
+            own["seed"] = own.pop("method_seed")
+    axes = ["seed" if axis == "method_seed" else axis for axis in axes]
     tasks = full["tasks"].split(",") if isinstance(full["tasks"], str) else list(full["tasks"])
     deciding = {**{key: full.get(key) for key in DECIDING_KEYS}, "tasks": tasks}
     point: Point = {
