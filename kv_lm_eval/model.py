@@ -21,9 +21,8 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
 
-from kv_lm_eval import __version__, config, tiny, versions
+from kv_lm_eval import __version__, config, saving, tiny, versions
 from kv_lm_eval.cache import static_ring
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
@@ -39,7 +38,8 @@ from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
 from kv_lm_eval.metrics.compression import CompressionLog, uncut
 from kv_lm_eval.metrics.latency import Stopwatch, Timing
 from kv_lm_eval.metrics.memory import PeakMemory
-from kv_lm_eval.requests import boundaries, choices, closing, request_cache, samples
+from kv_lm_eval.progress import Bar
+from kv_lm_eval.requests import boundaries, choices, closing, kept_answers, request_cache, samples
 from kv_lm_eval.requests.documents import score_requests
 from kv_lm_eval.requests.halving import Halving, largest_batch
 
@@ -67,6 +67,7 @@ class KVCompressedLM(HFLM):
         if pretrained is None:
             raise UserError("which model? Add pretrained=NAME to --model_args (pretrained=kv-tiny is embedded)")
         config.check_pretrained(pretrained)
+        saving.check_newest()
         if self.engine.compile:
             static_ring.check(self.compression)
         rest["device"] = rest.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,7 +150,7 @@ class KVCompressedLM(HFLM):
         full_length = (p + p[-1:] * (self.max_length - n) for p, n in zip(prompts, room, strict=True))
         self._longest: list[int] = max(full_length, key=len, default=[])
         hidden = disable_tqdm or self.rank != 0
-        with tqdm(total=len(requests), disable=hidden, desc="Running generate_until requests") as self._bar:
+        with Bar(total=len(requests), disable=hidden, desc="Running generate_until requests") as self._bar:
             answers = super().generate_until(requests, disable_tqdm=True)
         return [
             OUT_OF_MEMORY if r.args[0] in self._out_of_memory else a for r, a in zip(requests, answers, strict=True)
@@ -453,6 +454,7 @@ class KVCompressedLM(HFLM):
         """
         if cache_hook.dbdict is not None:
             request_cache.use_own_table(cache_hook.dbdict, self.fingerprint())
+            kept_answers.keep_as_json(cache_hook.dbdict)
             request_cache.count_answers(cache_hook.dbdict)
             self._request_cache = cache_hook.dbdict
             for key in [k for k, answer in cache_hook.dbdict.items() if answer == OUT_OF_MEMORY]:
