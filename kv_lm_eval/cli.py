@@ -92,6 +92,7 @@ class Evaluation:
         self.arguments = arguments
         self.asked: dict[str, Any] = {}
         self.before: set[Path] = set()
+        self.begun = False
 
     def work(self) -> int:
         """Parse, check, evaluate, check what was written."""
@@ -117,6 +118,7 @@ class Evaluation:
         output = self._output()
         self.before = reports.results_files(output) if output else set()
         with plugin.only_our_tasks() if _small_index_will_do(self.asked) else nullcontext():
+            self.begun = True
             with saving.of_every_model():
                 parser.execute(args)
         if output is not None and int(os.environ.get("RANK", "0")) == 0:
@@ -130,6 +132,8 @@ class Evaluation:
     def kept(self) -> str:
         """What a stopped run leaves."""
         output, cache = self._output(), self.asked.get("use_cache")
+        if not self.begun:
+            return "Nothing had been run."
         if output and (new := reports.results_files(output) - self.before):
             return f"Its results are in {', '.join(map(str, sorted(new)))}."
         if cache:
@@ -171,15 +175,16 @@ def check(asked: dict[str, Any]) -> None:
             names.check(settings["method"])
         if not settings.get("pretrained"):
             raise UserError("which model? Add pretrained=NAME to --model_args (pretrained=kv-tiny is embedded)")
+    _check_model(asked.get("model") or "hf")
     harness.check_limit(asked.get("limit"))
+    _check_numbers(asked)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and (asked.get("limit") or 0) >= 1 and asked["limit"] < ranks:
         raise UserError(
             f"limit={asked['limit']:g} leaves some of {ranks} processes without a document, which lm-eval cannot do; "
             f"give --limit {ranks} or more, or fewer processes"
         )
-    if not asked.get("tasks"):
-        raise UserError("which tasks? Add --tasks NAME,...; `kv-lm-eval ls tasks` lists ours, `lm_eval ls tasks` all")
+    _check_tasks(asked)
     if asked.get("output_path"):
         saving.check_output(asked["output_path"])
     elif asked.get("log_samples") or asked.get("predict_only"):
@@ -191,6 +196,54 @@ def check(asked: dict[str, Any]) -> None:
 
         config.parse(_model_args(asked), pass_through=harness.hf_arguments())
         config.check_pretrained(settings["pretrained"])
+        _check_device(asked.get("device") or settings.get("device"))
+
+
+def _check_model(name: Any) -> None:
+    from lm_eval.api.registry import model_registry
+
+    known = list(model_registry.keys())
+    if name not in known:
+        raise UserError(f"there is no model {name!r}{close_names(str(name), known)}; there are: {', '.join(known)}")
+
+
+def _check_numbers(asked: dict[str, Any]) -> None:
+    """Those that lm-eval takes as they come."""
+    if asked.get("num_fewshot") is not None and asked["num_fewshot"] < 0:
+        raise UserError(f"--num_fewshot {asked['num_fewshot']} is negative; it counts examples, 0 or more")
+    size = str(asked.get("batch_size", 1))
+    word, _, times = size.partition(":")
+    if not (word == "auto" and (times or "1").isdecimal()) and not (size.isdecimal() and int(size) > 0):
+        raise UserError(f"--batch_size {size} is no number of rows: give 1 or more, auto, or auto:N")
+    if asked.get("max_batch_size") is not None and asked["max_batch_size"] < 1:
+        raise UserError(f"--max_batch_size {asked['max_batch_size']} must be at least 1")
+
+
+def _check_tasks(asked: dict[str, Any]) -> None:
+    """Whether there are some, and whether those that are ours by their names are there."""
+    names = _names(asked)
+    if not names:
+        raise UserError("which tasks? Add --tasks NAME,...; `kv-lm-eval ls tasks` lists ours, `lm_eval ls tasks` all")
+    ours = [name for name in names if isinstance(name, str) and name.startswith(plugin.TASK_PREFIX)]
+    if ours and not asked.get("include_path"):
+        from lm_eval.tasks import TaskManager
+
+        with plugin.only_our_tasks():
+            harness.check_tasks(ours, TaskManager())
+
+
+def _check_device(device: Any) -> None:
+    import torch
+
+    try:
+        torch.device(device if device is not None else "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
+def _names(asked: dict[str, Any]) -> list[Any]:
+    tasks = asked.get("tasks") or []
+    return tasks.split(",") if isinstance(tasks, str) else list(tasks)
 
 
 def _model_args(asked: dict[str, Any]) -> dict[str, Any]:
@@ -210,6 +263,5 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
 
 def _small_index_will_do(asked: dict[str, Any]) -> bool:
     """A folder of the user's may replace our tasks and groups by some that need lm-eval's, so it rules this out."""
-    tasks = asked.get("tasks") or []
-    names = tasks.split(",") if isinstance(tasks, str) else tasks
+    names = _names(asked)
     return not asked.get("include_path") and all(isinstance(n, str) for n in names) and plugin.owns_tasks(names)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -40,10 +41,17 @@ class Parser(argparse.ArgumentParser):
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """What argparse calls an error, as a UserError that names the option which was perhaps meant."""
+    message = re.sub(r"invalid [^ ]*[(_<].* value: ", "invalid value: ", message)  # the name of a function of theirs
     unknown = message.removeprefix("unrecognized arguments: ").split()
-    options = [option for action in parser._actions for option in action.option_strings]
-    near = close_names(unknown[0].split("=")[0], options) if unknown and message.startswith("unrecog") else ""
-    raise UserError(f"{message}{near}; `{parser.prog} --help` says what there is")
+    near = close_names(unknown[0].split("=")[0], _options(parser)) if message.startswith("unrecognized") else ""
+    name = parser.prog.replace("lm-eval", "kv-lm-eval").replace("kv-kv-", "kv-")
+    raise UserError(f"{message}{near}; `{name} --help` says what there is")
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    """Of a parser and of those below it."""
+    below = [p for a in parser._actions if isinstance(a, argparse._SubParsersAction) for p in a.choices.values()]
+    return {o for a in parser._actions for o in a.option_strings if o.startswith("--")}.union(*map(_options, below))
 
 
 class Stopped(KeyboardInterrupt):

@@ -23,11 +23,13 @@ _live: list[Bar] = []
 class Bar(tqdm):
     """tqdm, except that without a terminal each state is a line, at most one a minute."""
 
+    disable: bool
+
     def __init__(self, *args: Any, file: TextIO | None = None, **kwargs: Any) -> None:
         file = file or sys.stderr
         self.lines, self.told_at = not _is_terminal(file), 0.0
         super().__init__(*args, file=file, **kwargs)
-        if not self.disable:
+        if self.disable is False:
             _live.append(self)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:
