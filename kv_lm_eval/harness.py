@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -51,6 +52,7 @@ def run(
     from lm_eval.loggers import EvaluationTracker
 
     check_limit(options.get("limit"))
+    _look_at_the_machine_once()
     if output_path is not None:
         saving.check_output(output_path)
     tracker = None if output_path is None else EvaluationTracker(output_path=str(output_path))
@@ -112,6 +114,14 @@ def check_limit(limit: Any) -> None:
         raise UserError(
             f"limit={limit} is no number of documents a task: give 1 or more, a share below 1, or leave it out for all"
         )
+
+
+def _look_at_the_machine_once() -> None:
+    """lm-eval asks pip and the system for the results file of every run: seconds each, and the same in one process."""
+    from torch.utils import collect_env
+
+    if not hasattr(collect_env.get_pretty_env_info, "cache_info"):
+        collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 
 
 def hf_arguments() -> set[str]:

@@ -100,14 +100,20 @@ def run_point(point: dict[str, Any], folder: Path) -> dict[str, Any]:
         record["files"] = saving.fingerprints(written, folder)
     files.write_json(folder / RECORD, {**record, "versions": versions()})
     if record["status"] == DONE:
-        _forget_answers(folder)
+        tidy(folder)
     return record
 
 
 def clear_results(folder: Path) -> None:
     """A run that was killed while it wrote may have left some of its files: the next one writes all of them."""
-    for file in [*folder.rglob("results_*.json"), *folder.rglob("samples_*.jsonl")]:
+    for file in [*folder.rglob("results_*.json"), *folder.rglob("samples_*.jsonl"), *folder.rglob(".*.part")]:
         file.unlink()
+
+
+def tidy(folder: Path) -> None:
+    """Takes away what a point that is done needs no more, also where a kill came before that."""
+    for file in [*folder.glob(f"{ANSWERS}_rank*"), folder / REQUESTS, *folder.rglob(".*.part")]:
+        file.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:
@@ -124,13 +130,8 @@ def _can_resume(folder: Path, model: str) -> bool:
     has_records = records.is_file() or model != plugin.MODEL_NAME
     if kept and has_records and all(map(kept_answers.is_whole, kept)) and KeptLog.damage(records) is None:
         return True
-    _forget_answers(folder)
+    tidy(folder)
     return False
-
-
-def _forget_answers(folder: Path) -> None:
-    for file in [*folder.glob(f"{ANSWERS}_rank*"), folder / REQUESTS]:
-        file.unlink(missing_ok=True)
 
 
 def _evaluate(point: dict[str, Any], folder: Path) -> list[Path]:

@@ -39,6 +39,7 @@ from kv_lm_eval.experiments.run_point import (
     folder_of,
     read_record,
     run_point,
+    tidy,
     versions,
     why_not_done,
 )
@@ -207,6 +208,8 @@ def _not_finished(jobs: list[Job], retry_failed: bool) -> list[Job]:
             if record.get("status") == DONE:
                 print(f"run again: {point['name']}: {why} ({folder})", file=sys.stderr)
             out.append((point, folder))
+        else:
+            tidy(folder)
     return out
 
 
