@@ -128,7 +128,7 @@ def _whole_results(original: Callable[..., None]) -> Callable[..., None]:
             return original(self, results, samples)
         if _of(self).rescue is None:
             _of(self).results, _of(self).samples = results, samples or {}
-        _put(self, lambda: original(self, results, samples), lambda file: _check_results(file, results))
+        _put(self, lambda: original(self, _encodable(results), samples), lambda file: _check_results(file, results))
 
     return save_results_aggregated
 
@@ -139,11 +139,20 @@ def _whole_samples(original: Callable[..., None]) -> Callable[..., None]:
             return original(self, task_name, samples)
 
         def write() -> None:  # of copies, since lm-eval changes the samples as it writes them
-            original(self, task_name, [dict(sample) for sample in samples])
+            original(self, task_name, [_encodable(sample) for sample in samples])
 
         _put(self, write, lambda file: _check_samples(file, len(samples)))
 
     return save_results_samples
+
+
+def _encodable(value: Any) -> Any:
+    """A copy of the containers, with "?" for half a surrogate pair, which no file can hold."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", errors="replace").decode("utf-8")
+    if type(value) in (list, tuple):
+        return type(value)(map(_encodable, value))
+    return {key: _encodable(part) for key, part in value.items()} if type(value) is dict else value
 
 
 def _is_ours(tracker: Any) -> bool:

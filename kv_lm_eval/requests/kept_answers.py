@@ -43,7 +43,7 @@ def decode(text: str | bytes, place: str) -> Any:
     try:
         value = json.loads(text)
         return _document(value["document"]) if isinstance(value, dict) else _restored(value)
-    except (ValueError, TypeError, LookupError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise UserError(
             f"{place}: an answer in it is damaged; delete the file, and its requests are run again"
         ) from None
