@@ -39,7 +39,6 @@ ANSWERS = st.one_of(
     st.text(st.characters(exclude_categories=[])),
     st.floats(allow_nan=False),
     st.tuples(st.floats(allow_nan=False), st.booleans()),
-    st.lists(st.text(), max_size=3).map(tuple),
 )
 
 
