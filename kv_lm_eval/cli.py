@@ -136,9 +136,13 @@ class Evaluation:
             return "Nothing had been run."
         if output and (new := reports.results_files(output) - self.before):
             return f"Its results are in {', '.join(map(str, sorted(new)))}."
-        if cache:
+        if cache and Path(f"{cache}_rank0.db").is_file():
             return f"The answers so far are in {cache}_rank0.db: the same command goes on from there."
-        return "Nothing of it is kept; with --use_cache FILE the same command would go on where it was."
+        return (
+            "Nothing of it is kept."
+            if cache
+            else ("Nothing of it is kept; with --use_cache FILE the same command would go on where it was.")
+        )
 
     def _output(self) -> Path | None:
         asked = self.asked.get("output_path")
@@ -190,7 +194,7 @@ def check(asked: dict[str, Any]) -> None:
     elif asked.get("log_samples") or asked.get("predict_only"):
         raise UserError("--log_samples and --predict_only write files: add --output_path DIR")
     if asked.get("use_cache"):
-        files.check_folder(Path(asked["use_cache"]).parent, "the folder of --use_cache")
+        harness.check_use_cache(asked["use_cache"])
     if ours:
         from kv_lm_eval import config
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kv_lm_eval import plugin, reports, saving
+from kv_lm_eval import files, plugin, reports, saving
 from kv_lm_eval.errors import UserError, close_names
 
 
@@ -19,7 +19,7 @@ class Run:
     """lm-eval's results dictionary, the files written, and what the task packages say of them."""
 
     results: dict[str, Any]
-    files: list[Path]
+    written: list[Path]
     said: str = ""
 
 
@@ -53,6 +53,8 @@ def run(
 
     check_limit(options.get("limit"))
     _look_at_the_machine_once()
+    if options.get("use_cache"):
+        check_use_cache(options["use_cache"])
     if output_path is not None:
         saving.check_output(output_path)
     tracker = None if output_path is None else EvaluationTracker(output_path=str(output_path))
@@ -102,6 +104,19 @@ def check_tasks(tasks: Sequence[Any], manager: Any) -> None:
             raise UserError(
                 f"there is no task {name!r}{close_names(name, manager.all_tasks)}; `kv-lm-eval ls tasks` lists ours, "
                 "`lm_eval ls tasks` all"
+            )
+
+
+def check_use_cache(path: str | Path) -> None:
+    """Raises UserError where lm-eval could not keep answers for --use_cache, or those that it kept are damaged."""
+    from kv_lm_eval.requests import kept_answers
+
+    files.check_folder(Path(path).parent, "the folder of --use_cache")
+    for file in Path(path).parent.glob(f"{Path(path).name}_rank*.db"):
+        if found := kept_answers.damage(file):
+            raise UserError(
+                f"{file} is damaged ({found}), so that none of its answers can be believed; remove it, or give another "
+                "--use_cache"
             )
 
 

@@ -176,7 +176,7 @@ def _put(tracker: Any, write: Callable[[], None], check: Callable[[Path], None])
 
 def _staged(tracker: Any, write: Callable[[], None], check: Callable[[Path], None]) -> Path:
     asked, root = tracker.output_path, folder_of(tracker.output_path)
-    reason = ""
+    reason, reasons = "", list[str]()
     for place in (None, root):  # the folder for temporary files; where that is full or missing, the one asked for
         try:
             with tempfile.TemporaryDirectory(prefix=".kv-lm-eval-", dir=place) as stage:
@@ -185,11 +185,11 @@ def _staged(tracker: Any, write: Callable[[], None], check: Callable[[Path], Non
                     write()
                 found = [file for file in Path(stage).rglob("*") if file.is_file()]
                 if len(found) != 1:
-                    raise UserError(f"lm-eval wrote {len(found)} files" + "".join(f" ({r})" for r in reasons))
+                    raise UserError(f"lm-eval wrote {len(found)} files in place of one")
                 check(found[0])
                 final, data = root / found[0].relative_to(stage), found[0].read_bytes()
         except (OSError, UserError) as error:
-            reason = reason or str(error)
+            reason = reason or "; ".join(reasons) or str(error)
             continue
         finally:
             tracker.output_path = asked

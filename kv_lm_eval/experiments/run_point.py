@@ -167,7 +167,7 @@ def _evaluate(point: dict[str, Any], folder: Path) -> list[Path]:
     )
     assert run is not None, "a point is run by one process"
     print(run.said)
-    return run.files
+    return run.written
 
 
 def _keep_answers_as_json(lm: Any) -> None:

@@ -33,6 +33,8 @@ def nothing_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     Path("broken.yaml").write_text("methods: [full\ntasks: }")
     Path("list.yaml").write_text("- 1\n- 2")
     Path("empty.yaml").write_text("")
+    Path("damaged_rank0.db").write_bytes(bytes(range(256)) * 16)
+    Path("damaged_rank1.db").mkdir()
     Path("sweep.yaml").write_text("models: [kv-tiny]\ntasks: [kv_needle_magic]\nmethods: [full]\n")
     return tmp_path
 
@@ -51,6 +53,7 @@ RUN = {
     "output path under a file": [*FULL, "--output_path", "file/below"],
     "json output path under a file": [*FULL, "--output_path", "file/results.json"],
     "use_cache under a file": [*FULL, "--use_cache", "file/answers"],
+    "a damaged use_cache": [*FULL, "--use_cache", "damaged"],
     "limit 0": [*FULL, "--limit", "0"],
     "limit negative": [*FULL, "--limit", "-1"],
     "limit nan": [*FULL, "--limit", "nan"],

@@ -84,8 +84,8 @@ LOOP = """
 import sys, time
 from kv_lm_eval import console
 def work():
-    print("begun", flush=True)
     try:
+        print("begun", flush=True)
         time.sleep(60)
     finally:
         print("closing", flush=True)
