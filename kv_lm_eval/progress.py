@@ -75,15 +75,21 @@ def innermost() -> str:
 
 
 @contextmanager
-def told_every_minute(line: Callable[[], str], file: TextIO | None = None, only: bool = True) -> Iterator[None]:
-    """Inside, a line a minute goes to a stream (stderr as it is now), also while bars go elsewhere; if `only`."""
-    if not only:
+def told_every_minute(line: Callable[[], str], file: TextIO | None = None, bar: Bar | None = None) -> Iterator[None]:
+    """Inside, a line a minute goes to a stream (stderr as it is now), also while bars go elsewhere.
+
+    Args:
+        bar: whose lines these are instead of its own; nothing is told beside one on a terminal.
+    """
+    if bar is not None and not bar.lines:
         yield
         return
     out, done = file or sys.stderr, threading.Event()
 
     def tell() -> None:
         while not done.wait(SECONDS):
+            if bar is not None and bar.told_at < math.inf:
+                bar.told_at = time.monotonic()
             print(line(), file=out, flush=True)
 
     thread = threading.Thread(target=tell, daemon=True, name="progress")

@@ -220,10 +220,10 @@ def _watched(runner: Iterator[dict[str, Any]], todo: list[Job], local: bool) -> 
 
         def line() -> str:
             inner = progress.innermost()
-            now = f"; now {names[bar.n]}" + (f": {inner}" if inner and inner != bar.told() else "")
-            return bar.told() + (now if local and bar.n < len(names) else "")
+            return bar.told() + (f"; {inner}" if local and inner and inner != bar.told() else "")
 
-        with progress.told_every_minute(line, only=bar.lines):
+        bar.set_postfix_str(names[0] if local and names else "", refresh=False)
+        with progress.told_every_minute(line, bar=bar):
             for record in runner:
                 bar.set_postfix_str(names[bar.n + 1] if local and bar.n + 1 < len(names) else "", refresh=False)
                 bar.update()

@@ -39,17 +39,23 @@ Settings = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Search for each task and for all of them together; returns the exit status."""
-    kept = ["Nothing had been run."]
-    return console.command("tune", lambda: _tune(argv, kept), lambda: kept[0])
+    folders: list[Path] = []
+    return console.command("tune", lambda: _tune(argv, folders), lambda: _kept(folders))
 
 
-def _tune(argv: Sequence[str] | None, kept: list[str]) -> int:
+def _kept(folders: list[Path]) -> str:
+    if not folders:
+        return "Nothing of it is kept; with --output_path DIR the same command would go on where it was."
+    scores = folders[0] / "scores.json"
+    found = f"The scores so far are in {scores}" if scores.is_file() else "There were no scores yet"
+    return f"{found}: the same command goes on from there."
+
+
+def _tune(argv: Sequence[str] | None, folders: list[Path]) -> int:
     args = _parser().parse_args(argv)
     if args.output_path:
         files.check_folder(args.output_path, "--output_path")
-        kept[0] = f"The scores so far are in {args.output_path / 'scores.json'}: the same command goes on from there."
-    else:
-        kept[0] = "Nothing of it is kept; with --output_path DIR the same command would go on where it was."
+        folders.append(args.output_path)
     document = tune(args)
     if args.output_path:
         files.write_json(args.output_path / "tune.json", document)
