@@ -21,9 +21,8 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
 
-from kv_lm_eval import config, identity, loading, tiny, versions
+from kv_lm_eval import config, identity, loading, saving, tiny, versions
 from kv_lm_eval.cache import static_ring
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
@@ -40,6 +39,7 @@ from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
 from kv_lm_eval.metrics.compression import CompressionLog, uncut
 from kv_lm_eval.metrics.latency import Stopwatch, Timing
 from kv_lm_eval.metrics.memory import PeakMemory
+from kv_lm_eval.progress import Bar
 from kv_lm_eval.requests import boundaries, choices, closing, request_cache, samples
 from kv_lm_eval.requests.documents import score_requests
 from kv_lm_eval.requests.halving import Halving, largest_batch
@@ -70,6 +70,7 @@ class KVCompressedLM(HFLM):
         if pretrained is None:
             raise UserError("which model? Add pretrained=NAME to --model_args (pretrained=kv-tiny is embedded)")
         config.check_pretrained(pretrained)
+        saving.check_newest()
         if self.engine.compile:
             static_ring.check(self.compression)
         rest["device"] = rest.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -168,7 +169,7 @@ class KVCompressedLM(HFLM):
         full_length = (p + p[-1:] * (self.max_length - n) for p, n in zip(prompts, room, strict=True))
         self._longest: list[int] = max(full_length, key=len, default=[])
         hidden = disable_tqdm or self.rank != 0
-        bar = tqdm(total=len(requests), disable=hidden, desc="Running generate_until requests")
+        bar = Bar(total=len(requests), disable=hidden, desc="Running generate_until requests")
         with bar as self._bar, self._model_in_use(generating=True):
             answers = super().generate_until(requests, disable_tqdm=True)
         return [

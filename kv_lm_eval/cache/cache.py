@@ -24,7 +24,7 @@ from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.cache.store import LayerStore
-from kv_lm_eval.cache.transfer import at_least_float32, to_device
+from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype, to_device
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import View
 from kv_lm_eval.methods.compression import Compression
@@ -303,7 +303,7 @@ class CompressedCache(Face):
                 return
         else:
             in_sight = (store.pos >= 0) & (store.pos >= to_device(first, store.pos.device).view(-1, 1, 1))
-            self.held[layer] = in_sight.sum(-1).double().mean(1).tolist()
+            self.held[layer] = in_sight.sum(-1).to(sum_dtype(in_sight.device)).mean(1).tolist()
             keep = self._keep(layer, q)
             if keep == self.held[layer]:
                 store.compact(int(in_sight.sum(-1).max()), first=first)
@@ -313,7 +313,8 @@ class CompressedCache(Face):
 
     def _counted(self, layer: int) -> list[float]:
         """Pairs of each row of the layer, mean over its heads, as the device counts them."""
-        return (self.stores[layer].pos >= 0).sum(-1).double().mean(1).tolist()
+        real = self.stores[layer].pos >= 0
+        return real.sum(-1).to(sum_dtype(real.device)).mean(1).tolist()
 
     def _is_cut(self, layer: int) -> bool:
         """Whether the method ever cuts the layer."""

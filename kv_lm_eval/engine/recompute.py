@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from kv_lm_eval.cache.transfer import sum_dtype
 from kv_lm_eval.engine.choices import Score
 from kv_lm_eval.engine.windows import Call, Window, score_windows
 
@@ -46,6 +47,6 @@ def score_recomputed(
     sums, greedy = [0.0] * len(contexts), [True] * len(contexts)
     scored = score_windows(call, windows, batch_size, device, dtype, progress)
     for i, (log_probs, most_likely) in zip(owners, scored, strict=True):
-        sums[i] += float(log_probs.double().sum())
+        sums[i] += float(log_probs.to(sum_dtype(log_probs.device)).sum())
         greedy[i] = greedy[i] and bool(most_likely.all())
     return list(zip(sums, greedy, strict=True))

@@ -14,7 +14,6 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,8 @@ from typing_extensions import dataclass_transform
 
 from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.errors import UserError, close_names
+from kv_lm_eval.methods import names
+from kv_lm_eval.methods.names import available as available
 
 if TYPE_CHECKING:
     from kv_lm_eval.cache.facts import ModelFacts
@@ -271,15 +272,6 @@ class Method:
 # ---------------------------------------------------------------------------------------------------- discovery
 
 
-def available() -> list[str]:
-    """Names of the bundled methods: every module of this package that defines one, without importing it.
-
-    A trailing underscore is dropped, so that `random_.py` does not shadow the standard library's `random`.
-    """
-    parts = {"base", "budget", "schedule", "evicted", "treatments", "storage", "compression", "listing"}
-    return sorted(m.name.rstrip("_") for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in parts)
-
-
 def load(spec: str) -> type[Method]:
     """The class of a bundled method by name, or of the user's own by `path/to/file.py[:Class]`.
 
@@ -288,12 +280,7 @@ def load(spec: str) -> type[Method]:
     """
     if ".py" in spec:
         return _load_file(spec)
-    name = spec.lower().replace("-", "_")
-    if name not in available():
-        raise UserError(
-            f"method={spec} is not known{close_names(name, available())}. Available: {', '.join(available())}. "
-            "Your own method: method=path/to/file.py:ClassName."
-        )
+    name = names.check(spec)
     root = __name__.rpartition(".")[0]
     found = importlib.util.find_spec(f"{root}.{name}_") or importlib.util.find_spec(f"{root}.{name}")
     assert found is not None

@@ -9,14 +9,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine import recompute
 from kv_lm_eval.engine.choices import Score, score_continuations
 from kv_lm_eval.engine.question import alike
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.latency import Stopwatch
+from kv_lm_eval.progress import Bar
 from kv_lm_eval.requests import boundaries
 from kv_lm_eval.requests.halving import largest_batch
 
@@ -30,7 +29,7 @@ def score_recomputed(
     """Every token of every continuation from a fresh forward over the `length` tokens before it."""
     size = 1 if lm.batch_size == "auto" else int(lm.batch_size)
     hidden, total = disable_tqdm or lm.rank != 0, sum(len(r[2]) for r in requests)
-    with tqdm(total=total, unit="tok", disable=hidden, desc="kvcompressed recomputed windows") as bar:
+    with Bar(total=total, unit="tok", disable=hidden, desc="kvcompressed recomputed windows") as bar:
         contexts, continuations = [r[1] for r in requests], [r[2] for r in requests]
         scores = recompute.score_recomputed(
             lm._last_logits, contexts, continuations, length, size, lm.device, lm.softmax_dtype, bar.update
@@ -78,7 +77,7 @@ def score_grouped(
 
     size = _contexts_per_batch(lm, keys, score)
     answers: dict[int, tuple[float, bool]] = {}
-    bar = tqdm(total=len(requests), disable=disable_tqdm or lm.rank != 0, desc="kvcompressed loglikelihood")
+    bar = Bar(total=len(requests), disable=disable_tqdm or lm.rank != 0, desc="kvcompressed loglikelihood")
     batches = [keys[start : start + size] for start in range(0, len(keys), size)]
     if lm._questions:
         tails = [[min(len(c), question(c).tail_tokens) for c in b] for b in batches]

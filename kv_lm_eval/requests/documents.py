@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from kv_lm_eval.engine.recompute import windows_of
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.engine.windows import Window, score_windows, strided
 from kv_lm_eval.errors import UserError, close_names
+from kv_lm_eval.progress import Bar
 
 if TYPE_CHECKING:
     from kv_lm_eval.model import KVCompressedLM
@@ -231,7 +231,7 @@ def _stream(
     order = sorted(documents, key=lambda i: -len(documents[i]))
     size = 1 if lm.batch_size == "auto" else int(lm.batch_size)
     records: dict[int, DocumentRecord] = {}
-    bar = tqdm(
+    bar = Bar(
         total=sum(map(len, documents.values())),
         unit="tok",
         disable=disable_tqdm or lm.rank != 0,
@@ -341,7 +341,7 @@ def _windows(
     windows = [(i, window) for i, (tokens, _) in texts.items() for window in _cut(lm, done, tokens)]
     size = 1 if lm.batch_size == "auto" else int(lm.batch_size)
     hidden = disable_tqdm or lm.rank != 0
-    with tqdm(
+    with Bar(
         total=sum(len(w.targets) for _, w in windows), unit="tok", disable=hidden, desc="kvcompressed windows"
     ) as bar:
         scores = score_windows(

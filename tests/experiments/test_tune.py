@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import tune  # noqa: E402
-
+from kv_lm_eval.experiments import tune
 from kv_lm_eval.stats import betting  # noqa: E402
 
 ARGUMENTS = [

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kv_lm_eval.cache.store import Kept, rows_of
-from kv_lm_eval.cache.transfer import at_least_float32
+from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View
 from kv_lm_eval.methods.evicted import Evicted, needs_weights
@@ -96,7 +96,8 @@ class Compensate(Evicted):
                 was = torch.cat([stays, block.max(1).values])  # an average takes the place of its block's last token
                 place = pos[i, j, was]
                 if self.key_space == "pre_rope" and len(block):
-                    mean = (part.double() * pos[i, j, block.clamp_min(0)]).sum(1).round().to(place.dtype)
+                    wide = part.to(sum_dtype(part.device))
+                    mean = (wide * pos[i, j, block.clamp_min(0)]).sum(1).round().to(place.dtype)
                     place[len(stays) :] = torch.where(part.sum(1) > 0, mean, place[len(stays) :])
                 average_pos[i, j, : len(block)] = place[len(stays) :]
                 slots = torch.cat([stays, n + torch.arange(len(block), device=pos.device)])
