@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from kv_lm_eval import plugin, reports
+from kv_lm_eval import harness, plugin
 from kv_lm_eval.errors import UserError
 
 
@@ -44,12 +43,11 @@ def evaluate(
             (dtype="float32").
 
     Raises:
-        UserError: a method, a setting or a value that does not exist.
+        UserError: a method, a setting or a value that does not exist; a folder that cannot be written, before weights
+            are loaded; or results that could not be written to it, and where they are instead.
     """
     plugin.install()
     import lm_eval
-    from lm_eval.loggers import EvaluationTracker
-    from lm_eval.tasks import TaskManager
 
     theirs = inspect.signature(lm_eval.simple_evaluate).parameters
     if taken := sorted({"model", "model_args", "task_manager", "evaluation_tracker"} & set(arguments)):
@@ -59,36 +57,14 @@ def evaluate(
         )
     model_args = {name: arguments.pop(name) for name in list(arguments) if name not in theirs}
     model_args = {"pretrained": pretrained, "method": method, **model_args}
-    names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
-    small = include_path is None and all(isinstance(n, str) for n in names) and plugin.owns_tasks(names)
-    folder = None if output_path is None else Path(output_path)
-    tracker = None if folder is None else EvaluationTracker(output_path=str(folder))
-    before = set() if folder is None else reports.results_files(folder)
-    with plugin.only_our_tasks() if small else nullcontext():
-        manager = TaskManager(
-            include_path=str(include_path) if include_path else None, metadata={**model_args, **(metadata or {})}
-        )
-        results = lm_eval.simple_evaluate(
-            model="kvcompressed",
-            model_args=model_args,
-            tasks=names,
-            log_samples=log_samples,
-            metadata=metadata,
-            task_manager=manager,
-            evaluation_tracker=tracker,
-            **arguments,
-        )
-    if results is None:  # every process but the first of several
-        return {}
-    if tracker is not None and folder is not None:
-        _save(results, tracker)
-        reports.write_all(reports.results_files(folder) - before)
-    return dict(results)
-
-
-def _save(results: Any, tracker: Any) -> None:
-    """As lm-eval's command line does."""
-    samples = results.get("samples")
-    tracker.save_results_aggregated(results={k: v for k, v in results.items() if k != "samples"}, samples=samples)
-    for task in results.get("configs", {}) if samples else ():
-        tracker.save_results_samples(task_name=task, samples=samples[task])
+    run = harness.run(
+        plugin.MODEL_NAME,
+        model_args,
+        tasks.split(",") if isinstance(tasks, str) else list(tasks),
+        output_path=output_path,
+        include_path=include_path,
+        metadata=metadata,
+        log_samples=log_samples,
+        **arguments,
+    )
+    return {} if run is None else run.results  # of every process but the first of several

@@ -1,8 +1,9 @@
 """The `kv-lm-eval` command: lm-eval's own command line, plugged in without the start-up shim and started faster.
 
 lm-eval spends seconds at each start on indexing its 14,000 task files. When every task asked for is ours, `run`
-indexes our folders alone. A user's mistake is told in a few lines and ends with exit status 2; under `lm_eval` the
-same message stands at the end of a traceback.
+indexes our folders alone. What can be wrong in a command line is looked at before torch and lm-eval's model are
+imported, as far as that goes. A user's mistake is one line and ends with exit status 2; under `lm_eval` it is the same
+line.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import textwrap
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from kv_lm_eval import __version__, plugin, reports
-from kv_lm_eval.errors import UserError
+from kv_lm_eval import __version__, console, files, harness, plugin, reports, saving
+from kv_lm_eval.errors import UserError, close_names
 
 USAGE = """\
 usage: kv-lm-eval COMMAND ...
@@ -26,89 +26,246 @@ usage: kv-lm-eval COMMAND ...
   ls WHAT           list our tasks, groups, subtasks or tags (`lm_eval ls` lists lm-eval's too)
   methods [NAME]    list the compression methods, or explain one
   quickstart ...    a small evaluation with the built-in model: no network, no GPU
+  sweep FILE ...    many runs from one YAML file, which go on where they were (docs/sweeps.md)
+  report DIR ...    tables, pictures and a page from a folder of results (docs/reporting.md)
+  tune ...          the smallest cache that answers as well as the full one (docs/sweeps.md)
   validate ...      as `lm_eval validate`
 
-  kv-lm-eval run --model kvcompressed --tasks kv_quickstart \\
+  kv-lm-eval run --model kvcompressed --tasks kv_quickstart_needle \\
       --model_args pretrained=kv-tiny,method=snapkv,max_capacity_prompt=128,window_size=16
 """
+COMMANDS = ("run", "ls", "methods", "quickstart", "sweep", "report", "tune", "validate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, or 2 for a mistake in what the user asked."""
+    """Run one command and return its exit status, as console.py lists them."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        status = _dispatch(arguments)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # `kv-lm-eval methods | head`: whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except UserError as error:
-        print(f"\nkv-lm-eval stopped:\n{textwrap.indent(str(error), '  ')}\n", file=sys.stderr)
-        return 2
-
-
-def _dispatch(arguments: list[str]) -> int:
     match arguments:
         case [] | ["-h" | "--help"]:
-            print(USAGE)
-            return 0
+            return console.command("kv-lm-eval", lambda: _print(USAGE), lists=True)
         case ["--version"]:
-            print(f"kv-lm-eval {__version__}")
-            return 0
-        case ["methods"] | ["methods", _]:
-            from kv_lm_eval.methods.listing import print_methods
-
-            return print_methods(arguments[1] if arguments[1:] else None)
+            return console.command("kv-lm-eval", lambda: _print(f"kv-lm-eval {__version__}"), lists=True)
         case ["methods", *names]:
-            raise UserError(f"`kv-lm-eval methods` explains one method at a time, got {len(names)}: {' '.join(names)}")
+            return console.command("kv-lm-eval", lambda: _methods(names), lists=True)
         case ["quickstart", *rest]:
             from kv_lm_eval.quickstart import main as quickstart
 
             return quickstart(rest)
-    return _harness(arguments)
+        case ["sweep", *rest]:
+            from kv_lm_eval.experiments.sweep import main as sweep
+
+            return sweep(rest)
+        case ["report", *rest]:
+            from kv_lm_eval.reporting.command import main as report
+
+            return report(rest)
+        case ["tune", *rest]:
+            from kv_lm_eval.experiments.tune import main as tune
+
+            return tune(rest)
+    run = Evaluation(arguments)
+    return console.command("kv-lm-eval", run.work, run.kept, lists=arguments[0] in ("ls", "validate"))
 
 
-def _harness(arguments: list[str]) -> int:
-    """What lm_eval.__main__ does, with our plug-in and, where it is safe, the small task index."""
-    plugin.install()
-    from lm_eval._cli import HarnessCLI
-    from lm_eval.utils import setup_logging
-
-    setup_logging()
-    parser = HarnessCLI()
-    sys.argv = ["kv-lm-eval", *arguments]  # HarnessCLI reads it, to put in a missing "run"
-    args = parser.parse_args()
-    output = _output_folder(args)
-    before = reports.results_files(output) if output else set()
-    with plugin.only_our_tasks() if _small_index_will_do(args) else nullcontext():
-        parser.execute(args)
-    if output and (said := reports.write_all(reports.results_files(output) - before)):
-        print(said)
+def _print(text: str) -> int:
+    print(text)
     return 0
 
 
-def _output_folder(args: argparse.Namespace) -> Path | None:
-    """Where the results go: --output_path is a folder, or a .json file in one."""
-    asked = _asked(args).get("output_path")
-    if not asked:
-        return None
-    return Path(asked).parent if str(asked).endswith(".json") else Path(asked)
+def _methods(names: list[str]) -> int:
+    if len(names) > 1:
+        raise UserError(f"`kv-lm-eval methods` explains one method at a time, got {len(names)}: {' '.join(names)}")
+    if names:
+        from kv_lm_eval.methods.names import check
+
+        check(names[0])  # before torch is imported
+    from kv_lm_eval.methods.listing import print_methods
+
+    return print_methods(names[0] if names else None)
+
+
+class Evaluation:
+    """What lm_eval.__main__ does, with our plug-in, checks before anything is loaded and, where it is safe, the small
+    task index."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
+        self.asked: dict[str, Any] = {}
+        self.before: set[Path] = set()
+        self.begun = False
+
+    def work(self) -> int:
+        """Parse, check, evaluate, check what was written."""
+        word = self.arguments[0]
+        if not word.startswith("-") and word not in COMMANDS:
+            near = close_names(word, COMMANDS)
+            raise UserError(f"there is no command {word!r}{near}; `kv-lm-eval --help` lists them")
+        plugin.install()
+        from lm_eval._cli import HarnessCLI
+        from lm_eval.utils import setup_logging
+
+        setup_logging()
+        parser = HarnessCLI()
+        sys.argv = ["kv-lm-eval", *self.arguments]  # HarnessCLI reads it, to put in a missing "run"
+        with _parsing():
+            args = parser.parse_args()
+        if args.command != "run":
+            with plugin.only_our_tasks() if args.command == "ls" else nullcontext():
+                parser.execute(args)
+            return 0
+        self.asked = _asked(args)
+        check(self.asked)
+        output = self._output()
+        self.before = reports.results_files(output) if output else set()
+        with plugin.only_our_tasks() if _small_index_will_do(self.asked) else nullcontext():
+            self.begun = True
+            with saving.of_every_model():
+                parser.execute(args)
+        if output is not None and int(os.environ.get("RANK", "0")) == 0:
+            new = reports.results_files(output) - self.before
+            if not new:
+                raise UserError(f"no results file was written to {output}")
+            if said := reports.write_all(new):
+                print(said)
+        return 0
+
+    def kept(self) -> str:
+        """What a stopped run leaves."""
+        output, cache = self._output(), self.asked.get("use_cache")
+        if not self.begun:
+            return "Nothing had been run."
+        if output and (new := reports.results_files(output) - self.before):
+            return f"Its results are in {', '.join(map(str, sorted(new)))}."
+        if cache and Path(f"{cache}_rank0.db").is_file():
+            return f"The answers so far are in {cache}_rank0.db: the same command goes on from there."
+        return (
+            "Nothing of it is kept."
+            if cache
+            else ("Nothing of it is kept; with --use_cache FILE the same command would go on where it was.")
+        )
+
+    def _output(self) -> Path | None:
+        asked = self.asked.get("output_path")
+        return saving.folder_of(asked) if asked else None
+
+
+@contextmanager
+def _parsing() -> Iterator[None]:
+    """Inside, what lm-eval's parsers find wrong is a UserError: of one line, without their usage."""
+    original = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = console.refuse  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(str(error).split(" Hint:")[0] or "the command line cannot be read") from error
+    finally:
+        argparse.ArgumentParser.error = original  # type: ignore[method-assign]
+
+
+def check(asked: dict[str, Any]) -> None:
+    """What a run was asked for, before torch and the model are imported, cheapest first.
+
+    Raises:
+        UserError: an output path, a limit, a method or a setting that cannot be used.
+    """
+    ours = asked.get("model") == plugin.MODEL_NAME
+    if ours:
+        from kv_lm_eval.methods import names
+
+        settings = _model_args(asked)
+        if isinstance(settings.get("method"), str):
+            names.check(settings["method"])
+        if not settings.get("pretrained"):
+            raise UserError("which model? Add pretrained=NAME to --model_args (pretrained=kv-tiny is embedded)")
+    _check_model(asked.get("model") or "hf")
+    harness.check_limit(asked.get("limit"))
+    _check_numbers(asked)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and (asked.get("limit") or 0) >= 1 and asked["limit"] < ranks:
+        raise UserError(
+            f"limit={asked['limit']:g} leaves some of {ranks} processes without a document, which lm-eval cannot do; "
+            f"give --limit {ranks} or more, or fewer processes"
+        )
+    _check_tasks(asked)
+    if asked.get("output_path"):
+        saving.check_output(asked["output_path"])
+    elif asked.get("log_samples") or asked.get("predict_only"):
+        raise UserError("--log_samples and --predict_only write files: add --output_path DIR")
+    if asked.get("use_cache"):
+        harness.check_use_cache(asked["use_cache"])
+    if ours:
+        from kv_lm_eval import config
+
+        config.parse(_model_args(asked), pass_through=harness.hf_arguments())
+        config.check_pretrained(settings["pretrained"])
+        _check_device(asked.get("device") or settings.get("device"))
+
+
+def _check_model(name: Any) -> None:
+    from lm_eval.api.registry import model_registry
+
+    known = list(model_registry.keys())
+    if name not in known:
+        raise UserError(f"there is no model {name!r}{close_names(str(name), known)}; there are: {', '.join(known)}")
+
+
+def _check_numbers(asked: dict[str, Any]) -> None:
+    """Those that lm-eval takes as they come."""
+    if asked.get("num_fewshot") is not None and asked["num_fewshot"] < 0:
+        raise UserError(f"--num_fewshot {asked['num_fewshot']} is negative; it counts examples, 0 or more")
+    size = str(asked.get("batch_size", 1))
+    word, _, times = size.partition(":")
+    if not (word == "auto" and (times or "1").isdecimal()) and not (size.isdecimal() and int(size) > 0):
+        raise UserError(f"--batch_size {size} is no number of rows: give 1 or more, auto, or auto:N")
+    if asked.get("max_batch_size") is not None and asked["max_batch_size"] < 1:
+        raise UserError(f"--max_batch_size {asked['max_batch_size']} must be at least 1")
+
+
+def _check_tasks(asked: dict[str, Any]) -> None:
+    """Whether there are some, and whether those that are ours by their names are there."""
+    names = _names(asked)
+    if not names:
+        raise UserError("which tasks? Add --tasks NAME,...; `kv-lm-eval ls tasks` lists ours, `lm_eval ls tasks` all")
+    ours = [name for name in names if isinstance(name, str) and name.startswith(plugin.TASK_PREFIX)]
+    if ours and not asked.get("include_path"):
+        from lm_eval.tasks import TaskManager
+
+        with plugin.only_our_tasks():
+            harness.check_tasks(ours, TaskManager())
+
+
+def _check_device(device: Any) -> None:
+    import torch
+
+    try:
+        torch.device(device if device is not None else "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
+def _names(asked: dict[str, Any]) -> list[Any]:
+    tasks = asked.get("tasks") or []
+    return tasks.split(",") if isinstance(tasks, str) else list(tasks)
+
+
+def _model_args(asked: dict[str, Any]) -> dict[str, Any]:
+    from lm_eval.utils import simple_parse_args_string
+
+    given = asked.get("model_args") or {}
+    return simple_parse_args_string(given) if isinstance(given, str) else dict(given)
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `run`, those of its --config file included."""
-    from lm_eval.config.evaluate_config import EvaluatorConfig
+    """The arguments of `run`, those of its --config file included; a 0 is an answer too."""
+    config = {}
+    if getattr(args, "config", None):
+        config = files.read_yaml(args.config, dict[str, Any])
+    return {**config, **{key: value for key, value in vars(args).items() if value or value == 0}}
 
-    config = EvaluatorConfig.load_yaml_config(args.config) if getattr(args, "config", None) else {}
-    return {**config, **{key: value for key, value in vars(args).items() if value}}
 
-
-def _small_index_will_do(args: argparse.Namespace) -> bool:
+def _small_index_will_do(asked: dict[str, Any]) -> bool:
     """A folder of the user's may replace our tasks and groups by some that need lm-eval's, so it rules this out."""
-    if args.command == "ls":
-        return True
-    asked = _asked(args)
-    tasks = asked.get("tasks") or []
-    names = tasks.split(",") if isinstance(tasks, str) else tasks
+    names = _names(asked)
     return not asked.get("include_path") and all(isinstance(n, str) for n in names) and plugin.owns_tasks(names)

@@ -6,17 +6,18 @@ Everything here runs before a single weight is loaded.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import types
 import typing
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from kv_lm_eval import files
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.methods import base, evicted
-from kv_lm_eval.methods.budget import Budget, Everything, Heads, PerHead, Pyramid, Ratio, RatioAbove, Slots
+from kv_lm_eval.methods.budget import Budget, Everything, Heads, Layers, PerHead, Ratio, RatioAbove, Slots
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.methods.evicted import Drop, Evicted
 from kv_lm_eval.methods.schedule import Schedule
@@ -40,7 +41,7 @@ VALUE_ALIASES: dict[tuple[str, str], Any] = {
 }
 VALUE_ALIASES |= {("nbits", "None"): 0, ("nbits", "none"): 0}
 BUDGET_KEYS = ("max_capacity_prompt", "keep_ratio", "compression_ratio")
-LAYER_BUDGETS = ("uniform", "pyramid")
+LARGEST = 2**31 - 1  # positions are 32-bit numbers
 
 
 def _names(*parts: Any) -> set[str]:
@@ -49,8 +50,8 @@ def _names(*parts: Any) -> set[str]:
 
 TREATMENTS = {name: _names(evicted.load(name)) for name in evicted.available()}
 STORAGE_KEYS = _names(Storage)
-PARTS = (Slots, Ratio, RatioAbove, Pyramid, Heads, Schedule, Storage)
-COMMON_KEYS = _names(*PARTS).union(*TREATMENTS.values()) | {*BUDGET_KEYS, "layer_budget", "evicted"}
+PARTS = (Slots, Ratio, RatioAbove, Layers, Heads, Schedule, Storage)
+COMMON_KEYS = _names(*PARTS).union(*TREATMENTS.values()) | {*BUDGET_KEYS, "evicted"}
 
 # from_pretrained arguments that lm-eval users pass through --model_args beyond HFLM's own
 FROM_PRETRAINED_KEYS = frozenset(
@@ -143,6 +144,27 @@ class EngineSettings:
         if self.rolling_compress_every < 1:
             raise UserError(f"rolling_compress_every={self.rolling_compress_every} must be at least 1 token")
 
+    def warnings(self, compression: Compression) -> list[str]:
+        """Settings that do nothing with this compression; they are no mistake where runs of a sweep share them."""
+        out, name, every = [], compression.method.name, compression.schedule.compress_every
+        if self.rolling_compress_every != EngineSettings.rolling_compress_every:
+            if every:
+                out.append(
+                    f"rolling_compress_every has no effect beside compress_every={every}, which cuts documents too"
+                )
+            elif not compression.method.compresses:
+                out.append(f"rolling_compress_every has no effect: method={name} evicts nothing")
+        if not compression.lossy:
+            if self.tail_tokens != EngineSettings.tail_tokens:
+                out.append(
+                    f"tail_tokens={self.tail_tokens} has no effect: method={name} compresses nothing before them"
+                )
+            if not self.question_in_prompt:
+                out.append(
+                    f"question_in_prompt=False has no effect: method={name} compresses nothing before the question"
+                )
+        return out
+
     def check(self, method: base.Method) -> None:
         """Raises UserError for settings that do nothing, or nothing sensible, with this method."""
         for name in ("prefill_chunk", "prefill_evict"):
@@ -189,7 +211,11 @@ def parse(
     if ours.get("method") is None:
         raise UserError(f"which method? Add method=NAME to --model_args, one of: {', '.join(base.available())}.")
     cls = base.load(str(ours.pop("method")))
-    rest: dict[str, Any] = dict(args.pop("model_kwargs", None) or {})
+    rest: Any = args.pop("model_kwargs", None) or {}
+    rest = _json_object("model_kwargs", rest) if isinstance(rest, str) else rest
+    if not isinstance(rest, dict):
+        raise UserError(f"model_kwargs={rest!r} must be a mapping of arguments of from_pretrained")
+    rest = dict(rest)
 
     known = _known_keys(cls)
     for key in list(args):
@@ -238,19 +264,19 @@ def _nested(value: Any) -> dict[str, Any]:
         return dict(value)
     text = str(value).strip()
     if text.startswith("{"):
-        try:
-            return dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise UserError(f"compression={text} is not valid JSON: {error}") from error
+        return _json_object("compression", text)
     path = Path(text).expanduser()
     if not path.is_file():
         raise UserError(f"compression={text} is neither a JSON object nor an existing YAML file")
-    import yaml
-
-    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    loaded = files.read_yaml(path)
     if not isinstance(loaded, dict):
         raise UserError(f"{path} must hold one mapping of settings, it holds {type(loaded).__name__}")
-    return loaded
+    return dict(files.check(loaded, dict[str, Any], str(path)))
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    place = f"{name}={text if len(text) < 80 else text[:77] + '...'}"
+    return dict(files.check(files.parse_json(text, place), dict[str, Any], place))
 
 
 def _build(cls: type[base.Method], ours: dict[str, Any]) -> Compression:
@@ -263,11 +289,11 @@ def _build(cls: type[base.Method], ours: dict[str, Any]) -> Compression:
     for key, why in method.without_effect.items():
         if key in ours:
             raise UserError(f"{key}={ours[key]} has no effect: {why}")
-    schedule, heads = _dataclass(Schedule, values), _dataclass(Heads, values)
-    if "alpha" in ours and heads.head_budget != "ada":
-        raise UserError(f"alpha={ours['alpha']} has no effect: it is a setting of head_budget=ada")
-    compression = Compression(method, _budget(method, values), schedule, _evicted(method, values), heads, storage)
-    compression.budget.check(method.protected, method.name)
+    schedule, layers, heads = (_dataclass(part, values) for part in (Schedule, Layers, Heads))
+    budget = _budget(method, values)
+    _check_shares(method, budget, layers, heads, ours)
+    compression = Compression(method, budget, schedule, _evicted(method, values), heads, storage, layers)
+    budget.check(method.protected, method.name)
     if cls.ring and storage.quantises:
         raise UserError(
             f"nbits={storage.nbits}: method={cls.name} overwrites single pairs in place, which groups of coded ones do "
@@ -290,6 +316,8 @@ def _budget(method: base.Method, values: dict[str, Any]) -> Budget:
         return PerHead(method.head_slots)
     given = [k for k in BUDGET_KEYS if values.get(k) is not None]
     own = method.own_capacity
+    if given and all(values.get(k) is None for k in method.capacity_settings):
+        own = None  # a size of its own is only what it has where none is given
     if own is not None:
         if given:
             also = next((k for k in method.capacity_settings if values.get(k) is not None), method.capacity_settings[0])
@@ -305,23 +333,43 @@ def _budget(method: base.Method, values: dict[str, Any]) -> Budget:
             f"{method.name} needs one budget, got {got}: max_capacity_prompt=SLOTS{extra}, keep_ratio=SHARE kept, or "
             "compression_ratio=SHARE removed"
         )
-    pyramid = values.get("layer_budget", "uniform")
-    if pyramid not in LAYER_BUDGETS:
-        raise UserError(f"layer_budget={pyramid} is not one of: {', '.join(LAYER_BUDGETS)}")
-    for key, needs in (("beta", pyramid == "pyramid"), ("prune_after", given[0] != "max_capacity_prompt")):
-        if values.get(key) is not None and not needs:
-            wanted = "layer_budget=pyramid" if key == "beta" else "keep_ratio or compression_ratio"
-            raise UserError(f"{key}={values[key]} has no effect without {wanted}")
     if given[0] == "max_capacity_prompt":
-        return _dataclass(Pyramid if pyramid == "pyramid" else Slots, values)
-    if pyramid == "pyramid":
-        raise UserError(f"layer_budget=pyramid shares out slots: give max_capacity_prompt instead of {given[0]}")
+        if values.get("prune_after") is not None:
+            raise UserError(
+                f"prune_after={values['prune_after']} has no effect without keep_ratio or compression_ratio: a fixed "
+                "number of slots is kept whatever is held"
+            )
+        return _dataclass(Slots, values)
     share = _coerce(values[given[0]], float, given[0])
     if given[0] == "compression_ratio":
         if not 0 <= share < 1:
             raise UserError(f"compression_ratio={share:g} is outside [0, 1): it is the share of pairs that is removed")
         share = float(round(1 - share, 12))
     return _dataclass(RatioAbove if values.get("prune_after") is not None else Ratio, {**values, "keep_ratio": share})
+
+
+def _check_shares(method: base.Method, budget: Budget, layers: Layers, heads: Heads, ours: dict[str, Any]) -> None:
+    """Raises UserError for settings that share out a budget and do nothing, or nothing sensible."""
+    for key, part, without in (
+        ("beta", "layer_budget=pyramid", not layers.differ),
+        ("alpha", "head_budget=ada", not heads.differ),
+    ):
+        if key in ours and without:
+            raise UserError(f"{key}={ours[key]} has no effect without {part}")
+    if layers.rounding != "exact" and not (layers.differ or heads.differ or isinstance(budget, Ratio)):
+        raise UserError(
+            "rounding=reference has no effect on a fixed number of slots for every layer and head, which nothing rounds"
+        )
+    if layers.differ and isinstance(budget, RatioAbove):
+        raise UserError(
+            f"prune_after={budget.prune_after} with layer_budget=pyramid: it asks what a layer holds, which then "
+            "differs between layers, so that each would be cut at other times and by other shares; leave one out"
+        )
+    if heads.differ and method.heads_alike:
+        raise UserError(
+            f"head_budget=ada has no effect: method={method.name}{' as it is set' if method.capacity_settings else ''} "
+            "gives all heads of a layer the same scores; it is for methods whose heads choose for themselves"
+        )
 
 
 def _storage(cls: type[base.Method], values: dict[str, Any], ours: dict[str, Any]) -> Storage:
@@ -383,7 +431,7 @@ def _coerce(value: Any, kind: Any, name: str) -> Any:
     target = next(o for o in options if o is not type(None))
     try:
         if typing.get_origin(target) is tuple:
-            return _whole_numbers(value)
+            return _whole_numbers(value, name)
         if target is bool:
             if isinstance(value, bool):
                 return value
@@ -391,31 +439,37 @@ def _coerce(value: Any, kind: Any, name: str) -> Any:
         if target is int:
             if isinstance(value, bool) or float(value) != int(float(value)):
                 raise ValueError
+            if abs(float(value)) > LARGEST:
+                raise UserError(f"{name}={value} is beyond the numbers that tokens are counted in, at most {LARGEST}")
             return int(float(value))
         if target is float:
-            if isinstance(value, bool):
+            if isinstance(value, bool) or not isfinite(float(value)):
                 raise ValueError
             return float(value)
         if target is str and isinstance(value, float) and value.is_integer():
             return str(int(value))
         return target(value) if target is str else value
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, OverflowError):
         names = {
             "int": "a whole number",
-            "float": "a number",
+            "float": "a finite number",
             "bool": "True or False",
-            "tuple": "whole numbers, as [0,1]",
         }
         wanted = names.get(target.__name__, target.__name__)
         raise UserError(f"{name}={value!r} must be {wanted}") from None
 
 
-def _whole_numbers(value: Any) -> tuple[int, ...]:
+def _whole_numbers(value: Any, name: str) -> tuple[int, ...]:
     """0, [0, 1], "[0,1]" or "0;1" as a tuple."""
     if isinstance(value, str):
         value = [v for v in value.strip("[]() ").replace(";", ",").split(",") if v.strip()]
     values = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(_coerce(v, int, "one of them") for v in values)
+    try:
+        return tuple(_coerce(v, int, name) for v in values)
+    except UserError as error:
+        raise UserError(f"{name}={value!r} must be whole numbers, as [0,1]: {error}") from None
 
 
 def check_pretrained(pretrained: Any) -> None:

@@ -185,6 +185,51 @@ def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2)
     write_whole(path, json.dumps(value, indent=indent, ensure_ascii=False, default=str) + "\n")
 
 
+def append_line(path: str | os.PathLike[str], text: str) -> None:
+    """Adds one line to a file, on the disk when this returns. A part of a line that a kill left at its end is cut off.
+
+    Raises:
+        UserError: it could not be written, or not all of it; then nothing of it is left.
+    """
+    raw = (text.replace("\n", " ") + "\n").encode("utf-8", errors="replace")
+    try:
+        with open(path, "a+b", buffering=0) as out:
+            end = _end_of_whole_lines(out)
+            if end != out.seek(0, os.SEEK_END):
+                out.truncate(end)
+            try:
+                view = memoryview(raw)
+                while view:
+                    view = view[out.write(view) :]
+                os.fsync(out.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    out.truncate(end)
+                raise
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def _end_of_whole_lines(file: io.FileIO, block: int = 65536) -> int:
+    """The offset behind the last line end, 0 where there is none."""
+    at = file.seek(0, os.SEEK_END)
+    while at > 0:
+        start = max(0, at - block)
+        file.seek(start)
+        found = file.read(at - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        at = start
+    return 0
+
+
+def check_is_folder(path: str | os.PathLike[str]) -> None:
+    """Raises UserError where a folder to read from is not there or is a file."""
+    if not Path(path).is_dir():
+        what = "is a file, a folder was expected" if Path(path).is_file() else "there is no such folder"
+        raise UserError(f"{path}: {what}")
+
+
 def check_folder(path: str | os.PathLike[str], what: str) -> None:
     """Makes a folder and tries to write in it, before work is done whose results shall go there.
 

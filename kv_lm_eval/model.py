@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,15 +19,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from kv_lm_eval import __version__, config, tiny, versions
+from kv_lm_eval import config, identity, loading, saving, tiny, versions
 from kv_lm_eval.cache import static_ring
 from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.engine import adapter
 from kv_lm_eval.engine.check import Roads, wrap
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import logits_of
-from kv_lm_eval.engine.generate import without_cache
-from kv_lm_eval.engine.recompute import see_last
-from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
+from kv_lm_eval.engine.lent import as_found, our_attention, see_last, without_cache
+from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.compression import CompressionLog
 from kv_lm_eval.metrics.memory import PeakMemory
 from kv_lm_eval.requests import boundaries, choices, closing, generation, request_cache, samples
@@ -54,11 +54,14 @@ class KVCompressedLM(HFLM):
         UserError: before any weights are loaded for settings; after loading for a model the self-check refuses.
     """
 
+    AUTO_MODEL_CLASS = loading.WholeModels
+
     def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
         self.compression, self.engine, rest = config.parse(kwargs, pass_through=HFLM_KEYS)
         if pretrained is None:
             raise UserError("which model? Add pretrained=NAME to --model_args (pretrained=kv-tiny is embedded)")
         config.check_pretrained(pretrained)
+        saving.check_newest()
         if self.engine.compile:
             static_ring.check(self.compression)
         rest["device"] = rest.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,6 +72,8 @@ class KVCompressedLM(HFLM):
                 "attn_implementation=%s is not used: kvcompressed brings its own attention",
                 rest.pop("attn_implementation"),
             )
+        self.arguments = {"pretrained": pretrained, **rest}
+        self._without_embedding: dict[int, str] = {}
         self._name = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "model")
         self.compression_log = CompressionLog()
         self._halving = Halving(log)
@@ -78,26 +83,28 @@ class KVCompressedLM(HFLM):
         self._from_request_cache = 0
         self._told = False  # whether an evaluation has ended since the log was begun
         samples.install()
-        try:
-            super().__init__(tiny.resolve(pretrained), backend="causal", **rest)
-        except OSError as error:
-            raise UserError(f"pretrained={pretrained} could not be loaded: {str(error).splitlines()[0]}") from error
+        resolved = tiny.resolve(pretrained) if isinstance(pretrained, str) else pretrained
+        with loading.loading(resolved, rest):
+            super().__init__(resolved, backend="causal", **rest)
+        self._without_embedding = loading.check_loaded(self._causal_lm, self.tokenizer)
         # Lengths are checked here, and a document may have any: no warning that the model would fail.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self._set_ranks()
-        if self.compression.method.uses_cache:
+        method = self.compression.method
+        windowed = method.recomputed_tokens is not None
+        adapter.check(self.model, self._causal_lm, method.uses_cache or windowed, method.name)
+        if method.uses_cache:
             evict = self.engine.prefill_evict
             chunk = evict or self.engine.prefill_chunk
             roads = Roads(chunk is not None, not self.engine.question_in_prompt, self.engine.compile)
-            self.facts = wrap(self._causal_lm, self.compression, roads)
+            with as_found(self._causal_lm):
+                self.facts = wrap(self._causal_lm, self.compression, roads)
             self._new_cache = partial(make_cache, self.compression, self.facts, chunk, evict is not None)
             self._decoder = Decoder(self._causal_lm) if self.engine.compile else None
             for message in self.compression.warnings(self.facts):
                 log.warning(message)
-        else:
-            without_cache(self._causal_lm)
-            if (length := self.compression.method.recomputed_tokens) is not None:
-                see_last(self._causal_lm, length)
+        for message in self.engine.warnings(self.compression):
+            log.warning(message)
         self._memory = PeakMemory({p.device for p in self._causal_lm.parameters()})
         if self.compression.lossy and self.engine.tail_tokens == 0:
             log.warning(
@@ -118,6 +125,18 @@ class KVCompressedLM(HFLM):
         """Everything that decides an answer beside the model: method, settings after defaults, engine settings."""
         return {**self.compression.settings(), **vars(self.engine)}
 
+    @contextmanager
+    def _model_in_use(self, generating: bool = False) -> Iterator[None]:
+        """Around each call of lm-eval's: what the method needs on the model object, which others may use between."""
+        with ExitStack() as put_on:
+            if self.compression.method.uses_cache:
+                put_on.enter_context(our_attention(self._causal_lm))
+            elif generating:
+                put_on.enter_context(without_cache(self.model))
+                if (length := self.compression.method.recomputed_tokens) is not None:
+                    put_on.enter_context(see_last(self._causal_lm, length))
+            yield
+
     def _set_ranks(self) -> None:
         """lm-eval sets ranks only with several local GPUs; CPU ranks and one GPU a node would repeat the whole job."""
         accelerator = getattr(self, "accelerator", None)
@@ -127,22 +146,26 @@ class KVCompressedLM(HFLM):
     # ------------------------------------------------------------------------------------ requests
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return generation.generate(self._run("generate_until", requests), disable_tqdm)
+        with self._model_in_use(generating=True):
+            return generation.generate(self._run("generate_until", requests), disable_tqdm)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         if getattr(self, "enable_thinking", False):
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # which refuses it
-        run = self._run("loglikelihood", requests)
-        return list(choices.score(run, choices.encode(run, disable_tqdm), disable_tqdm, super()._loglikelihood_tokens))
+        run, stock = self._run("loglikelihood", requests), super()._loglikelihood_tokens
+        with self._model_in_use():
+            return list(choices.score(run, choices.encode(run, disable_tqdm), disable_tqdm, stock))
 
     def _loglikelihood_tokens(
         self, requests: list[choices.Encoded], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        run = self._run("loglikelihood", [])
-        return list(choices.score(run, requests, disable_tqdm, super()._loglikelihood_tokens))
+        run, stock = self._run("loglikelihood", []), super()._loglikelihood_tokens
+        with self._model_in_use():
+            return list(choices.score(run, requests, disable_tqdm, stock))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        return list(score_requests(self._run("loglikelihood_rolling", requests), disable_tqdm))
+        with self._model_in_use():
+            return list(score_requests(self._run("loglikelihood_rolling", requests), disable_tqdm))
 
     def _run(self, kind: str, requests: Sequence[Instance]) -> Run:
         self._begin()
@@ -181,7 +204,8 @@ class KVCompressedLM(HFLM):
         return super()._detect_batch_size(requests, pos) if self._gains_by_batches else 1
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
-        return self._last_logits(inps, inps.shape[1])
+        with self._model_in_use():
+            return self._last_logits(inps, inps.shape[1])
 
     def _last_logits(self, ids: torch.Tensor, count: int) -> torch.Tensor:
         """One plain forward of right-padded rows [B, q] from an empty cache, uncut: the last logits [B, count, V]."""
@@ -193,6 +217,24 @@ class KVCompressedLM(HFLM):
         dtype = self.mixed_precision_dtype
         with torch.inference_mode(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             return logits_of(self.model, ids, cache=cache, keep=count)
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        ids: list[int] = super().tok_encode(string, *args, **kwargs)
+        return self._with_embeddings(ids, string)
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
+        for row, string in zip(ids.tolist(), strings, strict=True):
+            self._with_embeddings(row, string)
+        return ids, mask
+
+    def _with_embeddings(self, ids: list[int], text: str) -> list[int]:
+        if self._without_embedding and (found := [i for i in ids if i in self._without_embedding]):
+            raise UserError(
+                f"a prompt holds the token {self._without_embedding[found[0]]!r} ({found[0]}), for which the model has "
+                f"no embedding; resize the embeddings, or change the prompt: {text[:60]!r}"
+            )
+        return ids
 
     def _tokens_from(self, text: str, start: int) -> int:
         """Tokens of a text from its character `start` on."""
@@ -249,23 +291,8 @@ class KVCompressedLM(HFLM):
         }
 
     def fingerprint(self) -> str:
-        """Hash of all that decides an answer: model, revision, dtype, length limit, method, every setting."""
-        what = {
-            "pretrained": str(self._name),
-            "weights": request_cache.weights_identity(self.pretrained, self.model),
-            "kv-lm-eval": __version__,
-            "revision": str(self.revision),
-            "peft": str(self.peft),
-            "delta": str(self.delta),
-            "dtype": str(self.model.dtype),
-            "mixed_precision": str(self.mixed_precision_dtype),
-            "max_length": self.max_length,
-            "add_bos_token": self.add_bos_token,
-            "chat_template_args": self.chat_template_args,
-            "think_end_token": self.think_end_token,
-            "settings": self.settings,
-        }
-        return request_cache.digest(what)
+        """Hash of all that decides an answer (identity.py)."""
+        return identity.digest(identity.of_loaded(self))
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """--use_cache: answers of each model and method go into a table of their own in lm-eval's sqlite file.
@@ -274,10 +301,7 @@ class KVCompressedLM(HFLM):
         """
         if cache_hook.dbdict is not None:
             request_cache.use_own_table(cache_hook.dbdict, self.fingerprint())
-            request_cache.count_answers(cache_hook.dbdict)
             self._request_cache = cache_hook.dbdict
-            for key in [k for k, answer in cache_hook.dbdict.items() if answer == OUT_OF_MEMORY]:
-                del cache_hook.dbdict[key]  # tried again, perhaps on a larger device
             samples.mark_what_is_read(cache_hook.dbdict)
         own = cache_hook.dbdict is not None and not self.engine.question_in_prompt and self.compression.lossy
         self._own_keys = OwnKeys(cache_hook.dbdict) if own else None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -39,6 +40,7 @@ def install() -> None:
 
     _register_model()
     _wrap_task_manager()
+    _write_files_whole()
 
 
 def task_folders() -> list[Path]:
@@ -73,12 +75,16 @@ def hooked_spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
     spec = PathFinder.find_spec(name, path)
     if spec is None or spec.loader is None:
         return spec
-    hook = {"lm_eval.models": _register_model, "lm_eval.tasks": _wrap_task_manager}[name]
+    hooks = {
+        "lm_eval.models": (_register_model,),
+        "lm_eval.tasks": (_wrap_task_manager, _write_files_whole, _say_mistakes_in_a_line),
+    }[name]
     original = spec.loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
         original(module)
-        _never_break_lm_eval(hook)
+        for hook in hooks:
+            _never_break_lm_eval(hook)
 
     spec.loader.exec_module = exec_module  # type: ignore[method-assign]
     return spec
@@ -124,6 +130,22 @@ def _wrap_task_manager() -> None:
 
     init.wrapped_by_kv_lm_eval = True  # type: ignore[attr-defined]
     TaskManager.__init__ = init
+
+
+def _write_files_whole() -> None:
+    from kv_lm_eval import saving
+
+    saving.install()
+
+
+def _say_mistakes_in_a_line() -> None:
+    """Only in lm-eval's own command: a program that imports it keeps its tracebacks."""
+    main = sys.modules.get("__main__")
+    as_module = getattr(getattr(main, "__spec__", None), "name", None)
+    if as_module == "lm_eval.__main__" or Path(sys.argv[0]).stem in ("lm_eval", "lm-eval"):
+        from kv_lm_eval import console
+
+        console.print_user_errors_in_one_line()
 
 
 def _as_list(include_path: Any) -> list[Any]:

@@ -6,14 +6,16 @@ methods at one budget, each a normal lm-eval run whose results file is kept, and
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+
+from kv_lm_eval import console, harness, plugin, saving
+from kv_lm_eval.errors import UserError
 
 LEGEND = """\
 needle, choice: share right, higher is better; bits/byte: of text streamed through the cache, lower is better;
@@ -48,9 +50,18 @@ METHODS = {  # at a budget of N slots a KV head and layer
 }
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the quick start and prints its table; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="kv-lm-eval quickstart", description=__doc__.split("\n\n")[0])
+    finished: list[str] = []
+    return console.command("quickstart", lambda: _quickstart(argv, finished), lambda: _kept(finished))
+
+
+def _kept(finished: list[str]) -> str:
+    return f"Finished: {', '.join(finished) or 'nothing yet'}; the same command runs all of it again."
+
+
+def _quickstart(argv: Sequence[str] | None, finished: list[str]) -> int:
+    parser = console.Parser(prog="kv-lm-eval quickstart", description=__doc__.split("\n\n")[0])
     parser.add_argument("--budget", type=int, default=128, help="slots kept per KV head and layer (default 128)")
     parser.add_argument("--methods", default="full,snapkv,streaming_llm,window", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--output_path", default=None, help="folder for the results files (default: none are written)")
@@ -61,11 +72,15 @@ def main(argv: list[str]) -> int:
         parser.error(f"--methods {unknown[0]} is not one of {', '.join(METHODS)}")
     if args.budget < 8:
         parser.error(f"--budget {args.budget} leaves no room for sinks and a window; take at least 8")
+    harness.check_limit(args.limit)
+    if args.output_path:
+        saving.check_output(args.output_path)
     rows = []
     for i, name in enumerate(names, 1):
         print(f"[{i}/{len(names)}] {name} ...", end=" ", flush=True)
         with quietly():
             rows.append(run(name, METHODS[name](args.budget), args.output_path, args.limit))
+        finished.append(name)
         print(f"{rows[-1]['seconds']} s", flush=True)
     print(f"\nkv-tiny on kv_quickstart, budget {args.budget} slots per KV head and layer\n")
     print(table([{k: v for k, v in row.items() if k != "word ppl"} for row in rows]))  # bits/byte says the same
@@ -82,6 +97,8 @@ def quietly() -> Iterator[None]:
     try:
         with redirect_stderr(noise), redirect_stdout(noise):
             yield
+    except UserError:  # its message says all
+        raise
     except Exception:
         print(f"failed\n{noise.getvalue()[-4000:]}", file=sys.stderr)
         raise
@@ -89,32 +106,19 @@ def quietly() -> Iterator[None]:
 
 def run(name: str, model_args: dict[str, Any], output_path: str | None, limit: int | None) -> dict[str, Any]:
     """One method through lm-eval; a row of the table."""
-    from kv_lm_eval import plugin
-
-    plugin.install()
-    import lm_eval
-    from lm_eval.loggers import EvaluationTracker
-    from lm_eval.tasks import TaskManager
-
     start = time.perf_counter()
-    with plugin.only_our_tasks():
-        manager = TaskManager()
-        results = lm_eval.simple_evaluate(
-            model="kvcompressed",
-            model_args={"pretrained": "kv-tiny", "dtype": "float32", **model_args},
-            tasks=TASKS,
-            task_manager=manager,
-            batch_size=8,
-            device="cpu",
-            limit=limit,
-            bootstrap_iters=0,
-        )
-    seconds = time.perf_counter() - start
-    if output_path:
-        samples = results.pop("samples", None)
-        tracker = EvaluationTracker(output_path=str(Path(output_path) / name))
-        tracker.save_results_aggregated(results=results, samples=samples)
-    return row(name, results, seconds)
+    done = harness.run(
+        plugin.MODEL_NAME,
+        {"pretrained": "kv-tiny", "dtype": "float32", **model_args},
+        TASKS,
+        output_path=Path(output_path) / name if output_path else None,
+        batch_size=8,
+        device="cpu",
+        limit=limit,
+        bootstrap_iters=0,
+    )
+    assert done is not None, "the quick start is one process"
+    return row(name, done.results, time.perf_counter() - start)
 
 
 def row(name: str, results: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -342,6 +342,9 @@ def _rows(task: Task, settings: Settings, counter: Counter) -> Iterator[dict[str
                         "context_length": length,
                         "document_depth_percent": float(depth),
                         "sample": sample,
+                        "cluster": f"{source.sha256[:16]} {length} {sample}"
+                        if filler
+                        else "",  # they share their filler
                         "needle_seed": settings.needle_seed,
                         "haystack": source.name,
                         "haystack_sha256": source.sha256,

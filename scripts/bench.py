@@ -21,11 +21,13 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kv_lm_eval import console, files
 from kv_lm_eval.bench import card, measure, shapes, timing
 from kv_lm_eval.errors import UserError
 
@@ -34,21 +36,22 @@ DECODED = "full,streaming_llm,streaming_ring,snapkv,h2o"
 GENERATED = "full,streaming_ring,snapkv,h2o"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    args = arguments().parse_args()
-    try:
-        result = run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return console.command("bench", lambda: _main(argv), lambda: "Times are measured together, so nothing is kept.")
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = arguments().parse_args(argv)
+    if args.output_dir:
+        files.check_folder(args.output_dir, "--output-dir")
+    result = run(args)
     text = card.markdown(result)
     print(text)
     if args.output_dir:
         name = "_".join((result["name"], result["environment"]["device_type"], result["date"]))
         path = Path(args.output_dir) / (re.sub(r"[^A-Za-z0-9_.-]+", "-", name) + ".md")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        files.write_whole(path, text)
         print(f"written to {path}")
     print(json.dumps(result))
     return 0
@@ -56,7 +59,7 @@ def main() -> int:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(prog="bench.py", description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--random-weights", metavar="CONFIG", help=f"{', '.join(shapes.SHAPES)}, or a config.json")
     which.add_argument("--pretrained", metavar="NAME", help="a hub name, a folder, or kv-tiny")
@@ -118,7 +121,10 @@ def measured(part: str, bench: measure.Bench, args: argparse.Namespace) -> Any:
     """One part's numbers."""
 
     def numbers(text: str) -> list[int]:
-        return [int(n) for n in text.split(",")]
+        try:
+            return [int(n) for n in text.split(",")]
+        except ValueError:
+            raise UserError(f"{text!r}: whole numbers were expected, with commas between them") from None
 
     def methods(text: str) -> list[str]:
         return bench.usable(dict.fromkeys(["full", *text.split(",")]))

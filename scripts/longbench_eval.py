@@ -15,30 +15,30 @@ last line.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kv_lm_eval import console, files
 from kv_lm_eval.errors import UserError, close_names
 from longbench_tasks import predictions, report
 from longbench_tasks.specs import Spec, official
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return console.command("longbench_eval", lambda: _main(argv), lambda: "The same command scores all of it again.")
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = console.Parser(prog="longbench_eval.py", description=__doc__)
     parser.add_argument("path", type=Path, help="folder of predictions, or an lm-eval results file")
     parser.add_argument("--e", action="store_true", help="LongBench-E: scores by length")
     parser.add_argument("--from-samples", action="store_true", help="the folder holds lm-eval's samples_*.jsonl")
     parser.add_argument("--extra", action="store_true", help="also metrics that are not official (averages.json)")
     args = parser.parse_args(argv)
-    try:
-        documents = _run(args.path, args.e, args.from_samples, args.extra)
-    except UserError as error:
-        print(f"longbench_eval stopped:\n  {error}", file=sys.stderr)
-        return 2
+    documents = _run(args.path, args.e, args.from_samples, args.extra)
     for document in documents:
         print(report.page(document))
         for name, values in document.get("extra", {}).items():
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(path: Path, e: bool, from_samples: bool, extra: bool) -> list[dict[str, Any]]:
     if path.is_file() and not from_samples:
-        found = report.summary(json.loads(path.read_text(encoding="utf-8")))
+        found = report.summary(files.read_json(path, dict[str, Any]))
         if not found:
             raise UserError(f"{path} holds no results of kv_longbench tasks")
         report.write(path)
@@ -64,10 +64,10 @@ def _run(path: Path, e: bool, from_samples: bool, extra: bool) -> list[dict[str,
     return [score_folder(folder, folder.name == "pred_e", extra) for folder in folders]
 
 
-def convert_samples(folder: Path, files: Sequence[Path] | None = None) -> list[Path]:
+def convert_samples(folder: Path, given: Sequence[Path] | None = None) -> list[Path]:
     """Writes official predictions from the newest samples file of each LongBench task; returns the folders made."""
-    files = sorted(folder.glob("samples_kv_longbench_*.jsonl")) if files is None else files
-    newest = {predictions.task_of_samples(f): f for f in files}
+    found = sorted(folder.glob("samples_kv_longbench_*.jsonl")) if given is None else given
+    newest = {predictions.task_of_samples(f): f for f in found}
     if not newest:
         raise UserError(f"{folder} holds no samples_kv_longbench_*.jsonl; run lm-eval with --log_samples")
     made = []
@@ -81,24 +81,23 @@ def convert_samples(folder: Path, files: Sequence[Path] | None = None) -> list[P
 
 def score_folder(folder: Path, e: bool, extra: bool = False) -> dict[str, Any]:
     """Scores every <dataset>.jsonl of a folder and writes result.json and averages.json there."""
-    files = sorted(folder.glob("*.jsonl"))
-    if not files:
+    found = sorted(folder.glob("*.jsonl"))
+    if not found:
         raise UserError(f"{folder} holds no <dataset>.jsonl")
     scores: dict[str, Any] = {}
     extras: dict[str, dict[str, Any]] = {}
-    for file in files:
+    for file in found:
         spec = _spec(file)
         rows = predictions.read(file)
         score = predictions.dataset_score_e if e else predictions.dataset_score
         scores[spec.dataset] = score(spec, rows)
         for metric in spec.extra_metrics if extra else ():
             extras.setdefault(metric, {})[spec.dataset] = score(spec, rows, metric)
-    (folder / "result.json").write_text(json.dumps(scores, ensure_ascii=False, indent=4), encoding="utf-8")
+    files.write_whole(folder / "result.json", json.dumps(scores, ensure_ascii=False, indent=4))
     document = report.collect({} if e else scores, scores if e else {}, {})
     if extras:
         document["extra"] = extras
-    beside = json.dumps(document, ensure_ascii=False, indent=2)
-    (folder / "averages.json").write_text(beside + "\n", encoding="utf-8")
+    files.write_json(folder / "averages.json", document)
     return document
 
 

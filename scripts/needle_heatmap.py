@@ -9,22 +9,29 @@ is a JSON document with the files and the mean of each panel.
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from kv_lm_eval import console, files
 from needle import heatmap
 
 
-def main() -> None:
-    """Read, group by task, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read, group by task, draw; returns the exit status."""
+    return console.command("needle_heatmap", lambda: _main(argv), lambda: "The same command draws all of it again.")
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = console.Parser(prog="needle_heatmap.py", description=__doc__)
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, default=Path("heatmap"), help="path of the pictures, without ending")
     parser.add_argument("--metric", help="a score's name; default: the main one of each task")
     parser.add_argument("--colours", choices=heatmap.COLOURS, default="classic")
     parser.add_argument("--title", default="")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    files.check_folder(args.output.parent, "the folder of --output")
     try:
         panels = heatmap.read(args.results, args.metric)
     except ValueError as error:
@@ -33,10 +40,11 @@ def main() -> None:
     for task in dict.fromkeys(panel.task for panel in panels):
         of_task = [panel for panel in panels if panel.task == task]
         stem = args.output.with_name(f"{args.output.name}_{task}")
-        files = heatmap.write(of_task, stem, args.colours, args.title)
-        written[task] = {"files": list(map(str, files)), "means": {p.label: p.mean for p in of_task}}
+        drawn = heatmap.write(of_task, stem, args.colours, args.title)
+        written[task] = {"files": list(map(str, drawn)), "means": {p.label: p.mean for p in of_task}}
     print(json.dumps(written))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

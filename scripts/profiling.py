@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from kv_lm_eval import config
+from kv_lm_eval import config, console
 from kv_lm_eval.bench import card, shapes
 from kv_lm_eval.bench.timing import synchronise
 from kv_lm_eval.cache.cache import CompressedCache
@@ -34,21 +35,19 @@ from kv_lm_eval.errors import UserError
 MARKS = ("prefill with its cuts", "decode with its cuts", "cut in prefill", "cut in decode")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    args = arguments().parse_args()
-    try:
-        result = run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(result))
+    return console.command("profiling", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    print(json.dumps(run(arguments().parse_args(argv))))
     return 0
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(prog="profiling.py", description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--random-weights", metavar="CONFIG", help=f"{', '.join(shapes.SHAPES)}, or a config.json")
     which.add_argument("--pretrained", metavar="NAME", help="a hub name, a folder, or kv-tiny")

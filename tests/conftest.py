@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Counts that tests have recorded as a property, summed over them (and over the processes that ran them)."""
+    totals: dict[str, Counter[str]] = defaultdict(Counter)
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        for name, counts in getattr(report, "user_properties", ()) if getattr(report, "when", "") == "call" else ():
+            totals[name].update(counts)
+    for name, counts in totals.items():
+        said = ", ".join(f"{n} {what}" for what, n in sorted(counts.items(), key=lambda c: -c[1]))
+        terminalreporter.write_line(f"{name}: {sum(counts.values())} cases, {said}")
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from kv_lm_eval.analysis.head_statistics import HeadStatistics
 
 COLOURS = dict(zip(TYPES, ("#0072b2", "#999999", "#d55e00", "#000000"), strict=True))  # told apart by colour-blind eyes
 SHORT = dict(zip(TYPES, ("pos.", "mixed", "gath.", "dead"), strict=True))
+NEAR, SINKS = "positional: near", "positional: sinks"
 MARKS = dict(zip(TYPES, "osDX", strict=True))
 Layers = Sequence[Sequence[HeadStatistics]]
 Types = Sequence[Sequence[Head]]
@@ -87,39 +88,64 @@ def _preference(stats: Layers, title: str) -> Any:
     return figure
 
 
+def _kinds(stats: Layers, heads: Types, limits: Thresholds) -> dict[str, list[HeadStatistics]]:
+    """The heads of each type, positional ones by the rule that made them so."""
+    kinds: dict[str, list[HeadStatistics]] = {kind: [] for kind in (NEAR, SINKS, *TYPES[1:])}
+    for row, layer in zip(stats, heads, strict=True):
+        for s, head in zip(row, layer, strict=True):
+            kind = (NEAR if s.local > limits.high_local else SINKS) if head.type == "positional" else head.type
+            kinds[kind].append(s)
+    return kinds
+
+
 def _clustering(stats: Layers, heads: Types, limits: Thresholds, title: str) -> Any:
-    """Entropy against local attention; size is the share on sinks; dashed lines are the thresholds."""
-    figure, axes = plt.subplots(figsize=(7, 5))
-    for kind in TYPES:
-        chosen = [
-            s
-            for row, layer in zip(stats, heads, strict=True)
-            for s, h in zip(row, layer, strict=True)
-            if h.type == kind
-        ]
+    """Entropy against local attention; size is the share on sinks; dashed lines are the thresholds.
+
+    A head under the entropy of positional ones is one by either of two rules, of which only the first can be seen as a
+    line here; those of the second are hollow.
+    """
+    figure, axes = plt.subplots(figsize=(7.5, 5))
+    for kind, chosen in _kinds(stats, heads, limits).items():
+        if not chosen:
+            continue
+        colour = COLOURS[kind.split(":")[0]]
         axes.scatter(
             [s.entropy for s in chosen],
             [s.local for s in chosen],
             s=[25 + 250 * s.sink for s in chosen],
-            c=COLOURS[kind],
-            marker=MARKS[kind],
+            c="none" if kind == SINKS else colour,
+            marker=MARKS[kind.split(":")[0]],
             alpha=0.75,
-            edgecolors="white",
+            edgecolors=colour if kind == SINKS else "white",
+            linewidths=1.2 if kind == SINKS else 0.8,
             label=f"{kind} ({len(chosen)})",
         )
-    for x in (limits.low_entropy, limits.high_entropy):
-        axes.axvline(x, color="black", linewidth=0.8, linestyle="--")
-    axes.axhline(limits.high_local, color="black", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="mean entropy (nats)", ylabel="share on the last 9 tokens", title=title, ylim=(-0.03, 1.03))
-    legend: Any = axes.legend(title="type (size: share on sinks)", loc="best")
+    lines: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": "--"}
+    low, high, near = limits.low_entropy, limits.high_entropy, limits.high_local
+    axes.set(xlabel="mean entropy (nats)", ylabel="share on the last 9 tokens", title=title, ylim=(-0.03, 1.06))
+    left, right = min(0.0, axes.get_xlim()[0]), max(axes.get_xlim()[1], high + 0.6)
+    axes.set_xlim(left, right)
+    axes.plot([left, low], [near, near], **lines)
+    for x in (low, high):
+        axes.axvline(x, **lines)
+    small: dict[str, Any] = {"fontsize": 7.5, "color": "0.25", "bbox": {"color": "white", "alpha": 0.6, "pad": 0.5}}
+    at = left + 0.01 * (right - left)
+    axes.text(at, 1.03, f"positional: entropy < {low:g},", ha="left", va="center", **small)
+    axes.text(at, near + 0.015, f"near: this > {near:g}", ha="left", va="bottom", **small)
+    axes.text(at, near - 0.02, f"sinks: share on them > {limits.high_sink:g}", ha="left", va="top", **small)
+    axes.text(high + 0.04, 1.02, f"gathering: entropy > {high:g}", ha="left", va="center", **small)
+    legend: Any = axes.legend(
+        title="type (size: share on sinks)", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False
+    )
     for handle in legend.legend_handles:
         handle.set_sizes([45])
     return figure
 
 
 def _distances(stats: Layers, heads: Types, title: str) -> Any:
-    """Mean attention by distance for each type, and single heads behind it."""
+    """Mean attention by distance for each type, with the single heads behind it where a model has 64 or fewer."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
+    single = sum(map(len, stats)) <= 64
     for kind in TYPES:
         rows = [
             s.distances
@@ -128,10 +154,12 @@ def _distances(stats: Layers, heads: Types, title: str) -> Any:
             if h.type == kind
         ]
         if rows:
-            for row in rows if len(rows) <= 64 else []:
+            for row in rows if single else []:
                 axes.plot(row, color=COLOURS[kind], alpha=0.2, linewidth=0.8)
             mean = [_mean(column) for column in zip(*rows, strict=True)]
-            axes.plot(mean, color=COLOURS[kind], linewidth=2, label=f"{kind} ({len(rows)})")
+            axes.plot(mean, color=COLOURS[kind], linewidth=2, label=f"{kind}, mean of {len(rows)}")
+    if single:
+        axes.plot([], [], color="0.6", linewidth=0.8, label="thin: one head each")
     axes.set_yscale("log")
     axes.set(xlabel="distance back from the query (tokens)", ylabel="share of attention", title=title, ylim=(1e-4, 1.2))
     axes.legend()

@@ -10,8 +10,12 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
+
+from kv_lm_eval import files
 from kv_lm_eval.errors import UserError
 
 FORMAT = "kv-lm-eval head profile 1"
@@ -70,7 +74,29 @@ class HeadProfile:
         head = {"format": FORMAT, "model": self.model, **shape, "classifier": self.classifier, "text": self.text}
         layers = [",\n  ".join(json.dumps(asdict(h)) for h in layer) for layer in self.heads]
         body = "],\n [\n  ".join(layers)
-        path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "heads": [\n [\n  {body}]\n ]\n}}\n', encoding="utf-8")
+        files.write_whole(path, json.dumps(head, indent=1)[:-2] + f',\n "heads": [\n [\n  {body}]\n ]\n}}\n')
+
+
+class HeadEntry(TypedDict):
+    """One query head in the file."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    type: Literal["positional", "mixed", "gathering", "dead"]
+    confidence: Annotated[float, Field(ge=0, le=1)]
+    window: int
+
+
+class ProfileFile(TypedDict):
+    """The JSON file."""
+
+    format: Literal["kv-lm-eval head profile 1"]
+    model: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: Annotated[int, Field(ge=1)]
+    classifier: dict[str, Any]
+    text: dict[str, Any]
+    heads: Annotated[list[Annotated[list[HeadEntry], Field(min_length=1)]], Field(min_length=1)]
 
 
 def load(path: str | Path) -> HeadProfile:
@@ -83,34 +109,29 @@ def load(path: str | Path) -> HeadProfile:
     how = "python scripts/analyze_heads.py --model MODEL --text FILE writes one (docs/heads.md)"
     if not file.is_file():
         raise UserError(f"profile={path}: there is no such file ({file.resolve()}); {how}")
-    raw = file.read_bytes()
     try:
-        data = json.loads(raw)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT!r}")
+        data = files.read_json(file, ProfileFile)
         heads = tuple(tuple(Head(**one) for one in layer) for layer in data["heads"])
-        profile = HeadProfile(
-            data["model"],
-            int(data["num_kv_heads"]),
-            data["classifier"],
-            data["text"],
-            heads,
-            hashlib.sha256(raw).hexdigest(),
-        )
-        _check(profile, data)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"profile={path} is not a head profile: {type(error).__name__}: {error}; {how}") from error
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        profile = HeadProfile(data["model"], data["num_kv_heads"], data["classifier"], data["text"], heads, digest)
+        _check(profile, data, str(file))
+    except UserError as error:
+        raise UserError(f"profile={error}; {how}") from None
     return profile
 
 
-def _check(profile: HeadProfile, data: dict[str, Any]) -> None:
-    if not profile.heads or {len(layer) for layer in profile.heads} != {data["num_heads"]}:
-        raise ValueError("its layers do not all have num_heads heads")
-    if profile.num_layers != data["num_layers"] or profile.num_kv_heads < 1:
-        raise ValueError("its layers or KV heads are not as many as it says")
+def _check(profile: HeadProfile, data: ProfileFile, place: str) -> None:
+    if {len(layer) for layer in profile.heads} != {data["num_heads"]}:
+        raise UserError(f"{place}: heads: its layers do not all have num_heads={data['num_heads']} heads")
+    if profile.num_layers != data["num_layers"]:
+        raise UserError(
+            f"{place}: num_layers: its layers are not as many as it says, {profile.num_layers} for {data['num_layers']}"
+        )
     if profile.num_heads % profile.num_kv_heads:
-        raise ValueError(f"{profile.num_heads} query heads do not divide into {profile.num_kv_heads} KV heads")
-    for layer in profile.heads:
-        for head in layer:
-            if head.type not in TYPES or not 0 <= head.confidence <= 1 or (head.window < 1 and head.window != -1):
-                raise ValueError(f"{head} has an unknown type, a confidence outside [0, 1] or a window below 1")
+        raise UserError(
+            f"{place}: num_kv_heads: {profile.num_heads} query heads do not divide into {profile.num_kv_heads} KV heads"
+        )
+    for i, layer in enumerate(profile.heads):
+        for j, head in enumerate(layer):
+            if head.window < 1 and head.window != -1:
+                raise UserError(f"{place}: heads.{i}.{j}.window: {head.window} is a window below 1, and not -1 (all)")

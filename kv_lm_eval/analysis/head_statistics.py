@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from kv_lm_eval.cache.attention import WEIGHT_ELEMENTS, Step, attention_weights, packed_queries, visible
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.transfer import sum_dtype
 from kv_lm_eval.engine.check import FULL
 from kv_lm_eval.engine.prefill import feed
 
@@ -128,7 +129,7 @@ class LayerSums:
     def _add_weights(self, weights: torch.Tensor, mask: torch.Tensor, first: int) -> None:
         """weights [H, x, N] of the queries at positions first .. first + x - 1 over positions 0 .. N - 1; mask [x, N]
         says which keys each sees."""
-        device = weights.device
+        device, wide = weights.device, sum_dtype(weights.device)
         query = torch.arange(first, first + weights.shape[1], device=device)[:, None]
         key = torch.arange(weights.shape[2], device=device)[None, :]
         count = mask.sum(1)
@@ -144,10 +145,10 @@ class LayerSums:
             (weights * (query - key < (count[:, None] + 9) // 10)).sum(-1),
             divergence,
         )
-        self.scalars += torch.stack([row.double().sum(-1) for row in rows]).cpu()
+        self.scalars += torch.stack([row.to(wide).sum(-1) for row in rows]).cpu()
         near = query - torch.arange(DISTANCES, device=device)  # [x, DISTANCES] positions of the keys at each distance
         at = weights.gather(2, near.clamp(0, weights.shape[2] - 1).expand(self.num_heads, -1, -1))
-        self.distances += (at * (near >= 0)).double().sum(1).T.cpu()
+        self.distances += (at * (near >= 0)).to(wide).sum(1).T.cpu()
         self.queries += len(query)
         self.compared += int((count > 1).sum())
 

@@ -36,6 +36,8 @@ class BandCache(CompressedCache):
         prefill_tokens: tokens that are one forward of full attention with a cut after it, or all that a document has.
     """
 
+    serves = ("ring",)  # which pairs a query sees is the same, however they are stored
+
     def __init__(
         self,
         compression: Compression,
@@ -158,7 +160,7 @@ class BandCache(CompressedCache):
             if seen:
                 slots: float = int(self.slots[seen - 1]) - self.cuts.get(seen, 0)
                 if seen < self.prefill_tokens:  # its prefill ends where it ends
-                    slots = self.compression.keep([seen], [seen], 0, len(self.stores))[0]
+                    slots = self.compression.keep([seen], [seen], self._cut_layers[0], self._cut_layers)[0]
                 self.peaks[b] = int(self.slots[:seen].max())
                 for layer, window in enumerate(self.facts.sliding_windows):
                     cut = self.facts.compressible(layer)

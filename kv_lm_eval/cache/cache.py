@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import ceil
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -24,16 +24,15 @@ from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.cache.store import LayerStore
-from kv_lm_eval.cache.transfer import at_least_float32, to_device
+from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype, to_device
+from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import View
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.methods.evicted import blank_lowest
 
 FEW = 4  # pairs that one cut may hide in their places instead of moving the others
 MAX_ROOM = 1024  # slots reserved for the tokens until the next cut, at most; storage grows by itself
-TRIM_EVERY = (
-    64  # tokens a row sees until its sliding-window layers, where these are never cut, drop what they cannot see
-)
+TRIM_EVERY = 64  # tokens a row sees until its sliding-window layers that are never cut drop what they cannot see
 MOMENTS_BLOCK = 1024  # queries turned back in float32 at a time
 Mode = Literal["prefill", "decode", "stream", "hold", "score"]
 
@@ -60,10 +59,22 @@ class CompressedCache(Face):
         prefill_evicts: whether the cache is cut between the chunks.
         history: (held, peaks, valid bytes) after the prefill and after each decode step, so that a batch whose rows end
             at different steps can be told apart afterwards.
+        serves: what a class can do beyond dropping pairs, by the method's name for it.
+
+    Raises:
+        TypeError: the method needs another class of cache; `make_cache` gives the right one.
     """
+
+    serves: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, compression: Compression, facts: ModelFacts, mode: Mode = "prefill") -> None:
         super().__init__(facts.num_layers)
+        for needed in ("ring", "reinserted"):
+            if getattr(compression.method, needed) and needed not in self.serves:
+                raise TypeError(
+                    f"{type(self).__name__} cannot serve a method with {needed}={getattr(compression.method, needed)}: "
+                    "it would be measured under another cache's name; make_cache gives the right class"
+                )
         self.compression = compression
         self.facts = facts
         self.around_cut: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -186,7 +197,13 @@ class CompressedCache(Face):
     def _even(self, layer: int) -> bool:
         """Whether all heads of a row hold as many pairs: not where they share a budget, nor where what each of them
         chose has partly left the layer's own window."""
-        return self.compression.uniform(layer) and not (self.facts.sliding_windows[layer] and self._is_cut(layer))
+        return self.compression.uniform(layer) and not self._loses_sight(layer)
+
+    def _loses_sight(self, layer: int) -> bool:
+        """Whether cuts of the layer leave out what its own window no longer shows: where scores choose. What is kept by
+        position alone is what the settings say, seen or not."""
+        by_score = self.compression.method.sinks_and_recent is None
+        return by_score and self.facts.sliding_windows[layer] is not None and self._is_cut(layer)
 
     def has_empty(self, layer: int) -> bool:
         """Whether any row of the layer has empty slots, so that a mask is needed."""
@@ -277,7 +294,7 @@ class CompressedCache(Face):
         it may vote, it is neither counted nor chosen."""
         store, window = self.stores[layer], self.facts.sliding_windows[layer]
         first = None
-        if window is not None:
+        if window is not None and self._loses_sight(layer):
             due = self._rows_due(layer)
             first = [max(0, n - (window - 1)) if row else 0 for n, row in zip(self.seen, due, strict=True)]
         if first is None or not any(first):
@@ -286,7 +303,7 @@ class CompressedCache(Face):
                 return
         else:
             in_sight = (store.pos >= 0) & (store.pos >= to_device(first, store.pos.device).view(-1, 1, 1))
-            self.held[layer] = in_sight.sum(-1).double().mean(1).tolist()
+            self.held[layer] = in_sight.sum(-1).to(sum_dtype(in_sight.device)).mean(1).tolist()
             keep = self._keep(layer, q)
             if keep == self.held[layer]:
                 store.compact(int(in_sight.sum(-1).max()), first=first)
@@ -296,7 +313,8 @@ class CompressedCache(Face):
 
     def _counted(self, layer: int) -> list[float]:
         """Pairs of each row of the layer, mean over its heads, as the device counts them."""
-        return (self.stores[layer].pos >= 0).sum(-1).double().mean(1).tolist()
+        real = self.stores[layer].pos >= 0
+        return real.sum(-1).to(sum_dtype(real.device)).mean(1).tolist()
 
     def _is_cut(self, layer: int) -> bool:
         """Whether the method ever cuts the layer."""
@@ -317,7 +335,7 @@ class CompressedCache(Face):
 
     def _keep(self, layer: int, q: int) -> list[float]:
         """Slots each row of the layer keeps after this forward."""
-        held, layers = self.held[layer], len(self.stores)
+        held, layers = self.held[layer], self.facts.cut_layers
         if self.mode == "prefill":
             return self.compression.keep(self.seen, held, layer, layers)
         if self.mode not in ("decode", "stream"):
@@ -340,7 +358,8 @@ class CompressedCache(Face):
             alive: rows that still grow; default all.
         """
         compression, schedule = self.compression, self.compression.schedule
-        layers = [i for i in range(len(self.stores)) if self.facts.compressible(i) and i not in schedule.skip_layers]
+        may_be_cut = self.facts.cut_layers
+        layers = [i for i in may_be_cut if i not in schedule.skip_layers]
         growing = [b for b in range(len(self.seen)) if alive is None or alive[b]]
         if compression.storage.quantises:
             limit = min(limit, *(compression.storage.until_due(n) for n in [self.seen[b] for b in growing] or [0]))
@@ -353,13 +372,13 @@ class CompressedCache(Face):
             for i in layers:
                 held = [self.held[i][b] + more for b in growing] or [more]
                 seen = [self.seen[b] + more for b in growing] or [more]
-                keep = compression.keep(seen, held, i, len(self.stores))
+                keep = compression.keep(seen, held, i, may_be_cut)
                 most = max(most, *(h - k for h, k in zip(held, keep, strict=True)))
             return most
 
         if schedule.trigger == "clock":
             step = schedule.until_due(self.decoded)
-            slides = any(self.facts.sliding_windows[i] is not None for i in layers)  # then something is out of sight
+            slides = any(map(self._loses_sight, layers))  # then a cut has something to leave out
             while step < limit and not slides and not excess(step):  # a cut at which no row loses anything is none
                 step += schedule.compress_every
         else:
@@ -377,7 +396,8 @@ class CompressedCache(Face):
         in_sight: torch.Tensor | None = None,
     ) -> None:
         """Cuts the layer to `keep` slots a row; in_sight: [B, 1 or K, N] slots that may stay, None: all."""
-        store, held = self.stores[layer], self.held[layer]
+        store, held, method = self.stores[layer], self.held[layer], self.compression.method
+        moves_keys = self.compression.moves_keys is not None
         view = View(
             keys=store.keys,
             values=store.values,
@@ -386,26 +406,30 @@ class CompressedCache(Face):
             keep=[ceil(k) for k in keep],
             layer=layer,
             num_layers=len(self.stores),
-            mass=store.mass,
+            _mass=store.mass,
             bias=store.bias,
             memory=store.memory,
-            moments=store.moments,
+            _moments=store.moments,
             scaling=scaling,
-            _rotate=partial(self._rotate, layer),
+            method=method.name,
+            num_queries=method.num_queries,
+            _rotate=partial(self._rotate, layer) if moves_keys else None,
             _attend=lambda last: window_attention(store, last, scaling, softcap, self.facts.sliding_windows[layer]),
         )
-        scores = self.compression.method.score(view)
-        if self.mode == "prefill" and not scores.isfinite().logical_or(scores.isinf()).all():
-            raise FloatingPointError(f"{self.compression.method.name} scored a slot NaN in layer {layer}")
+        scores = self.compression.score(view)
+        if self.mode == "prefill" and (scores.isnan() & (store.pos >= 0)).any():  # scores of empty slots mean nothing
+            raise UserError(
+                f"method={method.name} scored a token NaN in layer {layer}, so that which tokens stay would be chance"
+            )
         if in_sight is not None:
             view = dataclasses.replace(view, pos=store.pos.masked_fill(~in_sight, -1))
         if self._leaves_holes(layer, scores, keep):
             blank_lowest(scores, store.pos, [int(h - k) for h, k in zip(held, keep, strict=True)])
             store.holes = True
         else:
-            self._close_ranks(layer, view, scores, keep)
+            keep = self._close_ranks(layer, view, scores, keep)
         fresh = [h == s for h, s in zip(held, self.seen, strict=True)]  # rows that lose tokens for the first time
-        self.held[layer] = keep if self._even(layer) or not self.facts.sliding_windows[layer] else self._counted(layer)
+        self.held[layer] = self._counted(layer) if self._loses_sight(layer) else keep
         if self.compression.method.in_cache_sinks and self.facts.rope_kinds[layer] == "rope":
             self._move_sinks(layer, fresh)
 
@@ -423,12 +447,13 @@ class CompressedCache(Face):
             and max(h - k for h, k in zip(held, keep, strict=True)) <= FEW
         )
 
-    def _close_ranks(self, layer: int, view: View, scores: torch.Tensor, keep: list[float]) -> None:
-        """Cuts the layer so that what stays stands without gaps."""
+    def _close_ranks(self, layer: int, view: View, scores: torch.Tensor, keep: list[float]) -> list[float]:
+        """Cuts the layer so that what stays stands without gaps; returns the slots that each row then holds."""
         store, held = self.stores[layer], self.held[layer]
         counts = self.compression.counts(scores, view.pos, keep, self.seen, held, layer)
         kept = self.compression.evicted.cut(self.compression.method, view, scores, counts)
         store.replace(kept, room=min(self.compression.schedule.compress_every, MAX_ROOM))
+        return keep if self.compression.heads.exact else counts.double().mean(1).tolist()
 
     def _lost(self, layer: int) -> list[float]:
         """How many places each row's sinks have to move up to be right before the window."""
@@ -482,10 +507,10 @@ class CompressedCache(Face):
             peaks, valid = [picked[b][1][b] for b in rows], [picked[b][2][b] for b in rows]
             taken = len(self.history) - 1
             seen = [s - max(0, taken - n) for s, n in zip(seen, decode_steps, strict=True)]
-        cut = [i for i in range(len(self.stores)) if self.facts.compressible(i)]
+        cut = self.facts.cut_layers
         exact = [sum(row) for row in zip(*map(LayerStore.valid_bytes, self.stores, held), strict=True)]
-        in_view, layers = self.compression.in_view, len(self.stores)
-        used = [[in_view(seen[b], held[i][b], i, layers) for i in cut] for b in rows]
+        in_view = self.compression.in_view
+        used = [[in_view(seen[b], held[i][b], i, cut) for i in cut] for b in rows]
         compresses = self.compression.method.compresses
         return {
             "seen": seen,
@@ -495,4 +520,5 @@ class CompressedCache(Face):
             "kv_bytes_allocated": sum(s.allocated_bytes for s in self.stores) / max(len(rows), 1),
             "overhead_bytes": sum(s.overhead_bytes for s in self.stores) / max(len(rows), 1),
             "peak_slots": list(peaks),
+            "over_budget": [self.compression.over_budget(n) for n in seen],
         }

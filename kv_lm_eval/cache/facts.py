@@ -65,6 +65,11 @@ class ModelFacts:
         return tokens if self.settles else 1
 
     @property
+    def cut_layers(self) -> list[int]:
+        """The compressible layers."""
+        return [i for i in range(self.num_layers) if self.compressible(i)]
+
+    @property
     def all_sliding(self) -> bool:
         return all(w is not None for w in self.sliding_windows)
 

@@ -26,6 +26,8 @@ from kv_lm_eval.cache.transfer import to_device
 class RefreshCache(CompressedCache):
     """A compressed cache for a method with sinks and a window that reinserts some of what it evicts."""
 
+    serves = ("reinserted",)
+
     def _start(self, mode: Mode) -> None:
         super()._start(mode)
         self._true_pos: torch.Tensor | None = None

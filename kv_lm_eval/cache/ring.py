@@ -79,6 +79,8 @@ class RingCache(CompressedCache):
     return for it.
     """
 
+    serves = ("ring",)
+
     def attend(self, step: Step) -> torch.Tensor:
         """[B, H, q, D]"""
         if self.new_pos is None:
@@ -95,7 +97,7 @@ class RingCache(CompressedCache):
 
     @property
     def _capacity(self) -> int:
-        return int(self.compression.keep([2**31], [2**31], 0, len(self.stores))[0])
+        return int(self.compression.keep([2**31], [2**31], 0, self.facts.cut_layers)[0])
 
     def _rolls(self, layer: int) -> bool:
         """Whether the layer is cut at every token and every row has its sinks."""

@@ -41,7 +41,7 @@ class StaticCache(Face):
         check(cache.compression)
         self.facts = cache.facts
         self.sinks = cache.compression.method.sinks_and_recent or 0
-        self.capacity = int(cache.compression.keep([2**31], [2**31], 0, 1)[0]) if cache.compression.method.ring else 0
+        self.capacity = int(cache.compression.keep([2**31], [2**31], 0, [0])[0]) if cache.compression.method.ring else 0
         if self.capacity:
             _check_rows(cache, self.sinks)
         self.turns = bool(cache.compression.method.in_cache_sinks) and self.capacity > 0

@@ -17,3 +17,10 @@ def to_device(values: Sequence[Any], device: torch.device) -> torch.Tensor:
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """x in float32, or in its own format where that is wider: what is added up or compared must not be rounded."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def sum_dtype(device: torch.device | str) -> torch.dtype:
+    """The type in which sums are made that must not depend on the order of their terms, which a GPU chooses: float64,
+    whose rounding disappears in the result's type. Apple's GPUs have no float64: there, float32, and a sum's last
+    digits may differ from run to run."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64

@@ -113,7 +113,7 @@ def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads(
         facts.border, facts.settles = _find_border(model, facts)
         if compression.moves_keys is not None:
             _check_positions(model, facts, kind, compression)
-        compression.method.check_model(facts)
+        compression.check_model(facts)
         _walk(model, probe, facts, compression, roads, expected)
     except UserError as error:
         model.set_attn_implementation(original)

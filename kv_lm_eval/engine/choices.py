@@ -82,12 +82,12 @@ def _feed_tail(
     A tail takes `width` ticks of the schedule's clock however short its context is, so that rows do not depend on
     their neighbours.
     """
-    columns = [[None] * (width - len(t)) + list(t) for t in tails]  # all rows end together
-    done = width - max(map(len, tails))
-    cache.decoded += done
-    out = None
-    while done < width:
-        step = cache.until_due(width - done)
+    most = max(map(len, tails))
+    columns = [[None] * (most - len(t)) + list(t) for t in tails]  # all rows end together
+    cache.decoded += width - most
+    out, done = None, 0
+    while done < most:
+        step = cache.until_due(most - done)
         part = [[t for t in row[done : done + step] if t is not None] for row in columns]
         if any(part):
             out = feed(model, cache, part, side="left", logits=1)[:, -1]

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.static_ring import StaticCache
 from kv_lm_eval.engine.forward import cache_argument, device_of, forward_of, output
+from kv_lm_eval.engine.lent import replaced
 
 Ended = Callable[[list[list[int]]], list[bool]]  # new tokens of each row so far -> whether it has ended
 
@@ -85,12 +86,8 @@ class Decoder:
             statics[0].count(cache)
             return output(logits[:, None], cache)
 
-        self.model.forward = forward
-        try:
-            with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
-                yield
-        finally:
-            self.model.forward = original
+        with replaced(self.model, "forward", forward), torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+            yield
 
     @torch.inference_mode()
     def greedy(

@@ -17,6 +17,8 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kv_lm_eval.errors import UserError
+
 
 def logits_of(
     model: PreTrainedModel,
@@ -70,7 +72,15 @@ def _base(model: Any) -> Any:
 
 def device_of(model: PreTrainedModel) -> torch.device:
     """Where token ids go."""
-    return next(model.get_input_embeddings().parameters()).device
+    embeddings: Any = model.get_input_embeddings()
+    device: torch.device = next(embeddings.parameters()).device
+    if device.type != "meta":
+        return device
+    hook = getattr(embeddings, "_hf_hook", None)  # accelerate offloads weights and brings them where they compute
+    devices = [getattr(h, "execution_device", None) for h in (hook, *getattr(hook, "hooks", ()))]
+    if not (found := [d for d in devices if d is not None]):
+        raise UserError(f"{type(model).__name__} has no weights (they are on the device `meta`): load them first")
+    return torch.device(found[0])
 
 
 @functools.cache

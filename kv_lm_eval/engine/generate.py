@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -56,12 +55,3 @@ def noting_first_token(model: PreTrainedModel, note: Callable[[], None]) -> Iter
         yield
     finally:
         hook.remove()
-
-
-def without_cache(model: PreTrainedModel) -> None:
-    """Makes this model object's generate() recompute everything at each token, whatever its caller asks for."""
-
-    def generate(original: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(*args, **{**kwargs, "use_cache": False})
-
-    model.generate = partial(generate, model.generate)  # type: ignore[assignment]

@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
+from kv_lm_eval.cache.transfer import sum_dtype
 from kv_lm_eval.engine.choices import Score
 from kv_lm_eval.engine.windows import Call, Window, score_windows
-
-
-def see_last(model: PreTrainedModel, length: int) -> None:
-    """Makes this model object's generate() see the last `length` tokens at each step, at positions from 0 on."""
-    prepare: Any = model.prepare_inputs_for_generation
-
-    def prepare_last(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        mask = kwargs.get("attention_mask")
-        mask = (torch.ones_like(input_ids) if mask is None else mask)[:, -length:]
-        kwargs = {**kwargs, "attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)}
-        return prepare(input_ids[:, -length:], *args, **kwargs)
-
-    model.prepare_inputs_for_generation = prepare_last  # type: ignore[assignment]
 
 
 def windows_of(tokens: Sequence[int], first: int, length: int) -> Iterator[Window]:
@@ -61,6 +47,6 @@ def score_recomputed(
     sums, greedy = [0.0] * len(contexts), [True] * len(contexts)
     scored = score_windows(call, windows, batch_size, device, dtype, progress)
     for i, (log_probs, most_likely) in zip(owners, scored, strict=True):
-        sums[i] += float(log_probs.double().sum())
+        sums[i] += float(log_probs.to(sum_dtype(log_probs.device)).sum())
         greedy[i] = greedy[i] and bool(most_likely.all())
     return list(zip(sums, greedy, strict=True))

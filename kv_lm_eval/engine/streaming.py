@@ -101,7 +101,7 @@ def _stream_cache(cache: CompressedCache, every: int, tokens: int, prefill_token
     cache.compression = compression
     if not compression.method.compresses or not compression.banded or tokens < 1:
         return cache
-    slots, cuts = visible_slots(compression, tokens, prefill_tokens, [0], 1)
+    slots, cuts = visible_slots(compression, tokens, prefill_tokens, [0])
     return BandCache(compression, cache.facts, slots, dict(cuts), prefill_tokens)
 
 
@@ -116,15 +116,14 @@ def _scored(
 def _document(
     parts: list[tuple[torch.Tensor, torch.Tensor]], n: int, prefill_tokens: int, cache: CompressedCache
 ) -> ScoredDocument:
-    layers = [i for i in range(len(cache.stores)) if cache.facts.compressible(i)]
-    slots, evictions = visible_slots(cache.compression, n, prefill_tokens, layers, len(cache.stores))
+    slots, evictions = visible_slots(cache.compression, n, prefill_tokens, cache.facts.cut_layers)
     log_probs = torch.cat([p for p, _ in parts]) if parts else torch.zeros(0)
     greedy = torch.cat([g for _, g in parts]) if parts else torch.zeros(0, dtype=torch.bool)
     return ScoredDocument(log_probs, greedy, slots, evictions)
 
 
 def visible_slots(
-    compression: Compression, tokens: int, prefill_tokens: int, layers: Sequence[int], num_layers: int
+    compression: Compression, tokens: int, prefill_tokens: int, layers: Sequence[int]
 ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     """What a stream of `tokens` tokens will hold at each, and its cuts, from integers alone: see ScoredDocument."""
     prompt = min(prefill_tokens, tokens)
@@ -133,7 +132,7 @@ def visible_slots(
     for layer in compression.distinct_layers(layers):
         held = array("i", range(1, prompt))
         for fed, (before, after) in enumerate(
-            compression.trace(prompt, tokens - prompt, layer, num_layers), max(prompt, 1)
+            compression.trace(prompt, tokens - prompt, layer, layers), max(prompt, 1)
         ):
             held.append(ceil(before))
             if after < before:

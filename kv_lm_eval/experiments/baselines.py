@@ -9,7 +9,6 @@ otherwise run.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import statistics
@@ -23,9 +22,10 @@ from typing import Any
 
 import torch
 import transformers
+from typing_extensions import TypedDict
 
-from kv_lm_eval import __version__, config, tiny
-from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval import __version__, config, files, identity, loading, tiny
+from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.forward import device_of, logits_of
 from kv_lm_eval.engine.prefill import NewCache
@@ -35,11 +35,23 @@ from kv_lm_eval.engine.streaming import ScoredDocument, score_documents
 from kv_lm_eval.engine.windows import score_windows
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.compression import Compression
-from kv_lm_eval.requests import request_cache
 from kv_lm_eval.tasks.perplexity import texts
 
 WARM_UP = 4  # steps whose times are thrown away
 WINDOWS_PER_FORWARD = 16
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+class _Part(TypedDict):
+    perplexity: float | None
+    nll: list[float]
+    tpot_s: float | None
+
+
+class _Baseline(TypedDict):
+    key: dict[str, Any]
+    recompute: _Part
+    full: _Part
 
 
 @dataclass
@@ -66,11 +78,11 @@ class Setup:
         device = device_of(self.model)
         return {
             "model": self.name,
-            "weights": request_cache.digest(
-                {"of": request_cache.weights_identity(tiny.resolve(self.name), self.model)}
+            "identity": identity.digest(
+                identity.before_loading({"pretrained": self.name, "dtype": str(self.model.dtype), "method": "full"})
             ),
             "text": self.text,
-            "tokens_sha256": request_cache.digest({"ids": self.row}),
+            "tokens_sha256": identity.digest(self.row),
             "tokens": len(self.row) - 1,
             "window": length,
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -104,23 +116,40 @@ def load(
         rows = texts.pg19(folder, documents)
     else:
         rows = texts.files(list(text_files or []))[:documents]
-    resolved = tiny.resolve(name)
-    config.check_pretrained(name)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(resolved)
-        model = transformers.AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype).eval()
-    except OSError as error:
-        raise UserError(f"--model {name} could not be loaded: {str(error).splitlines()[0]}") from error
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer, model = load_model(name, dtype, device)
     most = max_eval_tokens or (4096 if dataset == "wikitext" else 20_000)
     ids = tokenizer.encode("\n\n".join(row["text"] for row in rows), add_special_tokens=False, verbose=False)[:most]
-    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if prefix is None:
-        raise UserError(f"--model {name}: its tokenizer has neither a BOS nor an EOS token to begin a text with")
+    prefix = prefix_token(name, tokenizer)
     if len(ids) < 2:
         raise UserError(f"the text has {len(ids)} tokens; take a longer one")
     text = "+".join(row["name"] for row in rows)
     return Setup(name, model, tokenizer, [prefix, *ids], f"{dataset}:{text}")
+
+
+def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """Tokenizer and model as transformers makes them.
+
+    Raises:
+        UserError: they could not be loaded.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
+    resolved = tiny.resolve(name)
+    config.check_pretrained(name)
+    with loading.loading(resolved, {}):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(resolved)
+        model = loading.WholeModels.from_pretrained(resolved, dtype=dtype).eval()
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loading.check_loaded(model, tokenizer)
+    return tokenizer, model
+
+
+def prefix_token(name: str, tokenizer: Any) -> int:
+    """The token before each text: BOS, or EOS where there is none."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise UserError(f"--model {name}: its tokenizer has neither a BOS nor an EOS token to begin a text with")
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -130,7 +159,7 @@ def compressed(setup: Setup, **settings: Any) -> tuple[Compression, NewCache]:
     """Puts a method's cache under the model; afterwards it runs under such caches only."""
     compression, _, _ = config.parse(settings)
     facts = wrap(setup.model, compression)
-    return compression, partial(CompressedCache, compression, facts)
+    return compression, partial(make_cache, compression, facts)
 
 
 def capacity(settings: Mapping[str, Any]) -> int:
@@ -257,14 +286,13 @@ def beyond_trained_length(setup: Setup, slots: int) -> bool | None:
 def path_of(key: Mapping[str, Any], folder: Path) -> Path:
     """Where a baseline with this key is kept."""
     kind = str(key["text"]).split(":")[0]
-    return folder / f"{kind}_{key['tokens']}_{request_cache.digest(dict(key))[:12]}.json"
+    return folder / f"{kind}_{key['tokens']}_{identity.digest(dict(key))[:12]}.json"
 
 
 def write(baseline: Mapping[str, Any], folder: Path) -> Path:
     """Keeps a baseline."""
     file = path_of(baseline["key"], folder)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(baseline) + "\n", encoding="utf-8")
+    files.write_json(file, baseline, indent=None)
     return file
 
 
@@ -272,10 +300,11 @@ def read(file: Path, key: Mapping[str, Any]) -> dict[str, Any]:
     """A kept baseline.
 
     Raises:
-        UserError: it belongs to another configuration.
+        UserError: it is damaged, or belongs to another configuration.
     """
-    baseline = json.loads(file.read_text(encoding="utf-8"))
-    theirs = baseline.get("key", {})
+    baseline = files.read_json(file, dict[str, Any])
+    files.check(baseline, _Baseline, str(file))
+    theirs = baseline["key"]
     if different := [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in key.items() if theirs.get(k) != v]:
         raise UserError(
             f"{file} is the baseline of another configuration ({'; '.join(different)}). Measure this one with "

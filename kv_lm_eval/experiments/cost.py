@@ -8,8 +8,8 @@ from math import ceil
 from statistics import median
 from typing import Any
 
-from kv_lm_eval import tiny
-from kv_lm_eval.experiments.run_point import DONE, task_manager
+from kv_lm_eval import harness, tiny
+from kv_lm_eval.experiments.run_point import DONE
 
 Counted = tuple[int | None, int | None]  # prompts, tokens
 
@@ -38,7 +38,8 @@ def count(plan: list[dict[str, Any]], say: Callable[[str], None]) -> list[Counte
 
 def _count(point: dict[str, Any], pretrained: str) -> Counted:
     """Builds the tasks' requests as lm-eval does; texts that share a context are one prefill, so they count once."""
-    with task_manager(point) as manager:
+    metadata = {**point["model_args"], **(point["metadata"] or {})}
+    with harness.task_manager(point["tasks"], point["include_path"], metadata) as manager:
         loaded = manager.load(point["tasks"])["tasks"]
     texts: dict[str, int | None] = {}  # each with the most tokens that are read of it
     for task in loaded.values():

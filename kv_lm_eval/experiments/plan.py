@@ -7,18 +7,20 @@ is an axis of its grid; `${name}` refers to another setting of the same point or
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from kv_lm_eval import __version__
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from kv_lm_eval import files, harness, identity
 from kv_lm_eval.errors import UserError, close_names
+from kv_lm_eval.experiments import task_files
 from kv_lm_eval.experiments.references import calculate, names_in, resolve
-from kv_lm_eval.requests import request_cache
 
 TOP_KEYS = ("name", "description", "vars", "defaults", "models", "tasks", "methods", "points")
 # lm-eval's own options; every other key of an entry goes into --model_args
@@ -41,26 +43,51 @@ RUN_DEFAULTS: dict[str, Any] = {"model": "kvcompressed", "batch_size": 1, "boots
 WORDS = ("name", "where", "label")  # about the entry itself
 
 Point = dict[str, Any]
+TaskFiles = dict[Any, dict[str, Any]]  # by tasks and folder
+Count = Annotated[int, Field(ge=1)]
+
+
+class Options(TypedDict, total=False):
+    """Types of lm-eval's options in an entry; limit is checked as --limit is."""
+
+    model: str
+    tasks: list[str]
+    num_fewshot: Annotated[int, Field(ge=0)] | None
+    gen_kwargs: dict[str, Any] | str | None
+    metadata: dict[str, Any] | None
+    device: str | None
+    seed: int | Annotated[list[int | None], Field(min_length=4, max_length=4)] | None
+    apply_chat_template: bool | str | None
+    fewshot_as_multiturn: bool | None
+    system_instruction: str | None
+    include_path: str | None
+    batch_size: Count | Annotated[str, Field(pattern=r"^(auto(:\d+)?|[1-9]\d*)$")] | None
+    max_batch_size: Count | None
+    bootstrap_iters: Annotated[int, Field(ge=0)] | None
+    confirm_run_unsafe_code: bool | None
 
 
 def load(file: Path, overrides: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], list[Point]]:
     """The configuration of a YAML file and its points; `overrides` replace `defaults` and `vars` of the same name."""
-    import yaml
-
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"{file}: there is no such file; the shipped ones are in scripts/configs/")
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {error}") from error
+    config = files.read_yaml(file)
     if not isinstance(config, dict):
         raise UserError(f"{file} must hold a mapping with tasks, methods, ..., it holds {type(config).__name__}")
+    config = files.check(config, dict[str, Any], str(file))
     config.setdefault("name", file.stem)
-    config["vars"] = {**(config.get("vars") or {}), "here": str(file.resolve().parent)}
+    config["vars"] = {**_mapping(config.get("vars"), "`vars`"), "here": str(file.resolve().parent)}
     for key, value in (overrides or {}).items():
-        part = "vars" if key in (config.get("vars") or {}) else "defaults"
-        config[part] = {**(config.get(part) or {}), key: value}
-    return config, points(config)
+        part = "vars" if key in config["vars"] else "defaults"
+        config[part] = {**_mapping(config.get(part), f"`{part}`"), key: value}
+    try:
+        return config, points(config)
+    except RecursionError:
+        raise UserError(f"{file}: a value holds itself") from None
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    return files.check({} if value is None else value, dict[str, Any], what)
 
 
 def points(config: Mapping[str, Any]) -> list[Point]:
@@ -77,13 +104,14 @@ def points(config: Mapping[str, Any]) -> list[Point]:
     if not methods and not listed:
         raise UserError("nothing to run: give `methods` (a grid) or `points` (a list)")
     found: dict[str, Point] = {}
+    of_tasks: TaskFiles = {}
     for entry, grid in [*((m, True) for m in methods), *((p, False) for p in listed)]:
         own_models = models if "pretrained" not in entry else [{}]
         own_tasks = tasks if "tasks" not in entry else [{}]
         if not own_models or not own_tasks:
             raise UserError(f"{_shown(entry)} has no {'tasks' if own_models else 'model'}: give `tasks` and `models`")
         for model, task in itertools.product(own_models, own_tasks):
-            for point in _expand(config, model, task, entry, grid):
+            for point in _expand(config, model, task, entry, grid, of_tasks):
                 found.setdefault(point["hash"], point)
     _name(list(found.values()))
     return list(found.values())
@@ -98,14 +126,14 @@ def _entries(config: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
         entry = {"method": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict):
             raise UserError(f"`{key}`: {entry!r} must be a mapping (method: NAME and its settings) or a method's name")
-        out.append(entry)
+        out.append(_mapping(entry, f"`{key}`"))
     return out
 
 
 def _models(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     models = config.get("models") or []
     models = models if isinstance(models, list) else [models]
-    return [{"pretrained": model} if isinstance(model, str) else dict(model) for model in models]
+    return [{"pretrained": model} if isinstance(model, str) else _mapping(model, "`models`") for model in models]
 
 
 def _tasks(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -113,18 +141,23 @@ def _tasks(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     tasks = config.get("tasks") or []
     tasks = tasks if isinstance(tasks, list) else [tasks]
     names = [task for task in tasks if isinstance(task, str)]
-    own = [dict(task) for task in tasks if not isinstance(task, str)]
+    own = [_mapping(task, "`tasks`") for task in tasks if not isinstance(task, str)]
     if wrong := [task for task in own if "tasks" not in task]:
         raise UserError(f"`tasks`: {wrong[0]!r} is a run of its own and needs `tasks: [NAME, ...]`")
     return [*([{"tasks": names}] if names else []), *own]
 
 
 def _expand(
-    config: Mapping[str, Any], model: dict[str, Any], task: dict[str, Any], entry: dict[str, Any], grid: bool
+    config: Mapping[str, Any],
+    model: dict[str, Any],
+    task: dict[str, Any],
+    entry: dict[str, Any],
+    grid: bool,
+    of_tasks: TaskFiles,
 ) -> Iterator[Point]:
     """The points of one entry for one model and one task run."""
-    variables = config.get("vars") or {}
-    flat = {**RUN_DEFAULTS, **(config.get("defaults") or {}), **model, **task, **entry}
+    variables = _mapping(config.get("vars"), "`vars`")
+    flat = {**RUN_DEFAULTS, **_mapping(config.get("defaults"), "`defaults`"), **model, **task, **entry}
     axes = {k: v for k, v in flat.items() if grid and isinstance(v, list) and k not in ("tasks", "seed")}
     axes.update({k: variables[k] for k in _used(flat, variables) if isinstance(variables[k], list) and k not in flat})
     if empty := [k for k, v in axes.items() if not v]:
@@ -138,7 +171,7 @@ def _expand(
         if "where" in full and not _holds(full["where"], entry):
             continue
         varying = {k for k in entry if k in axes or any(a in axes for a in _used({k: entry[k]}, variables))}
-        yield _point(full, entry, [k for k in entry if k in varying and k not in WORDS])
+        yield _point(full, entry, [k for k in entry if k in varying and k not in WORDS], of_tasks)
 
 
 def _used(values: Mapping[str, Any], variables: Mapping[str, Any]) -> list[str]:
@@ -162,11 +195,18 @@ def _holds(where: Any, entry: Mapping[str, Any]) -> bool:
     return bool(where)
 
 
-def _point(full: dict[str, Any], entry: Mapping[str, Any], axes: list[str]) -> Point:
+def _point(full: dict[str, Any], entry: Mapping[str, Any], axes: list[str], of_tasks: TaskFiles) -> Point:
     run_keys = {*DECIDING_KEYS, *OTHER_KEYS, *WORDS}
     model_args = {key: value for key, value in full.items() if key not in run_keys and value is not None}
     settings = {k: full[k] for k in entry if k in model_args and k not in ("method", "pretrained")}
+    for own in (model_args, settings):  # `seed` is lm-eval's option
+        if "method_seed" in own:
+            own["seed"] = own.pop("method_seed")
+    axes = ["seed" if axis == "method_seed" else axis for axis in axes]
     tasks = full["tasks"].split(",") if isinstance(full["tasks"], str) else list(full["tasks"])
+    options = {key: full[key] for key in full if key in Options.__annotations__}
+    files.check({**options, "tasks": tasks}, Options, _shown(entry))
+    harness.check_limit(full.get("limit"))
     deciding = {**{key: full.get(key) for key in DECIDING_KEYS}, "tasks": tasks}
     point: Point = {
         "name": str(full.get("name") or ""),
@@ -178,24 +218,17 @@ def _point(full: dict[str, Any], entry: Mapping[str, Any], axes: list[str]) -> P
         **deciding,
         **{key: full.get(key) for key in OTHER_KEYS},
     }
-    what = {"model_args": model_args, **deciding, "kv-lm-eval": __version__}
-    point["hash"] = request_cache.digest({**what, "files": _file_stamps(what)})
+    names = (tuple(tasks), str(full.get("include_path")))
+    if names not in of_tasks:  # read once a plan
+        of_tasks[names] = task_files.of(tasks, full.get("include_path"))
+    point["hash"] = identity.digest(
+        {
+            "identity": identity.before_loading(model_args, str(full["model"])),
+            "asked": identity.describe({key: value for key, value in deciding.items() if key != "include_path"}),
+            "tasks": of_tasks[names],
+        }
+    )
     return point
-
-
-def _file_stamps(value: Any) -> list[Any]:
-    """Contents of the files and sizes of the model folders that a configuration names: they decide numbers too."""
-    if isinstance(value, Mapping):
-        return [stamp for part in value.values() for stamp in _file_stamps(part)]
-    if isinstance(value, list):
-        return [stamp for part in value for stamp in _file_stamps(part)]
-    if not isinstance(value, str) or len(value) > 1000:
-        return []
-    path = Path(value).expanduser()
-    path = path if path.exists() else Path(value.rpartition(":")[0]).expanduser()  # method=path/to/file.py:Class
-    if path.is_file():
-        return [hashlib.sha256(path.read_bytes()).hexdigest()]
-    return request_cache.weights_identity(value, None) if path.is_dir() and "/" in value else []
 
 
 def _name(plan: list[Point]) -> None:
@@ -236,17 +269,24 @@ def check(plan: list[Point]) -> None:
     Raises:
         UserError: all that is wrong, each with the name of its point.
     """
-    from kv_lm_eval import config, plugin
+    from kv_lm_eval import plugin
+    from kv_lm_eval.methods import names
 
+    for point in plan:  # before torch is imported for the rest
+        if point["model"] == plugin.MODEL_NAME and isinstance(method := point["model_args"].get("method"), str):
+            try:
+                names.check(method)
+            except UserError as error:
+                raise UserError(f"{point['name']}: {error}") from None
     plugin.install()
-    from kv_lm_eval.model import HFLM_KEYS
+    from kv_lm_eval import config
 
-    wrong = []
+    wrong, allowed = [], harness.hf_arguments()
     for point in plan:
         if point["model"] != plugin.MODEL_NAME:
             continue
         try:
-            config.parse(point["model_args"], pass_through=HFLM_KEYS)
+            config.parse(point["model_args"], pass_through=allowed)
             config.check_pretrained(point["model_args"].get("pretrained"))
         except UserError as error:
             wrong.append(f"{point['name']}: {error}")

@@ -99,7 +99,7 @@ def calculate(text: str) -> Any:
     """
     try:
         return _value(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, RecursionError, TypeError, MemoryError) as error:
+    except (SyntaxError, ValueError, RecursionError, TypeError, MemoryError, OverflowError) as error:
         raise NotArithmetic(text) from error
 
 

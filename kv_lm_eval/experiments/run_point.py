@@ -1,32 +1,36 @@
 """One point of a sweep: a normal lm-eval run in a folder of its own, and a record of what became of it.
 
 The run happens in this process, one after the other, so that torch and lm-eval are imported once; a point that raises
-is recorded and the sweep goes on. What kills the process itself ends the sweep; it goes on at the same point when it
-is started again. Under Ray the process is a worker, and its death is one point's failure.
+is recorded and the sweep goes on. What kills the process itself ends the sweep, and so does a full disk; it goes on at
+the same point when it is started again. Under Ray the process is a worker, and its death is one point's failure.
+
+A point is done when its record says so, and the record says so after its results and samples have been read back; only
+then are the answers, with which an interrupted run goes on, removed. Nothing that is read back can run code.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
-import os
-import pickle
 import platform
+import sqlite3
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kv_lm_eval import __version__, plugin, reports
+from kv_lm_eval import __version__, files, harness, plugin, saving
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.metrics.compression import CompressionLog
 
 DONE, FAILED, OUT_OF_MEMORY, RUNNING = "done", "failed", "out_of_memory", "running"
-RECORD, LOG, ANSWERS, REQUESTS = "point.json", "log.txt", "answers", "requests.pickle"
+RECORD, LOG, ANSWERS, REQUESTS = "point.json", "log.txt", "answers", "requests.jsonl"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def folder_of(point: dict[str, Any], output: Path) -> Path:
@@ -38,16 +42,23 @@ def folder_of(point: dict[str, Any], output: Path) -> Path:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """A point's record, empty where it was never started."""
-    file = folder / RECORD
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """A point's record; empty where it was never started, or where the record is damaged and so says nothing."""
+    try:
+        return files.read_json(folder / RECORD, dict[str, Any]) if (folder / RECORD).is_file() else {}
+    except UserError:
+        return {}
 
 
-def write_json(file: Path, what: Any) -> None:
-    """Whole or not at all, whenever the process is killed."""
-    beside = file.with_name(file.name + ".new")
-    beside.write_text(json.dumps(what, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(beside, file)
+def why_not_done(record: dict[str, Any], folder: Path) -> str | None:
+    """None for a point that is done and whose files are still what they were; otherwise the reason."""
+    if record.get("status") != DONE:
+        return str(record.get("status") or "not started")
+    known = record.get("files")
+    if not isinstance(known, dict):  # of an earlier version
+        name = saving.unreadable(folder) if (folder / str(record.get("results_file"))).is_file() else "results_*.json"
+    else:
+        name = saving.damaged(known, folder)
+    return None if name is None else f"{name} is damaged or gone"
 
 
 def run_point(point: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -56,39 +67,53 @@ def run_point(point: dict[str, Any], folder: Path) -> dict[str, Any]:
     Args:
         point: as in plan.json.
         folder: the point's own; what an interrupted run left there is used or cleared away.
+
+    Raises:
+        UserError: there is no room on the disk, so that no point can be run.
     """
     import kv_lm_eval.model  # noqa: F401  (here, so that its seconds are not the first point's)
 
     folder.mkdir(parents=True, exist_ok=True)
-    resumed = any(folder.glob(f"{ANSWERS}_rank*.db"))
+    resumed = _can_resume(folder, point["model"])
     clear_results(folder)
     record = {**point, "status": RUNNING, "error": None, "seconds": None, "resumed": resumed, "results_file": None}
-    write_json(folder / RECORD, {**record, "versions": versions()})
+    files.write_json(folder / RECORD, {**record, "versions": versions()})
     start = time.perf_counter()
     with _captured(folder / LOG):
         try:
-            _evaluate(point, folder)
+            written = _evaluate(point, folder)
             record["status"] = DONE
         except (Exception, SystemExit) as error:
+            if _is_no_room(error):
+                raise UserError(
+                    f"{point['name']}: {error}. Its answers so far are in {folder}; with room on the disk, the same "
+                    "command goes on from there"
+                ) from error
             record["status"] = OUT_OF_MEMORY if _is_out_of_memory(error) else FAILED
             record["error"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             traceback.print_exc()
     _free_memory()
     if record["status"] == DONE:
         record["seconds"] = round(time.perf_counter() - start, 2)
-        results = sorted(reports.results_files(folder))
-        record["results_file"] = str(results[-1].relative_to(folder))
-    write_json(folder / RECORD, {**record, "versions": versions()})
+        (results,) = (file for file in written if file.suffix == ".json")
+        record["results_file"] = results.relative_to(folder).as_posix()
+        record["files"] = saving.fingerprints(written, folder)
+    files.write_json(folder / RECORD, {**record, "versions": versions()})
     if record["status"] == DONE:
-        for file in [*folder.glob(f"{ANSWERS}_rank*"), folder / REQUESTS]:
-            file.unlink(missing_ok=True)
+        tidy(folder)
     return record
 
 
 def clear_results(folder: Path) -> None:
     """A run that was killed while it wrote may have left some of its files: the next one writes all of them."""
-    for file in [*folder.rglob("results_*.json"), *folder.rglob("samples_*.jsonl")]:
+    for file in [*folder.rglob("results_*.json"), *folder.rglob("samples_*.jsonl"), *folder.rglob(".*.part")]:
         file.unlink()
+
+
+def tidy(folder: Path) -> None:
+    """Takes away what a point that is done needs no more, also where a kill came before that."""
+    for file in [*folder.glob(f"{ANSWERS}_rank*"), folder / REQUESTS, *folder.rglob(".*.part")]:
+        file.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:
@@ -97,11 +122,22 @@ def versions() -> dict[str, str]:
     return {"kv-lm-eval": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
 
 
-def _evaluate(point: dict[str, Any], folder: Path) -> None:
+def _can_resume(folder: Path, model: str) -> bool:
+    """Whether an interrupted run's answers can be used: they and the records of their requests, or neither."""
+    from kv_lm_eval.requests import kept_answers
+
+    kept, records = list(folder.glob(f"{ANSWERS}_rank*.db")), folder / REQUESTS
+    has_records = records.is_file() or model != plugin.MODEL_NAME
+    if kept and has_records and all(map(kept_answers.is_whole, kept)) and KeptLog.damage(records) is None:
+        return True
+    tidy(folder)
+    return False
+
+
+def _evaluate(point: dict[str, Any], folder: Path) -> list[Path]:
+    """The run itself; returns the results file and the samples files."""
     plugin.install()
-    from lm_eval import simple_evaluate
     from lm_eval.api.registry import get_model
-    from lm_eval.loggers import EvaluationTracker
 
     seeds = point["seed"] if isinstance(point["seed"], list) else [point["seed"]] * 4
     names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
@@ -109,64 +145,99 @@ def _evaluate(point: dict[str, Any], folder: Path) -> None:
     sizes = {key: point[key] for key in ("batch_size", "max_batch_size", "device")}
     lm = get_model(point["model"]).create_from_arg_obj(dict(point["model_args"]), sizes)
     if hasattr(lm, "compression_log"):
-        lm.compression_log = KeptLog(folder / REQUESTS)
-    tracker = EvaluationTracker(output_path=str(folder))
-    with task_manager(point) as manager:
-        results = simple_evaluate(
-            model=lm,
-            model_args=point["model_args"],
-            tasks=point["tasks"],
-            task_manager=manager,
-            use_cache=str(folder / ANSWERS),
-            log_samples=True,
-            evaluation_tracker=tracker,
-            **{key: point[key] for key in ("num_fewshot", "limit", "gen_kwargs", "system_instruction")},
-            **{key: point[key] for key in ("bootstrap_iters", "batch_size", "max_batch_size", "device")},
-            **{key: bool(point[key]) for key in ("confirm_run_unsafe_code",)},
-            apply_chat_template=point["apply_chat_template"] or False,
-            fewshot_as_multiturn=point["fewshot_as_multiturn"] is not False,
-            **seeded,
-        )
-    results["config"]["model"] = point["model"]  # lm-eval names a loaded model by its weights
-    tracker.general_config_tracker.model_source = point["model"]
-    samples = results.pop("samples")
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for task, rows in samples.items():
-        tracker.save_results_samples(task_name=task, samples=rows)
-    print(reports.write_all(reports.results_files(folder)))
+        lm.compression_log = KeptLog.of(lm.compression_log, folder / REQUESTS)
+    else:
+        _keep_answers_as_json(lm)
+    run = harness.run(
+        lm,
+        point["model_args"],
+        point["tasks"],
+        output_path=folder,
+        include_path=point["include_path"],
+        metadata=point["metadata"],
+        model_name=point["model"],
+        use_cache=str(folder / ANSWERS),
+        log_samples=True,
+        **{key: point[key] for key in ("num_fewshot", "limit", "gen_kwargs", "system_instruction")},
+        **{key: point[key] for key in ("bootstrap_iters", "batch_size", "max_batch_size", "device")},
+        **{key: bool(point[key]) for key in ("confirm_run_unsafe_code",)},
+        apply_chat_template=point["apply_chat_template"] or False,
+        fewshot_as_multiturn=point["fewshot_as_multiturn"] is not False,
+        **seeded,
+    )
+    assert run is not None, "a point is run by one process"
+    print(run.said)
+    return run.written
 
 
-@contextmanager
-def task_manager(point: dict[str, Any]) -> Iterator[Any]:
-    """lm-eval's index of tasks, only ours where that will do: it saves seconds a point."""
-    plugin.install()
-    from lm_eval.tasks import TaskManager
+def _keep_answers_as_json(lm: Any) -> None:
+    """Our own model does so by itself."""
+    from kv_lm_eval.requests import kept_answers
 
-    metadata = {**point["model_args"], **(point["metadata"] or {})}
-    small = point["include_path"] is None and plugin.owns_tasks(point["tasks"])
-    with plugin.only_our_tasks() if small else nullcontext():
-        yield TaskManager(include_path=point["include_path"], metadata=metadata)
+    original = lm.set_cache_hook
+
+    def set_cache_hook(hook: Any) -> None:
+        kept_answers.keep_as_json(hook.dbdict)
+        original(hook)
+
+    lm.set_cache_hook = set_cache_hook
 
 
-class KeptLog(CompressionLog):
-    """A compression log that survives a kill: requests answered before it are in the statistics after it."""
+class KeptLog:
+    """Mixed into a compression log so that it survives a kill: requests answered before it are in its statistics.
 
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self.file = file
-        with suppress(FileNotFoundError, EOFError, pickle.UnpicklingError), file.open("rb") as lines:
-            while True:  # until the end, or what was being written
-                self.records += pickle.load(lines)
-        self.before = {r.identity for r in self.records}
+    Each batch is one line of JSON, on the disk before the model goes on. A last line without its end was being written
+    and counts as not there; its requests have no answers either, since those are kept after their records.
+    """
+
+    file: Path
+    before: set[Any]
+    records: list[Any]
+
+    @staticmethod
+    def of(log: Any, file: Path) -> Any:
+        """The log, kept in a file from now on, with the records that are there already."""
+        from kv_lm_eval.metrics.compression import RequestRecord
+
+        log.__class__ = type("KeptLog", (KeptLog, type(log)), {})
+        log.file = file
+        log.records += [RequestRecord(**row) for batch in KeptLog._lines(file) for row in batch]
+        log.before = {r.identity for r in log.records}
+        return log
+
+    @staticmethod
+    def damage(file: Path) -> str | None:
+        """What is wrong with a file of records, None for a whole one or none at all."""
+        from kv_lm_eval.metrics.compression import RequestRecord
+
+        try:
+            for batch in KeptLog._lines(file):
+                [RequestRecord(**row) for row in batch]
+        except (UserError, TypeError) as error:
+            return str(error)
+        return None
+
+    @staticmethod
+    def _lines(file: Path) -> Iterator[list[dict[str, Any]]]:
+        if not file.is_file():
+            return
+        whole, end, _ = file.read_bytes().rpartition(b"\n")
+        for number, line in enumerate(whole.decode("utf-8", errors="replace").split("\n") if end else (), 1):
+            place = f"{file}, line {number}"
+            yield files.check(files.parse_json(line, place), list[dict[str, Any]], place)
 
     def add_batch(self, *batch: Any, **more: Any) -> None:
         """As in CompressionLog; a request whose answer was lost after its record was written counts once."""
         start = len(self.records)
-        super().add_batch(*batch, **more)
+        super().add_batch(*batch, **more)  # type: ignore[misc]
         new = [r for r in self.records[start:] if r.identity not in self.before]
         self.records[start:] = new
-        with self.file.open("ab") as out:
-            pickle.dump(new, out)
+        if new:
+            files.append_line(self.file, json.dumps([asdict(r) for r in new], default=_number))
+
+
+def _number(value: Any) -> Any:
+    return value.item()  # of numpy or torch
 
 
 @contextmanager
@@ -195,6 +266,17 @@ def _is_out_of_memory(error: BaseException) -> bool:
         if isinstance(seen, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(seen):
             return True
         seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _is_no_room(error: BaseException | None) -> bool:
+    """Whether a write failed for want of room, also where another error was raised from that."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return True
+        if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
     return False
 
 

@@ -14,7 +14,6 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,8 @@ from typing_extensions import dataclass_transform
 
 from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.errors import UserError, close_names
+from kv_lm_eval.methods import names
+from kv_lm_eval.methods.names import available as available
 
 if TYPE_CHECKING:
     from kv_lm_eval.cache.facts import ModelFacts
@@ -46,13 +47,14 @@ class View:
         seen: tokens each row has seen so far (host integers, length B).
         keep: slots each row will keep (host integers, length B), already limited to what the row holds.
         layer: index of the layer; num_layers: how many there are.
-        mass: [B, K, N] float32 attention each key has received from all queries so far, mean over the query heads
-            of its group; only for methods with `accumulates = True`.
         bias: [B, K, N] float32 added to the attention logits of each slot, the logarithm of the number of tokens that
             it stands for; None: each stands for one.
         memory: [B, K] float32 what the treatment of the evicted remembers from the last cut, or None.
-        moments: mean and covariance of the queries before their rotary embedding; for methods with `moments_from`.
         scaling: factor of the layer's attention logits, mostly D ** -0.5.
+        method: its name, for messages. num_queries: last queries that are kept for it; None: all that are asked for.
+
+    `mass`, `moments`, `attention` and `rotate` are there for methods that declare them: the cache gathers nothing that
+    nobody reads.
     """
 
     keys: torch.Tensor
@@ -62,25 +64,61 @@ class View:
     keep: list[int]
     layer: int
     num_layers: int
-    mass: torch.Tensor | None
+    _mass: torch.Tensor | None
     _attend: Callable[[int], torch.Tensor]
     bias: torch.Tensor | None = None
     memory: torch.Tensor | None = None
-    moments: QueryMoments | None = None
+    _moments: QueryMoments | None = None
     scaling: float = 1.0
     _rotate: Callable[..., torch.Tensor] | None = None
+    method: str = "NAME"
+    num_queries: int | None = None
+
+    @property
+    def mass(self) -> torch.Tensor:
+        """[B, K, N] float32 attention each key has received from all queries so far, mean over the query heads of its
+        group; for methods with `accumulates = True`."""
+        if self._mass is None:
+            raise self._undeclared("view.mass, the attention received so far", "accumulates = True")
+        return self._mass
+
+    @property
+    def moments(self) -> QueryMoments:
+        """Mean and covariance of the queries before their rotary embedding; for methods with `moments_from`."""
+        if self._moments is None:
+            raise self._undeclared(
+                "view.moments, mean and covariance of the queries",
+                "a property moments_from: the position from which on queries count, 0 for all",
+            )
+        return self._moments
+
+    def _undeclared(self, what: str, remedy: str) -> UserError:
+        return UserError(
+            f"method={self.method} reads {what}, which is gathered only for methods that declare it; give its class "
+            f"{remedy}"
+        )
 
     def rotate(self, x: torch.Tensor, delta: torch.Tensor, over: int = 1) -> torch.Tensor:
         """Keys or queries [B, K, N, D] moved by delta positions ([B, N], [B, 1] or [B, K, N]); mean over `over` of
         them from there on. Only where `moves_keys` or `moments_from` asked for it."""
-        assert self._rotate is not None
+        if self._rotate is None:
+            raise self._undeclared(
+                "view.rotate, which moves keys in position",
+                "a property moments_from (or use evicted=compensate,key_space=pre_rope, or positions=in_cache)",
+            )
         return self._rotate(x, delta, over)
 
     def attention(self, last: int) -> torch.Tensor:
         """Attention weights of the `last` most recent queries over the slots: [B, K, G, last, N], float32.
 
-        Causal by position. A row that has seen fewer tokens has zeros for the queries that it lacks.
+        Causal by position. A row that has seen fewer tokens has zeros for the queries that it lacks. For methods with
+        a `num_queries` of at least `last`.
         """
+        if self.num_queries is not None and last > self.num_queries:
+            raise self._undeclared(
+                f"view.attention({last}), the attention of the last {last} queries, and keeps {self.num_queries}",
+                f"a property num_queries that returns {last}",
+            )
         return self._attend(last)
 
     def recent(self, count: int | list[int]) -> torch.Tensor:
@@ -202,6 +240,11 @@ class Method:
         return None
 
     @property
+    def heads_alike(self) -> bool:
+        """Whether all heads of a layer have the same scores, so that none could keep more than another."""
+        return self.sinks_and_recent is not None
+
+    @property
     def per_query_head(self) -> bool:
         """Whether every query head chooses for itself, from keys and values repeated for it (G times the bytes)."""
         return False
@@ -229,15 +272,6 @@ class Method:
 # ---------------------------------------------------------------------------------------------------- discovery
 
 
-def available() -> list[str]:
-    """Names of the bundled methods: every module of this package that defines one, without importing it.
-
-    A trailing underscore is dropped, so that `random_.py` does not shadow the standard library's `random`.
-    """
-    parts = {"base", "budget", "schedule", "evicted", "treatments", "storage", "compression", "listing"}
-    return sorted(m.name.rstrip("_") for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in parts)
-
-
 def load(spec: str) -> type[Method]:
     """The class of a bundled method by name, or of the user's own by `path/to/file.py[:Class]`.
 
@@ -246,12 +280,7 @@ def load(spec: str) -> type[Method]:
     """
     if ".py" in spec:
         return _load_file(spec)
-    name = spec.lower().replace("-", "_")
-    if name not in available():
-        raise UserError(
-            f"method={spec} is not known{close_names(name, available())}. Available: {', '.join(available())}. "
-            "Your own method: method=path/to/file.py:ClassName."
-        )
+    name = names.check(spec)
     root = __name__.rpartition(".")[0]
     found = importlib.util.find_spec(f"{root}.{name}_") or importlib.util.find_spec(f"{root}.{name}")
     assert found is not None

@@ -2,7 +2,8 @@
 
 The total is chosen by the setting that names it: `max_capacity_prompt` (slots) or `keep_ratio` / `compression_ratio`
 (a share of the tokens seen). `layer_budget` says how layers share it, `head_budget` how the heads of a layer do; both
-leave the total as it is.
+leave the total as it is: the mean over the layers that are cut and their heads is the budget, to the slot. Layers that
+the model bounds itself (sliding windows) and those of skip_layers are never cut and do not count.
 """
 
 from __future__ import annotations
@@ -10,29 +11,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import ceil
-from typing import ClassVar
+from math import floor
+from typing import Any, ClassVar
 
 import torch
 
-from kv_lm_eval.cache.transfer import to_device
+from kv_lm_eval.cache.transfer import at_least_float32, to_device
 from kv_lm_eval.errors import UserError
+
+
+def _rounding() -> Any:
+    """The setting `rounding`, the same for shares, layers and heads."""
+    return field(
+        default="exact",
+        metadata={
+            "help": "exact: budgets are met to the slot; reference: as published code rounds, which may miss them",
+            "choices": ("exact", "reference"),
+        },
+    )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many slots each row of a layer keeps."""
+    """How many slots each row of a layer keeps, as the mean over the layers that share them."""
 
-    per_layer: ClassVar[bool] = False  # whether layers have budgets of their own
     least: ClassVar[int] = 1  # slots that a layer keeps in any case
 
-    def keep(
-        self, seen: list[int], layer: int, num_layers: int, held: Sequence[float] | None = None, protected: int = 0
-    ) -> Sequence[float]:
-        """Slots per KV head (their mean) that each row of this layer may keep.
+    def asked(self, seen: Sequence[int], held: Sequence[float], layer: int) -> Sequence[float]:
+        """Slots per KV head (their mean) that were asked for, by row; fewer than `least` where a share is that small.
 
         Args:
-            seen: tokens each row has seen. held: slots it holds now. protected: slots the method always keeps.
+            seen: tokens each row has seen. held: slots it holds now.
         """
         raise NotImplementedError
 
@@ -40,8 +49,17 @@ class Budget:
         """Slots that each KV head keeps of `seen` tokens, where heads have fixed budgets of their own; else None."""
         return None
 
+    @property
+    def per_layer(self) -> bool:
+        """Whether layers have budgets of their own."""
+        return False
+
     def check(self, protected: int, method: str) -> None:
         """Raises UserError where the method's always-kept slots leave no room for a choice."""
+
+    def warnings(self, every: int, protected: int, longest: int | None) -> list[str]:
+        """What a user should know of the budget with cuts every so many tokens (0: one), in a model of so many."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -58,9 +76,7 @@ class Slots(Budget):
                 f"max_capacity_prompt={self.max_capacity_prompt} keeps nothing; it is a number of slots, at least 1"
             )
 
-    def keep(
-        self, seen: list[int], layer: int, num_layers: int, held: Sequence[float] | None = None, protected: int = 0
-    ) -> Sequence[float]:
+    def asked(self, seen: Sequence[int], held: Sequence[float], layer: int) -> Sequence[float]:
         return [self.max_capacity_prompt] * len(seen)
 
     def check(self, protected: int, method: str) -> None:
@@ -71,12 +87,25 @@ class Slots(Budget):
                 "would equal a plain window; raise max_capacity_prompt or lower window_size."
             )
 
+    def warnings(self, every: int, protected: int, longest: int | None) -> list[str]:
+        if longest is None or self.max_capacity_prompt < longest:
+            return []
+        return [
+            f"max_capacity_prompt={self.max_capacity_prompt} is no less than the {longest} positions of the model: "
+            "nothing is ever evicted from a prompt that it can take, which is method=full"
+        ]
+
 
 @dataclass(frozen=True)
 class Ratio(Budget):
-    """A share of the tokens seen so far, rounded up: ceil(keep_ratio * tokens)."""
+    """A share of the tokens seen so far, rounded down: floor(keep_ratio * tokens), at least one.
+
+    The ratio counts as it is written: 0.9 of 100 is 90. rounding=reference is NVIDIA/kvpress: int(n * (1 - ratio)) in
+    binary fractions, where a tenth of 100 is 9.
+    """
 
     keep_ratio: float = field(metadata={"help": "share of the tokens seen that is kept, over 0 and at most 1"})
+    rounding: str = _rounding()
 
     def __post_init__(self) -> None:
         if not 0 < self.keep_ratio <= 1:
@@ -85,17 +114,33 @@ class Ratio(Budget):
                 f"(compression_ratio, the share removed, is in [0, 1) and here would be {1 - self.keep_ratio:g})"
             )
 
-    def keep(
-        self, seen: list[int], layer: int, num_layers: int, held: Sequence[float] | None = None, protected: int = 0
-    ) -> Sequence[float]:
-        return [_ceil_share(self.keep_ratio, n) for n in seen]
+    def asked(self, seen: Sequence[int], held: Sequence[float], layer: int) -> Sequence[float]:
+        return [self.share(n) for n in seen]
+
+    def share(self, n: float) -> int:
+        """keep_ratio of n slots."""
+        if self.rounding == "reference":
+            return int(n * (1 - round(1 - self.keep_ratio, 12)))
+        return floor(Fraction(repr(self.keep_ratio)) * Fraction(n))
+
+    def warnings(self, every: int, protected: int, longest: int | None) -> list[str]:
+        if self.keep_ratio == 1:
+            return ["keep_ratio=1 evicts nothing: this is method=full"]
+        least = max(protected, self.least)
+        if longest is not None and self.share(longest) <= least:
+            return [
+                f"keep_ratio={self.keep_ratio:g} of the longest prompt of the model ({longest} tokens) is "
+                f"{self.share(longest)} slots, and {least} always stay: every prompt keeps those and nothing else, "
+                "whatever its share"
+            ]
+        return []
 
 
 @dataclass(frozen=True)
 class RatioAbove(Ratio):
     """The same share, of what is held now, and only once more than `prune_after` slots are held.
 
-    Cut at every step this is a bounded cache, whatever the context: between ceil(keep_ratio * (prune_after + 1)) and
+    Cut at every step this is a bounded cache, whatever the context: between floor(keep_ratio * (prune_after + 1)) and
     prune_after slots.
     """
 
@@ -106,71 +151,46 @@ class RatioAbove(Ratio):
         if self.prune_after < 0:
             raise UserError(f"prune_after={self.prune_after} is negative; it is a number of slots, 0 or more")
 
-    def keep(
-        self, seen: list[int], layer: int, num_layers: int, held: Sequence[float] | None = None, protected: int = 0
-    ) -> Sequence[float]:
-        now = seen if held is None else held
-        return [_ceil_share(self.keep_ratio, n) if n > self.prune_after else n for n in now]
+    def asked(self, seen: Sequence[int], held: Sequence[float], layer: int) -> Sequence[float]:
+        return [self.share(n) if n > self.prune_after else n for n in held]
 
-
-@dataclass(frozen=True)
-class Pyramid(Budget):
-    """Lower layers keep more, upper layers fewer, on average max_capacity_prompt.
-
-    With c = max_capacity_prompt - window: the top layer keeps c // beta and the bottom one 2c minus that, linear
-    between, plus the window. The bottom cannot keep more than the prompt has; what it lacks goes to the top. A prompt
-    under 2c keeps max_capacity_prompt in every layer.
-
-    Paper: arXiv:2406.02069 (PyramidKV), section 3.2. Reference: KVCache-Factory, pyramidkv_utils.py.
-    Deviations: none in the arithmetic. Its integer division leaves the total a little off: at most half a slot a layer
-    for each layer, which shows with tiny budgets only.
-    """
-
-    per_layer: ClassVar[bool] = True
-
-    max_capacity_prompt: int = field(metadata={"help": "pairs kept per KV head, mean over the layers"})
-    beta: int = field(default=20, metadata={"help": "steepness: the top layer keeps about 1/beta of the mean"})
-
-    def __post_init__(self) -> None:
-        Slots(self.max_capacity_prompt)
-        if self.beta < 1:
-            raise UserError(f"beta={self.beta} must be at least 1 (1: every layer keeps the same)")
-
-    def keep(
-        self, seen: list[int], layer: int, num_layers: int, held: Sequence[float] | None = None, protected: int = 0
-    ) -> Sequence[float]:
-        return [self._one(length, layer, num_layers, protected) for length in seen]
-
-    def _one(self, length: int, layer: int, num_layers: int, window: int) -> int:
-        scored = self.max_capacity_prompt - window
-        if length < 2 * scored or num_layers == 1:
-            return self.max_capacity_prompt
-        top = scored // self.beta
-        bottom = 2 * scored - top
-        if bottom >= length - window:
-            bottom = length - window
-            top = 2 * scored - bottom
-        return bottom - layer * ((bottom - top) // (num_layers - 1)) + window
-
-    def check(self, protected: int, method: str) -> None:
-        Slots(self.max_capacity_prompt).check(protected, method)
+    def warnings(self, every: int, protected: int, longest: int | None) -> list[str]:
+        if longest is not None and self.prune_after >= longest:
+            return [
+                f"prune_after={self.prune_after} is no less than the {longest} positions of the model: nothing is ever "
+                "evicted from a prompt that it can take, which is method=full"
+            ]
+        if not every or self.keep_ratio == 1:
+            return super().warnings(every, protected, longest)
+        share = Fraction(repr(self.keep_ratio))
+        settled = max(
+            floor(share * every / (1 - share)), protected, self.least
+        )  # what a cut leaves of that and `every`
+        if settled + every <= self.prune_after:
+            return []
+        return [
+            f"keep_ratio={self.keep_ratio:g} with prune_after={self.prune_after} and compress_every={every} takes its "
+            f"share of what is left at every cut, over and over: the cache settles at {settled} slots, however long "
+            "the prompt is. A share of the tokens seen is keep_ratio without prune_after"
+        ]
 
 
 @dataclass(frozen=True)
 class PerHead(Budget):
     """A fixed number of slots for each KV head of each layer, given by the method itself."""
 
-    per_layer: ClassVar[bool] = True
     least: ClassVar[int] = 0
 
     slots: tuple[tuple[int | None, ...], ...] = field(repr=False)  # by layer; None: all tokens
 
+    @property
+    def per_layer(self) -> bool:
+        return True
+
     def by_head(self, seen: int, layer: int) -> list[int]:
         return [seen if most is None else min(seen, most) for most in self.slots[layer]]
 
-    def keep(
-        self, seen: list[int], layer: int, num_layers: int, held: Sequence[float] | None = None, protected: int = 0
-    ) -> list[float]:
+    def asked(self, seen: Sequence[int], held: Sequence[float], layer: int) -> Sequence[float]:
         return [sum(self.by_head(n, layer)) / len(self.slots[layer]) for n in seen]
 
 
@@ -178,15 +198,69 @@ class PerHead(Budget):
 class Everything(Budget):
     """No limit: the full cache."""
 
-    def keep(
-        self, seen: list[int], layer: int, num_layers: int, held: Sequence[float] | None = None, protected: int = 0
-    ) -> Sequence[float]:
+    def asked(self, seen: Sequence[int], held: Sequence[float], layer: int) -> Sequence[float]:
         return list(seen)
 
 
-def _ceil_share(ratio: float, n: float) -> int:
-    """ceil(ratio * n) with the ratio as it is written, so that 0.1 is a tenth."""
-    return ceil(Fraction(repr(ratio)) * Fraction(n))
+@dataclass(frozen=True)
+class Layers:
+    """How the layers that are cut share the slots.
+
+    "uniform": each the same. "pyramid": lower ones keep more, upper ones fewer, linear between. With the mean m,
+    c = m - window of it scored: the bottom keeps c - c // beta more than m, the top as many fewer. A layer and its
+    mirror image always differ from m by the same whole number, so that the mean is m whatever their number. Nothing is
+    asked of a layer that the prompt does not have: a prompt of m + x tokens is kept whole by the bottom, and the top
+    keeps m - x, so that the mean is m for every prompt longer than m, and at every token of a stream.
+
+    Paper: arXiv:2406.02069 (PyramidKV), section 3.2. Reference: KVCache-Factory, pyramidkv_utils.py.
+    Deviations: the reference rounds the steps between layers down, which keeps more than m (265 for 256), counts layers
+    that are never cut, and keeps m in every layer of a prompt under 2c. rounding=reference is its arithmetic.
+    """
+
+    layer_budget: str = field(
+        default="uniform",
+        metadata={"help": "how the layers that are cut share the slots", "choices": ("uniform", "pyramid")},
+    )
+    beta: int = field(
+        default=20, metadata={"help": "layer_budget=pyramid: the top layer keeps about 1/beta of the mean"}
+    )
+    rounding: str = _rounding()
+
+    def __post_init__(self) -> None:
+        if self.beta < 1:
+            raise UserError(f"beta={self.beta} must be at least 1 (1: every layer keeps the same)")
+
+    @property
+    def differ(self) -> bool:
+        """Whether layers have budgets of their own."""
+        return self.layer_budget == "pyramid"
+
+    def share(self, mean: int, seen: int, place: int, layers: int, protected: int) -> int:
+        """Slots of one of `layers` layers that keep `mean` on average, counted from the bottom.
+
+        Args:
+            seen: tokens of the row. protected: slots the method always keeps.
+        """
+        if not self.differ or layers == 1 or seen <= mean:
+            return mean
+        if self.rounding == "reference":
+            return self._reference(mean, seen, place, layers, protected)
+        scored = max(mean - protected, 0)
+        more = max(min(scored - scored // self.beta, mean - max(protected, 1), seen - mean), 0)  # at the bottom
+        from_middle = layers - 1 - 2 * place
+        step = more * abs(from_middle) // (layers - 1)
+        return mean + step if from_middle > 0 else mean - step
+
+    def _reference(self, mean: int, seen: int, place: int, layers: int, window: int) -> int:
+        scored = mean - window
+        if scored <= 0 or seen < 2 * scored:
+            return mean
+        top = scored // self.beta
+        bottom = 2 * scored - top
+        if bottom >= seen - window:
+            bottom = seen - window
+            top = 2 * scored - bottom
+        return bottom - place * ((bottom - top) // (layers - 1)) + window
 
 
 @dataclass(frozen=True)
@@ -197,7 +271,9 @@ class Heads:
     say how many each head would keep; a share `alpha` of an equal part is guaranteed to each.
 
     Paper: arXiv:2407.11550 (Ada-KV), algorithm 1. Reference: FFY0/AdaKV.
-    Deviations: the safeguard is rounded so that the layer's total is exact, rather than per head.
+    Deviations: the safeguard is rounded so that the layer's total is exact, rather than per head. rounding=reference
+    is its arithmetic: of the scored slots c of a head's equal part int(alpha * c) are sure, and each head's number is
+    rounded for itself, so that the total may be off by half a slot a head.
     """
 
     head_budget: str = field(
@@ -205,31 +281,52 @@ class Heads:
         metadata={"help": "how the KV heads of a layer share its slots", "choices": ("uniform", "ada")},
     )
     alpha: float = field(default=0.2, metadata={"help": "head_budget=ada: share of an equal part each head is sure of"})
+    rounding: str = _rounding()
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UserError(f"alpha={self.alpha} is outside [0, 1]: it is a share of an equal part")
 
-    def split(self, scores: torch.Tensor, pos: torch.Tensor, keep: list[int]) -> torch.Tensor:
+    @property
+    def differ(self) -> bool:
+        """Whether heads have budgets of their own."""
+        return self.head_budget == "ada"
+
+    @property
+    def exact(self) -> bool:
+        """Whether a layer's heads keep its slots to the last one."""
+        return not self.differ or self.rounding == "exact"
+
+    def split(self, scores: torch.Tensor, pos: torch.Tensor, keep: list[int], protected: int = 0) -> torch.Tensor:
         """Slots per row and head, [B, heads], whose sum over the heads is heads * keep of the row.
 
         Args:
             scores: [B, heads, N]; pos: [B, 1 or heads, N], -1 where empty; keep: mean slots per head, by row.
+            protected: slots of each head that the method always keeps.
         """
         rows, heads, n = scores.shape
-        if self.head_budget == "uniform" or heads == 1:
+        if not self.differ or heads == 1:
             return torch.tensor(keep).view(-1, 1).expand(rows, heads)
         real = (pos >= 0).expand(rows, heads, n)
-        flat = torch.where(real, scores.float(), float("-inf")).reshape(rows, heads * n)
+        flat = torch.where(real, at_least_float32(scores), float("-inf")).reshape(rows, heads * n)
         order = flat.argsort(dim=-1, descending=True, stable=True)
         rank = torch.arange(heads * n, device=order.device)
         chosen = rank < to_device([k * heads for k in keep], order.device).view(-1, 1)
         wanted = torch.zeros(rows, heads, dtype=torch.long, device=order.device)
         wanted.scatter_add_(1, order // n, chosen.long())
         available = real.sum(-1).tolist()
-        return torch.tensor(
-            [_blend(w, a, k, self.alpha) for w, a, k in zip(wanted.tolist(), available, keep, strict=True)]
-        )
+        rows_of_heads = zip(wanted.tolist(), available, keep, strict=True)
+        if self.rounding == "reference":
+            return torch.tensor([self._reference(w, a, k, protected) for w, a, k in rows_of_heads])
+        return torch.tensor([_blend(w, a, k, self.alpha) for w, a, k in rows_of_heads])
+
+    def _reference(self, wanted: list[int], available: list[int], keep: int, protected: int) -> list[int]:
+        if sum(available) <= keep * len(available):
+            return available
+        sure = int((keep - protected) * self.alpha)
+        scored = torch.tensor(wanted) - protected
+        slots = torch.round(scored * (1 - self.alpha) + sure).int() + protected  # half to even, as there
+        return [min(s, a) for s, a in zip(slots.tolist(), available, strict=True)]
 
 
 def _blend(wanted: list[int], available: list[int], keep: int, alpha: float) -> list[int]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kv_lm_eval.methods.base import Method, Sight
-from kv_lm_eval.methods.budget import Budget, Heads
+from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods.base import Method, Sight, View
+from kv_lm_eval.methods.budget import Budget, Heads, Layers
 from kv_lm_eval.methods.evicted import Evicted
 from kv_lm_eval.methods.schedule import Schedule
 from kv_lm_eval.methods.storage import Storage
@@ -29,14 +30,49 @@ class Compression:
     evicted: Evicted
     heads: Heads = field(default_factory=Heads)
     storage: Storage = field(default_factory=Storage)
+    layers: Layers = field(default_factory=Layers)
 
-    def keep(self, seen: list[int], held: list[float], layer: int, num_layers: int) -> list[float]:
-        """Slots each row may keep: its budget, never less than what the method protects, never more than it holds."""
+    def keep(self, seen: list[int], held: list[float], layer: int, layers: Sequence[int]) -> list[float]:
+        """Slots each row may keep: its budget, never less than what the method protects, never more than it holds.
+
+        Args:
+            layers: those that the model lets be cut; they share the budget, without those of skip_layers.
+        """
         if layer in self.schedule.skip_layers or self.method.hides:
             return list(held)
+        return [min(h, k) for h, k in zip(held, self._budget(seen, held, layer, layers), strict=True)]
+
+    def _budget(self, seen: list[int], held: list[float], layer: int, layers: Sequence[int]) -> list[float]:
+        """Slots of each row in a layer, whatever it holds."""
+        asked, protected = self.budget.asked(seen, held, layer), self.method.protected
+        if self.layers.differ:
+            sharing = [i for i in layers if i not in self.schedule.skip_layers]
+            place = sharing.index(layer), len(sharing)
+            asked = [self.layers.share(int(a), n, *place, protected) for a, n in zip(asked, seen, strict=True)]
+        return [max(a, protected, self.budget.least) for a in asked]
+
+    def over_budget(self, tokens: int) -> bool:
+        """Whether the slots that always stay are all that a prompt of so many tokens keeps, or more than was asked."""
+        if not self.method.compresses or self.method.hides:
+            return False
+        asked = self.budget.asked([tokens], [tokens], 0)[0]
         protected = self.method.protected
-        allowed = self.budget.keep(seen, layer, num_layers, held, protected)
-        return [min(h, max(a, protected, self.budget.least)) for a, h in zip(allowed, held, strict=True)]
+        return tokens > asked and asked < max(protected + 1 if protected else 0, self.budget.least)
+
+    def score(self, view: View) -> torch.Tensor:
+        """The method's scores of all slots, [B, 1 or K, N].
+
+        Raises:
+            UserError: they have another shape, so that they do not say which slots stay.
+        """
+        scores = self.method.score(view)
+        b, k, n, _ = view.keys.shape
+        if scores.dim() != 3 or scores.shape[0] != b or scores.shape[1] not in (1, k) or scores.shape[2] != n:
+            raise UserError(
+                f"method={self.method.name} gave scores of shape {list(scores.shape)}: {b} rows, {k} KV heads and {n} "
+                f"slots make [{b}, {k}, {n}], or [{b}, 1, {n}] where all heads keep the same tokens"
+            )
+        return scores
 
     def counts(
         self,
@@ -52,7 +88,7 @@ class Compression:
         if all(shares):
             counts = torch.tensor(shares)
         else:
-            counts = self.heads.split(scores, pos, [int(k) for k in keep])
+            counts = self.heads.split(scores, pos, [int(k) for k in keep], self.method.protected)
         whole = [k == h for k, h in zip(keep, held, strict=True)]  # rows left as they are, whatever their heads hold
         if any(whole) and max(counts.shape[1], pos.shape[1]) > 1:
             real = (pos >= 0).sum(-1).cpu()
@@ -61,50 +97,111 @@ class Compression:
 
     def uniform(self, layer: int) -> bool:
         """Whether all heads of the layer keep the same number of slots."""
-        return self.heads.head_budget == "uniform" and self.budget.by_head(1, layer) is None
+        return not self.heads.differ and self.budget.by_head(1, layer) is None
 
     def sight(self, layer: int) -> Sight | None:
         """What the queries of a layer may see of what is held; None: all of it."""
         return None if layer in self.schedule.skip_layers else self.method.sight(layer)
 
-    def in_view(self, seen: int, held: float, layer: int, num_layers: int) -> float:
+    def in_view(self, seen: int, held: float, layer: int, layers: Sequence[int]) -> float:
         """Slots of those held that count as kept: all, or where the method hides pairs, what a cache would hold."""
         if not self.method.hides or layer in self.schedule.skip_layers:
             return held
-        return min(held, self.budget.keep([seen], layer, num_layers)[0])
+        return min(held, self.budget.asked([seen], [held], layer)[0])
 
     def after_forward(
-        self, seen: list[int], held: list[float], before: int, after: int, layer: int, num_layers: int
+        self, seen: list[int], held: list[float], before: int, after: int, layer: int, layers: Sequence[int]
     ) -> list[float] | None:
         """Slots each row has after a forward that took the clock from `before` to `after`; None: no cut is due."""
         schedule = self.schedule
         if not schedule.online or (schedule.trigger == "clock" and not schedule.due(before, after)):
             return None
-        keep = self.keep(seen, held, layer, num_layers)
+        keep = self.keep(seen, held, layer, layers)
         if schedule.trigger == "excess" and layer not in schedule.skip_layers:
             return [schedule.after_cut(h, k) for h, k in zip(held, keep, strict=True)]
         return keep
 
-    def trace(self, prompt: int, new: int, layer: int, num_layers: int) -> Iterator[tuple[float, float]]:
+    def trace(self, prompt: int, new: int, layer: int, layers: Sequence[int]) -> Iterator[tuple[float, float]]:
         """Slots a row holds in a layer when it attends, and after the cut: for a prompt of `prompt` tokens in one
         forward (0: none), then for each of `new` tokens, in integers, before anything is run."""
         held: float = prompt
         if prompt:
-            kept = self.keep([prompt], [held], layer, num_layers)[0] if self.method.compresses else held
+            kept = self.keep([prompt], [held], layer, layers)[0] if self.method.compresses else held
             yield held, kept
             held = kept
         for t in range(new):
             held += 1
             after = None
             if self.method.compresses:
-                after = self.after_forward([prompt + t + 1], [held], t, t + 1, layer, num_layers)
+                after = self.after_forward([prompt + t + 1], [held], t, t + 1, layer, layers)
             kept = held if after is None else after[0]
             yield held, kept
             held = kept
 
     def warnings(self, facts: ModelFacts) -> list[str]:
         """What a user should know before trusting this compression on this model."""
-        return [*self.method.warnings(facts), *self.schedule.warnings()]
+        if not self.method.compresses:
+            return [*self.method.warnings(facts), *self._never_quantised(facts)]
+        every = self.schedule.compress_every
+        return [
+            *self.method.warnings(facts),
+            *self.schedule.warnings(),
+            *self.budget.warnings(every, self.method.protected, facts.max_positions),
+            *self._never_quantised(facts),
+            *self._without_effect(facts),
+        ]
+
+    def _never_quantised(self, facts: ModelFacts) -> Iterator[str]:
+        longest, residual = facts.max_positions, self.storage.residual_length
+        if self.storage.quantises and longest is not None and residual >= longest:
+            yield (
+                f"residual_length={residual} is no less than the {longest} positions of the model: the newest so many "
+                "pairs stay as they are, so that none is quantised in a text that it can take"
+            )
+
+    def _without_effect(self, facts: ModelFacts) -> Iterator[str]:
+        """Settings that do nothing on this model."""
+        skipped = set(self.schedule.skip_layers)
+        if bounded := sorted(skipped.difference(facts.cut_layers)):
+            yield (
+                f"skip_layers={bounded} has no effect: these layers are sliding windows, which are never cut beside "
+                "layers of full attention"
+            )
+        if self.layers.differ:
+            if len(set(facts.cut_layers) - skipped) == 1:
+                yield "layer_budget=pyramid has no effect: only one layer is cut"
+            if self.layers.beta == 1:
+                yield "beta=1 makes layer_budget=pyramid the same for every layer: layer_budget=uniform"
+        if self.heads.differ and all(kv_heads == 1 for _, kv_heads in facts.heads.values()):
+            yield "head_budget=ada has no effect: the model has one KV head a layer"
+
+    def check_model(self, facts: ModelFacts) -> None:
+        """Raises UserError where the settings cannot go with this model."""
+        self.method.check_model(facts)
+        if self.storage.quantises and self.storage.group_size > (facts.max_positions or self.storage.group_size):
+            raise UserError(
+                f"group_size={self.storage.group_size} is more than the {facts.max_positions} positions of the model: "
+                "pairs are quantised in whole groups, so that none ever would be"
+            )
+        if not self.method.compresses:
+            return
+        skipped, last = set(self.schedule.skip_layers), facts.num_layers - 1
+        if missing := sorted(skipped.difference(range(facts.num_layers))):
+            raise UserError(f"skip_layers={missing}: the model has no such layers, it has those from 0 to {last}")
+        if skipped.issuperset(facts.cut_layers):
+            bounded = " and the others are sliding windows" if len(facts.cut_layers) <= last else ""
+            raise UserError(
+                f"skip_layers={list(self.schedule.skip_layers)} leaves no layer to cut: those that may be are "
+                f"{facts.cut_layers}{bounded}. Leaving all whole is method=full"
+            )
+        if self.method.ring and facts.max_positions is not None:
+            slots = self.budget.asked([0], [0], 0)[0]
+            if slots > facts.max_positions:
+                raise UserError(
+                    f"method={self.method.name} takes the memory of its {slots:.0f} slots at once, which are more than "
+                    f"the {facts.max_positions} positions of the model: nothing would ever be overwritten, which "
+                    "is method=full"
+                )
 
     @property
     def moves_keys(self) -> tuple[str, str] | None:
@@ -121,9 +218,9 @@ class Compression:
         return (
             self.method.sinks_and_recent is not None
             and self.evicted.evicted == "drop"
-            and self.heads.head_budget == "uniform"
+            and not self.heads.differ
             and not self.schedule.skip_layers
-            and not self.budget.per_layer
+            and not self.per_layer
             and not self.storage.quantises
         )
 
@@ -132,22 +229,25 @@ class Compression:
         """Whether a later query can find anything but all pairs as the model made them."""
         return self.method.compresses or self.storage.quantises
 
+    @property
+    def per_layer(self) -> bool:
+        """Whether layers have budgets of their own."""
+        return self.layers.differ or self.budget.per_layer
+
     def distinct_layers(self, layers: Sequence[int]) -> list[int]:
         """Enough of the layers to have one of every budget and schedule among them."""
-        if self.budget.per_layer:
+        if self.per_layer:
             return list(layers)
         skipped = [i for i in layers if i in self.schedule.skip_layers]
         return skipped[:1] + [i for i in layers if i not in self.schedule.skip_layers][:1]
 
-    def peak_slots(self, prompt: int, new: int, num_layers: int) -> int:
-        """Most slots per KV head that any layer will hold over a prompt in one forward and `new` more tokens."""
-        return ceil(
-            max(
-                held
-                for i in self.distinct_layers(range(num_layers))
-                for held, _ in self.trace(prompt, new, i, num_layers)
-            )
-        )
+    def peak_slots(self, prompt: int, new: int, layers: Sequence[int]) -> int:
+        """Most slots per KV head that any of the layers will hold over a prompt in one forward and `new` more tokens.
+
+        Args:
+            layers: those that the model lets be cut.
+        """
+        return ceil(max(held for i in self.distinct_layers(layers) for held, _ in self.trace(prompt, new, i, layers)))
 
     def settings(self) -> dict[str, Any]:
         """All settings after defaults, flat, by the names of --model_args."""
@@ -155,7 +255,7 @@ class Compression:
         if self.method.source:
             flat["method_source"] = self.method.source
         parts = (
-            (self.method, self.budget, self.heads, self.schedule, self.evicted)
+            (self.method, self.budget, self.layers, self.heads, self.schedule, self.evicted)
             if self.method.compresses
             else (self.method,)
         )
@@ -166,6 +266,7 @@ class Compression:
         flat.update(self.method.notes())
         if self.storage.quantises:
             flat.update({f.name: getattr(self.storage, f.name) for f in fields(self.storage)})
-        if flat.get("head_budget") == "uniform":
-            del flat["alpha"]
+        for share, of_it in (("head_budget", "alpha"), ("layer_budget", "beta")):
+            if flat.get(share) == "uniform":
+                del flat[of_it]
         return flat

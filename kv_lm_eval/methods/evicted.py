@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from kv_lm_eval.cache.store import Kept, rows_of
-from kv_lm_eval.cache.transfer import to_device
+from kv_lm_eval.cache.transfer import at_least_float32, to_device
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.methods.base import Method, View
 
@@ -100,9 +100,8 @@ def choose(scores: torch.Tensor, pos: torch.Tensor, keep: torch.Tensor) -> tuple
         index, valid: [B, heads, M] with M = max(keep); rows and heads that keep fewer have their empty entries first.
         Ties go to the older token, so the choice does not depend on the batch, the device or the sort's mood.
     """
-    smallest = torch.finfo(torch.float32).min
-    scores = scores.float()
-    scores = torch.where(pos >= 0, scores.clamp_min(smallest), float("-inf"))
+    scores = at_least_float32(scores)
+    scores = torch.where(pos >= 0, scores.clamp_min(torch.finfo(scores.dtype).min), float("-inf"))
     order = scores.argsort(dim=-1, descending=True, stable=True)[..., : int(keep.max())]
     rank = torch.arange(order.shape[-1], device=order.device)
     valid = (rank < keep.to(order.device).unsqueeze(-1)).expand_as(order)
@@ -117,8 +116,9 @@ def blank_lowest(scores: torch.Tensor, pos: torch.Tensor, drop: list[int]) -> No
         scores: [B, 1 or K, N]. pos: [B, 1 or K, N], as many heads as the scores or K.
         drop: slots per row that go, a few.
     """
-    finite = torch.finfo(torch.float32)
-    scores = torch.where(pos >= 0, scores.float().clamp(finite.min, finite.max), float("inf"))
+    scores = at_least_float32(scores)
+    finite = torch.finfo(scores.dtype)
+    scores = torch.where(pos >= 0, scores.clamp(finite.min, finite.max), float("inf"))
     todo = to_device(drop, pos.device).view(-1, 1, 1)
     last = pos.shape[2] - 1
     for i in range(max(drop)):
@@ -133,7 +133,7 @@ def gather(view: View, index: torch.Tensor, valid: torch.Tensor) -> Kept:
     heads = max(view.pos.shape[1], index.shape[1])
     pos = view.pos.expand(-1, heads, -1).gather(2, index.expand(-1, heads, -1))
     pos = torch.where(valid.expand(-1, heads, -1), pos, -1)
-    mass = None if view.mass is None else view.mass.gather(2, index.expand(-1, view.keys.shape[1], -1))
+    mass = None if view._mass is None else view._mass.gather(2, index.expand(-1, view.keys.shape[1], -1))
     return Kept(rows_of(view.keys, index), rows_of(view.values, index), pos, mass, slots=index)
 
 

@@ -7,6 +7,8 @@ from kv_lm_eval.cache.transfer import at_least_float32, to_device
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View, setting
 
+MOST_AHEAD = 2**17
+
 
 class ExpectedAttention(Method):
     """Tokens stay to which queries yet to come should attend, if they are like the prompt's but further on.
@@ -33,6 +35,10 @@ class ExpectedAttention(Method):
             raise UserError(f"n_sink={self.n_sink} is negative; 0 lets every token compete and every query count")
         if self.n_future_positions < 1:
             raise UserError(f"n_future_positions={self.n_future_positions}: at least one future query is needed")
+        if self.n_future_positions > MOST_AHEAD:
+            raise UserError(
+                f"n_future_positions={self.n_future_positions}: the rotation of each is computed, at most {MOST_AHEAD}"
+            )
         if self.epsilon < 0:
             raise UserError(f"epsilon={self.epsilon} is negative: a larger value would lower a token's score")
 
@@ -45,7 +51,6 @@ class ExpectedAttention(Method):
         return self.n_sink
 
     def score(self, view: View) -> Tensor:
-        assert view.moments is not None
         first, keys = view.first(self.n_sink), at_least_float32(view.keys)
         logits = view.scaling * torch.einsum("bkgd,bknd->bkgn", self._mean(view), keys)
         covariance = self._covariance(view)
@@ -59,13 +64,11 @@ class ExpectedAttention(Method):
 
     def _mean(self, view: View) -> Tensor:
         """Mean of the queries to come, [B, K, G, D]."""
-        assert view.moments is not None
         mean = self._ahead(view, view.moments.mean.unsqueeze(2)).squeeze(2)
         return mean.unflatten(1, (view.keys.shape[1], -1))
 
     def _covariance(self, view: View) -> Tensor:
         """R C R', R the mean rotation: its rows are turned, then its columns. [B, K, G, D, D]."""
-        assert view.moments is not None
         rows = self._ahead(view, view.moments.covariance)
         return self._ahead(view, rows.transpose(2, 3)).unflatten(1, (view.keys.shape[1], -1))
 

@@ -32,10 +32,9 @@ class H2O(Method):
     def protected(self) -> int:
         return self.window_size or 0
 
-    def weights(self, view: View) -> Tensor | None:
+    def weights(self, view: View) -> Tensor:
         return view.mass
 
     def score(self, view: View) -> Tensor:
-        assert view.mass is not None
         recent = [keep // 2 for keep in view.keep] if self.window_size is None else self.window_size
         return view.mass.masked_fill(view.recent(recent), float("inf"))

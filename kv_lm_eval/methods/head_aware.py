@@ -212,7 +212,7 @@ class HeadAware(Method):
         elif self._profile:
             out.update(dict.fromkeys(("trigger", "cache_slack", "max_drop"), mean))
         budget = ("max_capacity_prompt", "keep_ratio", "compression_ratio", "prune_after")
-        return {**out, **dict.fromkeys((*budget, "layer_budget", "beta", "head_budget", "alpha"), alone)}
+        return {**out, **dict.fromkeys((*budget, "layer_budget", "beta", "head_budget", "alpha", "rounding"), alone)}
 
     def check_model(self, facts: ModelFacts) -> None:
         profile = self._profile

@@ -18,5 +18,6 @@ class KeyDiff(Method):
     def score(self, view: View) -> Tensor:
         real = (view.pos >= 0).unsqueeze(-1)
         keys = normalize(at_least_float32(view.keys), dim=-1)
-        anchor = (keys * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
-        return -cosine_similarity(keys, anchor, dim=-1)
+        anchor = (keys * real).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp_min(1)
+        scores = -cosine_similarity(keys, anchor, dim=-1)
+        return scores.masked_fill(real.squeeze(-1).sum(-1, keepdim=True) <= 2, 0.0)  # of two, both differ as much

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+from fractions import Fraction
 from math import floor
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View, setting
+from kv_lm_eval.methods.knorm import key_norms
 from kv_lm_eval.methods.random_ import position_hash
+
+if TYPE_CHECKING:
+    from kv_lm_eval.cache.facts import ModelFacts
+
+SIZE = 512
 
 
 class L2Fixed(Method):
@@ -25,24 +32,32 @@ class L2Fixed(Method):
     slotwise = True
     evicts_in_prefill = True
 
-    cache_size: int = setting(512, "slots per KV head, protected ones included")
+    cache_size: int | None = setting(None, f"slots per KV head, protected ones included; {SIZE} without another budget")
     strategy: str = setting("keep_low", "which older tokens stay", ("keep_low", "keep_high", "random", "recent_only"))
-    recent_ratio: float = setting(0.5, "share of cache_size that is protected as most recent")
+    recent_ratio: float = setting(0.5, "share of the kept slots that is protected as most recent")
     seed: int = setting(0, "of strategy=random")
 
     def validate(self) -> None:
-        if self.cache_size < 2:
+        if self.cache_size is not None and self.cache_size < 2:
             raise UserError(f"cache_size={self.cache_size} must be at least 2: one protected and one chosen slot")
         if not 0 <= self.recent_ratio < 1:
             raise UserError(f"recent_ratio={self.recent_ratio} is outside [0, 1): some slots must be left to choose")
 
-    @property
-    def own_capacity(self) -> int | None:
-        return self.cache_size
+        if self.seed and self.strategy != "random":
+            raise UserError(f"seed={self.seed} has no effect with strategy={self.strategy}: only strategy=random draws")
+
+    def warnings(self, facts: ModelFacts) -> list[str]:
+        if self.strategy == "recent_only" and self.recent_ratio != 0.5:
+            return [f"recent_ratio={self.recent_ratio:g} has no effect with strategy=recent_only: all are recent"]
+        return []
 
     @property
-    def protected(self) -> int:
-        return floor(self.cache_size * self.recent_ratio)
+    def own_capacity(self) -> int | None:
+        return SIZE if self.cache_size is None else self.cache_size
+
+    @property
+    def heads_alike(self) -> bool:
+        return self.strategy == "recent_only"
 
     def score(self, view: View) -> Tensor:
         if self.strategy == "recent_only":
@@ -50,6 +65,7 @@ class L2Fixed(Method):
         if self.strategy == "random":
             scores = position_hash(view, self.seed)
         else:
-            norms = (view.keys.float().norm(dim=-1).log2() * 2**14).round()  # repeated tokens tie, see knorm
+            norms = key_norms(view)
             scores = norms if self.strategy == "keep_high" else -norms
-        return torch.where(view.recent(self.protected), float("inf"), scores)
+        protected = [floor(Fraction(repr(self.recent_ratio)) * keep) for keep in view.keep]
+        return scores.masked_fill(view.recent(protected), float("inf"))

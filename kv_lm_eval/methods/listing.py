@@ -10,7 +10,7 @@ from typing import Any
 
 from kv_lm_eval.config import ALIASES, EngineSettings
 from kv_lm_eval.methods import base, evicted
-from kv_lm_eval.methods.budget import Heads, Pyramid, Ratio, RatioAbove, Slots
+from kv_lm_eval.methods.budget import Heads, Layers, Ratio, RatioAbove, Slots
 from kv_lm_eval.methods.schedule import Schedule
 from kv_lm_eval.methods.storage import Storage
 
@@ -94,12 +94,10 @@ def _print_one(cls: type[base.Method], width: int) -> None:
         unless = f", unless {' or '.join(cls.capacity_settings)} is given," if cls.capacity_settings else ""
         print(f"  and{unless} one budget of:")
         _print_fields(Slots, {}, width)
-        _print_fields(Ratio, {}, width)
+        _print_fields(Ratio, {}, width, only="keep_ratio")
         print(_line("compression_ratio", None, "share of the pairs that is removed, 1 - keep_ratio", width))
         print("  shared out by:")
-        layers = "how layers share max_capacity_prompt (uniform, pyramid)"
-        print(_line("layer_budget", cls.presets.get("layer_budget", "uniform"), layers, width))
-        _print_fields(Pyramid, cls.presets, width, only="beta")
+        _print_fields(Layers, cls.presets, width, without=frozenset({"rounding"}))
         _print_fields(Heads, cls.presets, width)
     if cls.compresses:
         print("  cut when:")

@@ -40,6 +40,9 @@ class SnapKV(Method):
                 f"{max(1, self.kernel_size + 1)}"
             )
 
+        if self.kernel_size == 1 and self.pooling != "max":
+            raise UserError(f"pooling={self.pooling} has no effect with kernel_size=1, which pools nothing")
+
     @property
     def num_queries(self) -> int:
         return self.window_size
@@ -65,5 +68,6 @@ class SnapKV(Method):
         recent = view.recent(self.window_size)
         votes = self.weights(view).masked_fill(recent, 0.0)
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
-        pooled = pool(votes, self.kernel_size, stride=1, padding=self.kernel_size // 2)
+        kernel = min(self.kernel_size, 2 * votes.shape[-1] + 1)  # a wider one sees no more
+        pooled = pool(votes, kernel, stride=1, padding=kernel // 2)
         return pooled.masked_fill(recent, float("inf"))

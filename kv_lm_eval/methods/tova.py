@@ -22,6 +22,10 @@ class TOVA(Method):
     def num_queries(self) -> int:
         return 1
 
+    @property
+    def heads_alike(self) -> bool:
+        return True
+
     def weights(self, view: View) -> Tensor:
         return view.attention(1).sum(3).mean(2)
 

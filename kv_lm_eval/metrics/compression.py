@@ -27,7 +27,8 @@ class RequestRecord:
     """One request. Sizes are of keys and values; kept_fraction counts the layers that the method may cut.
 
     question_tokens were fed after the compression (question_in_prompt=False), and `compressed` is what happened before
-    that; None: the whole prompt was compressed.
+    that; None: the whole prompt was compressed. over_budget: what the method always keeps was as much as the budget's
+    share of the prompt, or more.
     """
 
     task: str
@@ -45,6 +46,7 @@ class RequestRecord:
     idx: int | None = None
     question_tokens: int | None = None
     question_empty: bool = False
+    over_budget: bool = False
     timing: Timing | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +94,7 @@ def records_of(
             kv_bytes_allocated=end["kv_bytes_allocated"],
             overhead_bytes=end["overhead_bytes"],
             peak_slots=end["peak_slots"][b],
+            over_budget="over_budget" in prefill and prefill["over_budget"][b],
             **{name: end[name][b] for name in OF_THE_MODEL if name in end},
         )
         for b, who in zip(range(len(asked)) if rows is None else rows, asked, strict=True)
@@ -159,6 +162,7 @@ def _summary(records: list[RequestRecord]) -> dict[str, Any]:
         "kv_bytes_allocated_mean": fmean(r.kv_bytes_allocated for r in records),
         "overhead_bytes_mean": fmean(r.overhead_bytes for r in records),
         "peak_slots": max(r.peak_slots for r in records),
+        "over_budget": sum(r.over_budget for r in records),
     }
     if questions := [r.question_tokens for r in records if r.question_tokens is not None]:
         out["question_tokens"] = _range(questions)

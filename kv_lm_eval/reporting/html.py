@@ -14,11 +14,11 @@ from string import Template
 from typing import Any
 
 from kv_lm_eval import __version__
-from kv_lm_eval.reporting import stats
 from kv_lm_eval.reporting.load import Sample, SampleKey, is_number
 from kv_lm_eval.reporting.plots import Picture
 from kv_lm_eval.reporting.rows import Column, Report, Row
 from kv_lm_eval.reporting.tables import Table
+from kv_lm_eval.stats import paired
 
 MAX_DOCUMENTS = 40  # a task, in the page
 MAX_SAMPLE_BYTES = 3_000_000  # of all tasks together
@@ -140,9 +140,9 @@ def _runs(report: Report) -> str:
             lines.append(f'<p class="soft">Settings: {escape(settings)}</p>')
     told = "; ".join(f"{name} {', '.join(sorted(found))}" for name, found in versions.items())
     method = (
-        f"Intervals: {stats.LEVEL:.0%}, paired bootstrap over documents, up to {stats.DRAWS:,} draws with seed "
-        f"{stats.SEED}; within noise: the interval holds 0, or 5 % or more of random swaps of the two runs' "
-        "answers give as large a difference. Commands leave out where results were written."
+        f"Intervals: {paired.LEVEL:.0%}, Student's t with the jackknife's error over texts; within noise: the interval "
+        f"holds 0, or 5 % or more of up to {paired.DRAWS:,} random swaps of the two runs' answers, text by text, give "
+        f"a larger difference (seed {paired.SEED}). Commands leave out where results were written."
     )
     commands = f"<details><summary>Commands and settings</summary>{''.join(lines)}</details>"
     return f'<p>{escape(told)}</p><p class="soft">{escape(method)}</p>{commands}'
@@ -213,7 +213,9 @@ def _scores(row: Row, column: Column, found: dict[SampleKey, Sample]) -> dict[Sa
     """Each document's own score; a perplexity's pair (log-likelihood, weight) becomes the document's perplexity."""
     reported = row.cells[column].value
     values = {key: s.metrics[column.metric] for key, s in found.items() if column.metric in s.metrics}
-    aggregation = stats.aggregation_of([(list(values.values()), reported)]) if values and reported is not None else None
+    aggregation = (
+        paired.aggregation_of([(list(values.values()), reported)]) if values and reported is not None else None
+    )
     out: dict[SampleKey, float | None] = dict.fromkeys(found)
     for key, value in values.items():
         table = aggregation.table([value]) if aggregation else None

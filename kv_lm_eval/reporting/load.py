@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.stats.clusters import Texts, texts_of
 
 UNCOMPRESSED = ("full", "hf", "no_cache")
 # Of --model_args, what changes an answer and is no setting of a compression method.
@@ -18,7 +19,7 @@ CONDITIONS = (
     "dtype revision attn_implementation max_length load_in_4bit load_in_8bit quantization_config peft delta tokenizer "
     "trust_remote_code add_bos_token enable_thinking chat_template_args overlong"
 ).split()
-BLOCK = 512  # tokens
+BLOCK = 32  # tokens; put together to longer ones where they are compared
 STATES = {"done": "scored", "failed": "failed", "out_of_memory": "OOM", "running": "unfinished"}
 
 
@@ -219,7 +220,8 @@ class Sample:
     detail: str  # log-likelihoods of the choices, the text before the filter
     metrics: dict[str, Any]
     place: tuple[int, float] | None  # context_length, document_depth_percent of a needle
-    blocks: tuple[tuple[float, int], ...] = ()  # (log-likelihood, tokens) of each 512 tokens, where they are recorded
+    blocks: tuple[tuple[float, int], ...] = ()  # (log-likelihood, tokens) of each BLOCK tokens, where they are recorded
+    texts: Texts = Texts()  # what it is about, by which documents belong together
 
 
 SampleKey = tuple[str, int]  # hash of the document, and which of its copies
@@ -265,11 +267,12 @@ def _sample(record: dict[str, Any], prompt_chars: int, answer_chars: int) -> Sam
         metrics={name: record[name] for name in record.get("metrics") or [] if name in record},
         place=place if all(is_number(part) for part in place) else None,  # type: ignore[arg-type]
         blocks=_blocks((doc.get("per_token") or {}).get("nll") or []),
+        texts=texts_of(doc, str(record.get("doc_hash") or record.get("doc_id"))),
     )
 
 
 def _blocks(nll: list[float | None]) -> tuple[tuple[float, int], ...]:
-    """Neighbouring tokens are alike; blocks of them hardly are, so these are what a long text can be resampled by."""
+    """Short stretches of neighbouring tokens, of which longer ones can be made (stats/blocks.py)."""
     parts = [[v for v in nll[i : i + BLOCK] if v is not None] for i in range(0, len(nll), BLOCK)]
     return tuple((-math.fsum(part), len(part)) for part in parts if part)
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.reporting import load, stats
+from kv_lm_eval.reporting import load
 from kv_lm_eval.reporting.load import Run, Sample, SampleKey, is_number
-from kv_lm_eval.reporting.stats import Comparison, Pair
+from kv_lm_eval.stats import blocks, clusters, intervals, paired
+from kv_lm_eval.stats.paired import Comparison, Pair
 
 # A task's main score, where it has several: the first of these, else the first it lists.
 MAIN = ("score", "token_perplexity", "perplexity", "bits_per_byte")
@@ -317,14 +319,27 @@ def _cell(row: Row, column: Column) -> Cell:
     known = [n for n in counts if is_number(n)]
     compressed = [run.task_stats(leaf).get("compressed_share") for leaf in leaves]
     answers = {} if column.leaves else row.samples(column.task, column.filter)
+    clustered = _standard_error(answers, column.metric, float(value))
     return Cell(
         state="scored",
         value=float(value),
-        stderr=float(stderr) if is_number(stderr) else None,
+        stderr=clustered if clustered is not None else float(stderr) if is_number(stderr) else None,
         documents=int(sum(known)) if known else None,
         untouched=not run.is_full_cache and bool(compressed) and all(share == 0 for share in compressed),
         unscored=sum(column.metric not in sample.metrics for sample in answers.values()),
     )
+
+
+def _standard_error(answers: dict[SampleKey, Sample], metric: str, value: float) -> float | None:
+    """Where documents share a text, of which lm-eval's own error knows nothing; None where they do not."""
+    having = [s for s in answers.values() if metric in s.metrics]
+    (of_document,) = clusters.label([[s.texts for s in having]])
+    if not having or len(set(of_document.tolist())) == len(having):
+        return None
+    values = [s.metrics[metric] for s in having]
+    aggregation = paired.aggregation_of([(values, value)])
+    table = aggregation.table(values) if aggregation else None
+    return None if aggregation is None or table is None else paired.standard_error(table, aggregation, of_document)
 
 
 # ---------------------------------------------------------------------------------------------- comparisons
@@ -347,69 +362,97 @@ def _comparison(row: Row, base: Row, column: Column) -> Comparison:
     ours, theirs = row.cells[column].value, base.cells[column].value
     assert ours is not None and theirs is not None
     pairs, left_out, reasons = [], 0, []
-    for leaf in column.leaves or (column.task,):
-        pair, alone, reason = _pair(row, base, replace(column, task=leaf, leaves=()))
-        left_out += alone
+    leaves = [replace(column, task=leaf, leaves=()) for leaf in column.leaves or (column.task,)]
+    common = [_in_common(row, base, leaf) for leaf in leaves]
+    labels = clusters.label([[ours[key].texts for key in keys] for ours, _, keys in common])
+    for leaf, (ours_of, theirs_of, keys), of_leaf in zip(leaves, common, labels, strict=True):
+        pair, reason = _pair(row, base, leaf, ours_of, theirs_of, keys, of_leaf)
+        left_out += len(ours_of) + len(theirs_of) - 2 * len(keys) if keys else 0
         if pair:
             pairs.append(pair)
         else:
-            reasons.append(f"{leaf}: {reason}" if column.leaves else reason)
+            reasons.append(f"{leaf.task}: {reason}" if column.leaves else reason)
     if reasons:
         refused = "in common" in reasons[0]
         return Comparison(difference=None if refused else ours - theirs, reason=reasons[0])
     if not column.leaves:
-        unit = f"blocks of {load.BLOCK} tokens" if pairs[0].in_blocks else "documents"
-        return stats.compare(pairs, left_out=left_out, unit=unit)
+        return paired.compare(pairs, left_out=left_out, unit=pairs[0].unit)
     weights = _weights(pairs, ours, theirs) if not left_out else None
     if weights is None:
         return Comparison(ours - theirs, reason="how the group averages its tasks is not known")
-    return stats.compare(pairs, weights)
+    return paired.compare(pairs, weights)
 
 
-def _pair(row: Row, base: Row, column: Column) -> tuple[Pair | None, int, str]:
-    """Both runs' values on their common documents, how many documents only one of them has, or why it cannot be."""
-    ours, theirs = row.samples(column.task, column.filter), base.samples(column.task, column.filter)
-    if not ours or not theirs:
-        return None, 0, "no answers logged (--log_samples)"
-    ours, theirs = ({key: s for key, s in side.items() if column.metric in s.metrics} for side in (ours, theirs))
-    common = [key for key in ours if key in theirs]
+Samples = dict[SampleKey, Sample]
+
+
+def _in_common(row: Row, base: Row, column: Column) -> tuple[Samples, Samples, list[SampleKey]]:
+    """Both runs' documents that have the score, and the keys of those that both have."""
+    sides = [side.samples(column.task, column.filter) for side in (row, base)]
+    ours, theirs = ({key: s for key, s in side.items() if column.metric in s.metrics} for side in sides)
+    return ours, theirs, [key for key in ours if key in theirs]
+
+
+def _pair(
+    row: Row,
+    base: Row,
+    column: Column,
+    ours: Samples,
+    theirs: Samples,
+    common: Sequence[SampleKey],
+    of_document: NDArray[np.int64],
+) -> tuple[Pair | None, str]:
+    """Both runs' values on their common documents, or why it cannot be."""
+    if not row.samples(column.task, column.filter) or not base.samples(column.task, column.filter):
+        return None, "no answers logged (--log_samples)"
     if not common:
-        return None, 0, "no document in common"
+        return None, "no document in common"
     sides = []
     for which, samples in ((row, ours), (base, theirs)):
         run = which.run_of(column.task)
         reported = run.tasks[column.task].get(column.key) if run else None
         if is_number(reported):
             sides.append(([s.metrics[column.metric] for s in samples.values()], reported))
-    aggregation = stats.aggregation_of(sides) if len(sides) == 2 else None
+    aggregation = paired.aggregation_of(sides) if len(sides) == 2 else None
     if aggregation is None:
-        return None, 0, f"how {column.metric} is made of single documents is not known"
-    if aggregation.weighted and (in_blocks := _in_blocks(ours, theirs, common, column.metric)):
-        return Pair(*in_blocks, aggregation, in_blocks=True), len(ours) + len(theirs) - 2 * len(common), ""
-    tables = [aggregation.table([side[key].metrics[column.metric] for key in common]) for side in (ours, theirs)]
-    if tables[0] is None or tables[1] is None:
-        return None, 0, f"the two runs score {column.metric} in different ways"
-    return Pair(tables[0], tables[1], aggregation), len(ours) + len(theirs) - 2 * len(common), ""
+        return None, f"how {column.metric} is made of single documents is not known"
+    if aggregation.weighted and len(set(of_document.tolist())) < intervals.FEWEST:
+        if in_blocks := _in_blocks(ours, theirs, common, column.metric):
+            return Pair(in_blocks[0], in_blocks[1], aggregation, unit=in_blocks[2]), ""
+    mine, other = (aggregation.table([side[key].metrics[column.metric] for key in common]) for side in (ours, theirs))
+    if mine is None or other is None:
+        return None, f"the two runs score {column.metric} in different ways"
+    return Pair(mine, other, aggregation, of_document), ""
 
 
 def _in_blocks(
-    ours: dict[SampleKey, Sample], theirs: dict[SampleKey, Sample], common: Sequence[SampleKey], metric: str
-) -> tuple[stats.Array, stats.Array] | None:
-    """Few long texts, with every token's log-likelihood recorded: blocks of tokens in place of documents.
+    ours: Samples, theirs: Samples, common: Sequence[SampleKey], metric: str
+) -> tuple[paired.Array, paired.Array, str] | None:
+    """Few long texts, with every token's log-likelihood recorded: blocks of tokens in place of documents; and their
+    name.
 
     None where that is not so: where the score is not per token, or the two runs scored other tokens.
     """
-    tables = []
+    sides: list[list[paired.Array]] = []
     for side in (ours, theirs):
         for key in common:
             total, tokens = side[key].metrics[metric]
-            blocks = side[key].blocks
-            if not blocks or tokens != sum(n for _, n in blocks):
+            short = side[key].blocks
+            if not short or tokens != sum(n for _, n in short):
                 return None
-            if abs(total - sum(ll for ll, _ in blocks)) > 1e-4 * abs(total):
+            if abs(total - sum(ll for ll, _ in short)) > 1e-4 * abs(total):
                 return None
-        tables.append(np.array([block for key in common for block in side[key].blocks], dtype=float))
-    return (tables[0], tables[1]) if np.array_equal(tables[0][:, 1:], tables[1][:, 1:]) else None
+        sides.append([np.array(side[key].blocks, dtype=float) for key in common])
+    if any(not np.array_equal(a[:, 1:], b[:, 1:]) for a, b in zip(*sides, strict=True)):
+        return None
+    size = blocks.size_for(int(sum(a[:, 1].sum() for a in sides[0])))
+    tables = [np.concatenate([_longer(a, max(1, size // load.BLOCK)) for a in side]) for side in sides]
+    return tables[0], tables[1], f"blocks of {size} tokens"
+
+
+def _longer(short: paired.Array, count: int) -> paired.Array:
+    """Rows put together, about `count` at a time, all alike."""
+    return np.stack([part.sum(axis=0) for part in np.array_split(short, max(1, round(len(short) / count)))])
 
 
 def _weights(pairs: Sequence[Pair], ours: float, theirs: float) -> list[float] | None:
@@ -452,8 +495,14 @@ def _warn(out: Report) -> None:
                     f"{c.documents} {c.unit} they have in common ({c.left_out} documents left out). "
                     "The scores themselves are not comparable."
                 )
+            if c.verdict == "too few documents" and c.clusters < c.documents:
+                out.notes.append(
+                    f"{row.label}, {column.task}: its {c.documents} {c.unit} are about {c.clusters} texts only, too "
+                    "few to tell a difference from noise."
+                )
             if c.reason:
                 out.notes.append(f"{row.label}, {column.task}: no interval, {c.reason}.")
+    out.notes += _seeds(out)
     for model in out.models:
         if not any(row.first.is_full_cache and row.first.model == model for row in out.rows):
             out.notes.append(f"{model}: no run with the full cache (method=full), so there is nothing to compare with.")
@@ -468,6 +517,34 @@ def _warn(out: Report) -> None:
         prompts = _changed_prompts(out, task)
         if prompts:
             out.notes.append(f"{task}: {prompts} documents were asked with other prompts than under the full cache.")
+
+
+def _seeds(out: Report) -> list[str]:
+    """What a method that draws at random owes to its draw: the spread over its seeds, or that there was one alone."""
+    groups: dict[str, list[Row]] = {}
+    for row in out.rows:
+        settings = row.first.settings
+        if "seed" in settings and settings.get("strategy", "random") == "random":
+            rest = {k: v for k, v in settings.items() if k != "seed"}
+            identity = [row.first.model, row.first.method, rest, row.first.conditions, row.variant]
+            groups.setdefault(json.dumps(identity, sort_keys=True, default=str), []).append(row)
+    notes = []
+    for rows in groups.values():
+        if len({repr(row.first.settings["seed"]) for row in rows}) == 1:
+            notes.append(
+                f"{rows[0].label} draws at random and was run with one seed: another seed, another score, so that its "
+                "place among the others is the draw's too. Run several seeds."
+            )
+            continue
+        for column in out.columns:
+            found = [c.value for row in rows if (c := row.cells[column]).state == "scored" and c.value is not None]
+            if len(found) > 1:
+                mean = sum(found) / len(found)
+                notes.append(
+                    f"{rows[0].first.method}, {column.task}: {len(found)} seeds from {min(found):.4g} to "
+                    f"{max(found):.4g}, mean {mean:.4g} ({', '.join(row.label for row in rows)})."
+                )
+    return notes
 
 
 def _changed_prompts(out: Report, task: str) -> int:

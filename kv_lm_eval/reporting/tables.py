@@ -11,20 +11,21 @@ from typing import Any
 
 from kv_lm_eval.reporting.load import is_number
 from kv_lm_eval.reporting.rows import Cell, Column, Report, Row, every_score
-from kv_lm_eval.reporting.stats import LEVEL, Comparison
+from kv_lm_eval.stats.paired import LEVEL, Comparison
 
 MISSING, UNTOUCHED = "-", "°"
 MARKS = {"within noise": "≈", "identical": "=", "too few documents": "?", "outside noise": "*", "unknown": ""}
 TOLD = ("within noise", "identical", "outside noise")
 SCORE_LEGEND = (
-    "± is the standard error over documents; kept: share of pairs kept at the end of a request; KV: bytes of keys and "
-    "values after the prefill, mean over requests. - not run; OOM out of memory; ° nothing was compressed, so this is "
-    "the full cache's score."
+    "± is the standard error over documents (over texts, where several documents are about one); kept: share of pairs "
+    "kept at the end of a request; KV: bytes of keys and values after the prefill, mean over requests. - not run; OOM "
+    "out of memory; ° nothing was compressed, so this is the full cache's score."
 )
 DIFFERENCE_LEGEND = (
-    "Difference to the full cache on the same documents (long texts: blocks of 512 tokens), with its 95 % bootstrap "
-    "interval. ≈ within noise; * outside noise (interval without 0, and less than 5 % of random swaps as large); = the "
-    "same on every document; ? too few documents to tell; ° nothing was compressed."
+    "Difference to the full cache on the same documents, with its 95 % interval; documents about one text count as one "
+    "observation, few long texts are cut into blocks of tokens. ≈ within noise; * outside noise (interval without 0, "
+    "and less than 5 % of random swaps with a larger difference); = the same on every document; ? too few documents, "
+    "or texts, to tell; ° nothing was compressed."
 )
 SPEED_LEGEND = (
     "Time and peaks (device memory above the weights): median (10 to 90 %) over requests, without the first batch; KV: "
@@ -141,7 +142,7 @@ def every_number(report: Report) -> Table:
     """Long form: one line a method, task and score, with everything known about it."""
     names = (
         "model method label task metric filter higher_is_better state value stderr documents difference low high p "
-        "verdict compared changed kept_fraction compressed_share settings"
+        "verdict compared texts changed kept_fraction compressed_share settings"
     ).split()
     rows = []
     for row in report.rows:
@@ -163,6 +164,7 @@ def every_number(report: Report) -> Table:
                     c.p,
                     verdict,
                     c.documents or None,
+                    c.clusters or None,
                     c.changed if c.documents else None,
                 ]
                 leaves = column.leaves or (task,)
@@ -237,12 +239,14 @@ def _difference(cell: Cell, column: Column) -> Value:
         return Value(state, tone="bad" if state != MISSING else "", title=c.reason if c else "")
     like = cell.value
     text = _signed(c.difference, like)
-    if c.low is None or c.high is None or c.p is None:
+    if c.verdict == "unknown" or c.p is None:
         return Value(text, c.difference, "", c.reason)
-    if c.verdict != "too few documents":
+    if c.low is not None and c.high is not None and c.verdict != "too few documents":
         text += f" [{_signed(c.low, like)}, {_signed(c.high, like)}]"
     text += f" {MARKS[c.verdict]}"
     about = f"{c.verdict}; {c.changed} of {c.documents} {c.unit} differ; p = {c.p:.2g}"
+    if c.clusters < c.documents:
+        about += f"; {c.unit} about {c.clusters} texts"
     if c.left_out:
         about += f"; {c.left_out} documents left out"
     return Value(text + (UNTOUCHED if cell.untouched else ""), c.difference, tone(cell, column), about)

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tqdm import tqdm
-
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine import recompute
 from kv_lm_eval.engine.choices import Score, score_continuations
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.latency import Stopwatch
+from kv_lm_eval.progress import Bar
 from kv_lm_eval.requests import boundaries
 from kv_lm_eval.requests.boundaries import Boundary
 from kv_lm_eval.requests.halving import largest_batch
@@ -41,7 +40,7 @@ def encode(run: Run, disable_tqdm: bool) -> list[Encoded]:
     lm-eval's empty context, its prefix token.
     """
     lm, encoded = run.lm, list[Encoded]()
-    for request in tqdm(run.requests, desc="Tokenizing inputs", disable=run.hidden(disable_tqdm)):
+    for request in Bar(run.requests, desc="Tokenizing inputs", disable=run.hidden(disable_tqdm)):
         context, continuation = request.args
         context_ids, ids = lm._encode_pair(context, continuation) if context else ([], [])
         if not context_ids:
@@ -126,7 +125,7 @@ def _recompute(run: Run, requests: list[Encoded], length: int, disable_tqdm: boo
     lm = run.lm
     total = sum(len(r[2]) for r in requests)
     desc = "kvcompressed recomputed windows"
-    with tqdm(total=total, unit="tok", disable=run.hidden(disable_tqdm), desc=desc) as bar:
+    with Bar(total=total, unit="tok", disable=run.hidden(disable_tqdm), desc=desc) as bar:
         scores = recompute.score_recomputed(
             run.last_logits,
             [r[1] for r in requests],
@@ -163,7 +162,7 @@ def _score_groups(run: Run, requests: list[Encoded], groups: list[Group], disabl
     rest = (replace(g, members=[i for i in g.members if i not in answers]) for g in groups)
     groups = [group for group in rest if group.members]
     todo = len(requests) - len(answers)
-    with tqdm(total=todo, disable=run.hidden(disable_tqdm), desc="kvcompressed loglikelihood") as bar:
+    with Bar(total=todo, disable=run.hidden(disable_tqdm), desc="kvcompressed loglikelihood") as bar:
         for batch in _batches(run, groups, work):
             for part, result in run.halving.run(batch, work, lambda g: len(g.context)):
                 assert result is not None

@@ -41,8 +41,19 @@ def say(log: logging.Logger, compression: Compression, summary: dict[str, Any]) 
                 asked["median"],
                 one["prompt_tokens"]["median"],
             )
-    limits = ("max_capacity_prompt", "keep_ratio", "residual_length")
+    limits = ("max_capacity_prompt", "keep_ratio", "prune_after", "residual_length")
     budget = {k: v for k, v in compression.settings().items() if k in limits}
+    if summary["over_budget"]:
+        log.warning(
+            "%s: %d of %d requests kept what always stays and nothing else: their share of %s is no more than its %d "
+            "slots, so they kept as much as that or more than was asked (kv_stats.over_budget counts them). Lower what "
+            "the method always keeps, or raise the share.",
+            compression.method.name,
+            summary["over_budget"],
+            summary["requests"],
+            budget,
+            max(compression.method.protected, compression.budget.least),
+        )
     for task, one in summary["by_task"].items():
         if compression.lossy and one["compressed_share"] == 0:
             lengths = one["prompt_tokens"]

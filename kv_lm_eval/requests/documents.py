@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from kv_lm_eval.engine.recompute import windows_of
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.engine.windows import Window, score_windows, strided
 from kv_lm_eval.errors import UserError, close_names
+from kv_lm_eval.progress import Bar
 from kv_lm_eval.requests.run import Run, log
 
 PROTOCOLS = {
@@ -237,7 +237,7 @@ def _stream(
     size = run.batch_size or 1
     records: dict[int, DocumentRecord] = {}
     known: dict[int, Efficiency] = {}
-    bar = tqdm(
+    bar = Bar(
         total=sum(map(len, documents.values())),
         unit="tok",
         disable=run.hidden(disable_tqdm),
@@ -343,7 +343,7 @@ def _windows(
     longest = max((len(w.context) + len(w.targets) for _, w in windows), default=0)
     size = 1 if run.alone(longest) else run.batch_size or 1
     hidden = run.hidden(disable_tqdm)
-    with tqdm(
+    with Bar(
         total=sum(len(w.targets) for _, w in windows), unit="tok", disable=hidden, desc="kvcompressed windows"
     ) as bar:
         scores = score_windows(

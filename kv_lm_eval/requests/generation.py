@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from lm_eval.models.utils import postprocess_generated_text
-from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
 from kv_lm_eval.cache.cache import CompressedCache
@@ -24,6 +23,7 @@ from kv_lm_eval.engine.prefill import prefill
 from kv_lm_eval.engine.start import left_padded, start
 from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
 from kv_lm_eval.metrics.latency import Timing
+from kv_lm_eval.progress import Bar
 from kv_lm_eval.requests import boundaries
 from kv_lm_eval.requests.boundaries import Boundary
 from kv_lm_eval.requests.gen_settings import GenSettings
@@ -60,7 +60,7 @@ def generate(run: Run, disable_tqdm: bool) -> list[str]:
     prompts = [p for p in asked if p.i not in answers]
     size = run.batch_size or _largest_batch(run, prompts)
     desc = "Running generate_until requests"
-    with tqdm(total=len(prompts), disable=run.hidden(disable_tqdm), desc=desc) as bar:
+    with Bar(total=len(prompts), disable=run.hidden(disable_tqdm), desc=desc) as bar:
         for batch in _batches(run, prompts, size):
             docs = [run.doc(p.i) for p in batch]
             bar.set_postfix_str("; ".join(dict.fromkeys(str(doc.get("progress_label", "")) for doc in docs)))

@@ -1,47 +1,65 @@
-"""Keeps the answers in lm-eval's --use_cache file apart by model and method.
+"""Keeps the answers in lm-eval's --use_cache file apart by model and settings.
 
 lm-eval's own key holds the request only, so that a compressed run would be answered from a full one. Here every
-configuration has a table of its own in the same sqlite file.
+identity (identity.py) has a table of its own in the same sqlite file. An answer that is damaged is asked again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
+from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
+from kv_lm_eval.requests import kept_answers
 
-def digest(what: dict[str, Any]) -> str:
-    """Hash of everything that decides an answer."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def weights_identity(pretrained: Any, model: Any) -> list[Any]:
-    """Tells retrained weights of one name apart: sizes and times of a folder's files, a sum of weights in memory."""
-    if not isinstance(pretrained, str):
-        return [model.config.to_json_string(), sum(float(p.double().sum()) for p in model.parameters())]
-    folder = Path(pretrained)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+log = logging.getLogger("lm_eval.models.kvcompressed")
 
 
-def count_answers(dbdict: Any) -> None:
-    """Lets lm-eval's SqliteDict count in `answers` how many requests it has answered: the model never sees those."""
+def use_own_table(dbdict: Any, identity: str) -> None:
+    """Points lm-eval's SqliteDict at the table of this identity; from then on it counts its answers in `answers`.
 
-    class Counting(type(dbdict)):  # type: ignore[misc]
+    Raises:
+        UserError: the file is damaged.
+    """
+    check_file(Path(dbdict.filename))
+    dbdict.tablename = f"kv_{identity[:32]}"
+    kept_answers.keep_as_json(dbdict)
+    # Tried again, perhaps on a larger device
+    again = (kept_answers.encode(OUT_OF_MEMORY),)
+    dbdict.conn.execute(f'DELETE FROM "{dbdict.tablename}" WHERE value = ?', again)
+    dbdict.conn.commit()
+    dbdict.__class__ = _counting(type(dbdict))
+
+
+def check_file(file: Path) -> None:
+    """Raises UserError where a --use_cache file is there and is no whole sqlite file."""
+    if found := kept_answers.damage(file):
+        raise UserError(
+            f"use_cache file {file} is damaged ({found}), so that none of its answers can be believed; remove it, or "
+            "give another --use_cache"
+        )
+
+
+def _counting(kind: type) -> type:
+    class Counting(kind):
+        """The model never sees the requests that are answered from the file."""
+
         answers = 0
+
+        def __contains__(self, key: Any) -> bool:
+            if not super().__contains__(key):
+                return False
+            try:
+                super().__getitem__(key)
+            except UserError:
+                log.warning("%s: an answer in it is damaged; its request is run again", self.filename)
+                return False
+            return True
 
         def __getitem__(self, key: str) -> Any:
             found = super().__getitem__(key)
             self.answers += 1
             return found
 
-    dbdict.__class__ = Counting
-
-
-def use_own_table(dbdict: Any, fingerprint: str) -> None:
-    """Points lm-eval's SqliteDict at the table of this configuration."""
-    dbdict.tablename = f"kv_{fingerprint[:32]}"
-    dbdict.conn.execute(f'CREATE TABLE IF NOT EXISTS "{dbdict.tablename}" (key TEXT PRIMARY KEY, value BLOB)')
-    dbdict.conn.commit()
+    return Counting

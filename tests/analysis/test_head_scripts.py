@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from kv_lm_eval.analysis import head_profile
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-def script(name: str) -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(SCRIPTS / f"{name}.py")))
+from kv_lm_eval.analysis import ablate, analyze, head_profile
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +35,7 @@ def analysis(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--high_entropy",
         "2.5",
     ]
-    assert script("analyze_heads").main(argv) == 0
+    assert analyze.main(argv) == 0
     return folder
 
 
@@ -60,7 +52,7 @@ def test_an_analysis_writes_profile_statistics_summary_and_five_pictures(analysi
 
 
 def test_chunks_start_with_the_prefix_share_the_files_and_leave_no_scrap() -> None:
-    cut = script("analyze_heads").cut
+    cut = analyze.cut
     assert cut([list(range(50)), list(range(100, 130))], 60, 21, 7) == [
         [7, *range(20)],
         [7, *range(20, 30)],
@@ -84,7 +76,7 @@ def test_an_ablation_compares_rows_on_the_same_tokens(
         "--against",
         "K_uniform:base_window=30",
     ]
-    assert script("ablate_heads").main([*profile, *size, *rows]) == 0
+    assert ablate.main([*profile, *size, *rows]) == 0
     *printed, last = capsys.readouterr().out.splitlines()
     found = {row["row"]: row for row in json.loads(last)["rows"]}
     assert sum(line.startswith("| ") for line in printed) == 1 + len(found) == 6
@@ -95,14 +87,41 @@ def test_an_ablation_compares_rows_on_the_same_tokens(
     assert found["A_window:base_window=20"]["minus full"]["mean"] > 0
 
 
-def test_mistakes_are_told_in_a_sentence(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    analyse, ablate = script("analyze_heads").main, script("ablate_heads").main
-    there = ["--output_path", str(tmp_path)]
-    assert analyse(["--text", "no.txt", *there]) == 2
-    assert analyse(["--text", str(text), "--chunk", "5", *there]) == 2
-    assert analyse(["--text", str(text), "--low_entropy", "9", *there]) == 2
-    assert ablate(["--profile", "no.json", "--text", str(text), "--documents", "1", "--length", "20"]) == 2
-    assert ablate(["--profile", "no.json", "--text", str(text)]) == 2
-    errors = capsys.readouterr().err
-    for words in ("no.txt: there is no such file", "--chunk 5", "low_entropy=9", "profile=no.json", "fewer than 20"):
-        assert words in errors
+def test_mistakes_are_told_in_a_line(
+    analysis: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, profile = ["--output_path", str(tmp_path)], ["--profile", str(analysis / "head_profile.json")]
+    uniform = ["--rows", "A_window:base_window=8", "--text", str(text)]
+    (tmp_path / "cut.json").write_text((analysis / "head_profile.json").read_text()[:400])
+    (tmp_path / "other.json").write_text('{"format": 1}')
+    for run, argv, words in (
+        (analyze.main, ["--text", "no.txt", *there], "no.txt: there is no such file"),
+        (analyze.main, ["--text", str(text), "--chunk", "5", *there], "--chunk 5"),
+        (analyze.main, ["--text", str(text), "--low_entropy", "9", *there], "low_entropy=9"),
+        (analyze.main, ["--text", str(text), "--dtype", "float12", *there], "--dtype float12 is not one of"),
+        (analyze.main, ["--text", str(text), "--model", str(tmp_path), *there], "could not be loaded"),
+        (analyze.main, ["--text", str(text)], "required: --output_path"),
+        (ablate.main, ["--profile", "no.json", "--text", str(text)], "profile=no.json"),
+        (ablate.main, ["--profile", str(tmp_path / "cut.json"), "--text", str(text)], "not whole JSON"),
+        (ablate.main, ["--profile", str(tmp_path / "other.json"), "--text", str(text)], "format: input should be"),
+        (ablate.main, ["--profile", str(tmp_path), "--text", str(text)], "there is no such file"),
+        (ablate.main, [*profile, "--text", str(text)], "fewer than 20"),
+        (ablate.main, [*profile, *uniform, "--documents", "0"], "must be at least 1"),
+    ):
+        assert run(argv) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert words in said[-1] and sum("stopped" in line for line in said) == 1, said
+
+
+def test_short_texts_have_an_interval_by_smaller_blocks_or_say_that_they_are_too_short(
+    analysis: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["--rows", "A_window:base_window=20", "--against", "K_uniform:base_window=30", "--text", str(text)]
+    rows += ["--profile", str(analysis / "head_profile.json"), "--batch_size", "6"]
+    for documents, length, block, low in ((6, 90, None, True), (2, 90, None, False), (2, 90, 16, True)):
+        size = ["--documents", str(documents), "--length", str(length), *(["--block", str(block)] if block else [])]
+        assert ablate.main([*rows, *size]) == 0
+        *printed, last = capsys.readouterr().out.splitlines()
+        found = json.loads(last)["rows"][-1]["minus full"]
+        assert (found["low"] is not None) == low
+        assert any("intervals over" in line if low else "too few for an interval" in line for line in printed)

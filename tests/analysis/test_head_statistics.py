@@ -191,13 +191,13 @@ def test_a_profile_comes_back_as_it_was_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "other"}, "its format is not"),
+        ({"format": "other"}, "format: input should be"),
         ({"num_layers": 3}, "not as many as it says"),
         ({"num_heads": 3}, "do not all have num_heads"),
         ({"num_kv_heads": 3}, "do not divide"),
-        ({"heads": [[{"type": "lazy", "confidence": 0.5, "window": 8}] * 2] * 2}, "unknown type"),
+        ({"heads": [[{"type": "lazy", "confidence": 0.5, "window": 8}] * 2] * 2}, "heads.0.0.type: input should be"),
         ({"heads": [[{"type": "mixed", "confidence": 0.5, "window": 0}] * 2] * 2}, "window below 1"),
-        ({"heads": [[{"type": "mixed"}] * 2] * 2}, "TypeError"),
+        ({"heads": [[{"type": "mixed"}] * 2] * 2}, "heads.0.0.confidence: field required"),
     ],
 )
 def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:

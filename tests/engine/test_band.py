@@ -197,7 +197,7 @@ def test_what_a_stream_will_hold_is_known_before_it_runs(
     """Against a plain loop over a list of tokens; and never more than the peak that is declared."""
     values = {"n_sink": sinks, "window_size": window, "cache_slack": slack, "max_drop": drop, "compress_every": every}
     compression = tiny.compression(method="streaming_llm", **values)
-    slots, cuts = visible_slots(compression, tokens, prefill, [0, 1], 2)
+    slots, cuts = visible_slots(compression, tokens, prefill, [0, 1])
     held: list[int] = []
     capacity, seen, expected_cuts = sinks + window, [], []
     for t in range(tokens):
@@ -214,7 +214,7 @@ def test_what_a_stream_will_hold_is_known_before_it_runs(
     assert slots.tolist() == seen
     assert cuts == expected_cuts
     prompt = min(prefill, tokens)
-    assert max(seen) <= compression.peak_slots(prompt, tokens - prompt, 2)
+    assert max(seen) <= compression.peak_slots(prompt, tokens - prompt, [0, 1])
     assert max(seen) <= max(prompt, capacity + every)
 
 

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from kv_lm_eval.engine.generate import without_cache
-from kv_lm_eval.engine.recompute import score_recomputed, see_last
+from kv_lm_eval.engine.lent import see_last, without_cache
+from kv_lm_eval.engine.recompute import score_recomputed
 
 
 @torch.inference_mode()
@@ -36,11 +36,11 @@ def test_continuations_are_scored_from_the_tokens_just_before_each(name: str, le
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_generation_sees_the_last_tokens_only_in_a_padded_batch(name: str) -> None:
     model, length = tiny.build(name), 9
-    without_cache(model)
-    see_last(model, length)
     rows = [tiny.tokens(n, seed=n) for n in (20, 13, 4)]
     ids, mask, _ = tiny.left_padded(rows)
-    got = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with without_cache(model), see_last(model, length):
+        got = model.generate(ids, attention_mask=mask, **asked)
     for b, row in enumerate(rows):
         expected = list(row)
         for _ in range(8):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kv_lm_eval.experiments import paired
+from kv_lm_eval.stats import betting
 
 TOLERANCE = 0.05
 
@@ -35,14 +36,14 @@ def search(rng, truth, documents=2000, confidence=0.95, first_look=32, noise=0.0
 def test_log_capital_is_the_plain_product() -> None:
     losses = [0.0, 1.0, -1.0, 0.25, 0.0]
     capitals = []
-    for share in paired.SHARES:
+    for share in betting.SHARES:
         capital, stake = 1.0, share / (1 - 0.1)
         for loss in losses:
             capital *= 1 + stake * (0.1 - loss)
         capitals.append(capital)
-    assert paired.evidence_within(losses, 0.1) == pytest.approx(log(sum(capitals) / len(capitals)), abs=1e-12)
+    assert betting.evidence_within(losses, 0.1) == pytest.approx(log(sum(capitals) / len(capitals)), abs=1e-12)
     mirrored = [-x for x in losses]
-    assert paired.evidence_outside(losses, 0.1) == pytest.approx(paired.evidence_within(mirrored, -0.1), abs=1e-12)
+    assert betting.evidence_outside(losses, 0.1) == pytest.approx(betting.evidence_within(mirrored, -0.1), abs=1e-12)
 
 
 @pytest.mark.parametrize("mean", [TOLERANCE, 0.08])
@@ -50,7 +51,7 @@ def test_log_capital_is_the_plain_product() -> None:
 def test_looking_after_every_document_does_not_make_errors_more_frequent(mean: float, noise: float) -> None:
     rng = np.random.default_rng(1)
     alpha, wrong, repeats, n = 0.1, 0, 400, 400
-    stakes = paired.SHARES / (1 - TOLERANCE)
+    stakes = betting.SHARES / (1 - TOLERANCE)
     for _ in range(repeats):
         logs = np.log(1 + stakes[:, None] * (TOLERANCE - draw(rng, mean, n, noise)[None, :])).cumsum(1)
         capital = np.logaddexp.reduce(logs, axis=0) - log(len(stakes))
@@ -63,6 +64,54 @@ def test_a_search_over_many_bad_settings_rarely_recommends_one() -> None:
     truth = [[TOLERANCE + 0.005] * 4] * 5
     recommended = sum(search(rng, truth, 800, confidence=0.9)[0].best is not None for _ in range(100))
     assert recommended <= 10 + 3 * 3
+
+
+def by_text(rng: np.random.Generator, mean: float, texts: int, shared: float, size: int = 5) -> np.ndarray:
+    """[texts, size] losses of documents, a share of which are their text's."""
+    own, text = draw(rng, mean, texts * size, 0.1).reshape(texts, size), draw(rng, mean, texts, 0.1)
+    return np.where(rng.random((texts, size)) < shared, text[:, None], own)
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.5, 1.0])
+def test_no_answer_of_several_is_wrong_more_often_than_it_says_however_much_texts_share(shared: float) -> None:
+    """Four tasks and their mean, three budgets, each a little outside the tolerance: any recommendation is wrong."""
+    rng, wrong, repeats, confidence = np.random.default_rng(11), 0, 60, 0.8
+    for _ in range(repeats):
+        seen = [[by_text(rng, TOLERANCE + 0.001, 200, shared) for _ in range(3)] for _ in range(4)]
+        answers = []
+        for tasks in ([0], [1], [2], [3], [0, 1, 2, 3]):
+            losses = [np.mean([seen[t][b].mean(axis=1) for t in tasks], axis=0) for b in range(3)]
+            budgets = [[b] for b in range(3)]
+            answers.append(
+                paired.search(budgets, lambda b, n, of=losses: of[b][:n], 200, TOLERANCE, confidence, 32, 5).best
+            )
+        wrong += any(answer is not None for answer in answers)
+    assert wrong / repeats <= 0.2 + 3 * (0.2 * 0.8 / repeats) ** 0.5
+
+
+def test_documents_of_one_text_taken_for_independent_ones_would_be_wrong_far_more_often() -> None:
+    rng, told, untold, alpha = np.random.default_rng(12), 0, 0, 0.05
+    for _ in range(200):
+        losses = by_text(rng, TOLERANCE + 0.001, 100, 1.0, 20)
+        told += betting.evidence_within(losses.mean(axis=1), TOLERANCE) >= -log(alpha)
+        untold += betting.evidence_within(losses.ravel(), TOLERANCE) >= -log(alpha)
+    assert told <= 0.05 * 200 + 6 and untold > 0.2 * 200
+
+
+def test_texts_of_unequal_size_are_weighted() -> None:
+    """The mean over documents, with the guarantee; a text of one document moves the capital less."""
+    rng, alpha, wrong = np.random.default_rng(13), 0.1, 0
+    for _ in range(300):
+        sizes = rng.choice([1, 10], 200)
+        means = np.where(sizes == 10, 0.11, -0.5)  # large texts lose: 0.055 a document, -0.2 a text
+        losses = np.where(rng.random(200) < abs(means), np.sign(means), 0.0)
+        truth = (10 * 0.11 - 0.5) / 11
+        rows = np.stack([losses * sizes / 10, sizes / 10], axis=1)
+        wrong += betting.evidence_within(rows, truth - 0.002) >= -log(alpha)
+    assert wrong <= 0.1 * 300 + 3 * 5.2
+    assert betting.mean([[0.5, 1.0], [-0.1, 0.1]]) == pytest.approx(0.4 / 1.1)
+    even = np.stack([losses, np.ones(200)], axis=1)
+    assert betting.evidence_within(even, 0.1) == betting.evidence_within(losses, 0.1)
 
 
 def test_smallest_budget_that_is_good_enough_is_found() -> None:
@@ -98,14 +147,14 @@ def test_fewest_documents_is_near_the_binomial_limit() -> None:
     """With losses of 0 or 1, n documents without a loss exclude a mean of t only if (1 - t)^n <= alpha."""
     for tolerance, alpha in ((0.05, 0.05), (0.02, 0.05 / 24), (0.2, 0.01)):
         limit = ceil(log(alpha) / log(1 - tolerance))
-        n = paired.fewest_documents(tolerance, alpha)
+        n = betting.fewest(tolerance, alpha)
         assert limit <= n <= 1.6 * limit
-        assert paired.evidence_within(np.zeros(n), tolerance) >= -log(alpha)
+        assert betting.evidence_within(np.zeros(n), tolerance) >= -log(alpha)
 
 
 def test_upper_bound_covers_the_truth() -> None:
     rng = np.random.default_rng(7)
-    missed = sum(paired.upper_bound(draw(rng, 0.1, 150, 0.1), 0.1) < 0.1 for _ in range(200))
+    missed = sum(betting.upper_bound(draw(rng, 0.1, 150, 0.1), 0.1) < 0.1 for _ in range(200))
     assert missed <= 20 + 3 * 4.3
 
 

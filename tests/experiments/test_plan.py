@@ -51,6 +51,15 @@ def test_windows_are_capped_and_equal_points_run_once() -> None:
     ]
 
 
+def test_a_methods_own_seed_is_an_axis_beside_lm_evals() -> None:
+    found = points(
+        methods=[{"method": "random", "max_capacity_prompt": 64, "method_seed": [0, 1, 2]}], defaults={"seed": 5}
+    )
+    assert [p["model_args"]["seed"] for p in found] == [0, 1, 2] and {p["seed"] for p in found} == {5}
+    assert [p["name"] for p in found] == ["random seed=0", "random seed=1", "random seed=2"]
+    assert found[0]["axes"] == ["seed"] and len({p["hash"] for p in found}) == 3
+
+
 def test_where_leaves_points_out() -> None:
     found = points(methods=[{"method": "x", "a": [1, 2, 3], "b": [1, 2, 3], "where": "${a} < ${b}"}])
     assert [(p["settings"]["a"], p["settings"]["b"]) for p in found] == [(1, 2), (1, 3), (2, 3)]

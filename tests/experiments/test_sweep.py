@@ -15,11 +15,9 @@ import pytest
 import torch
 import yaml
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import sweep  # noqa: E402
+from kv_lm_eval.experiments import run_point, sweep
 
-from kv_lm_eval.experiments import run_point  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 CONFIG: dict[str, Any] = {
     "defaults": {
@@ -110,9 +108,7 @@ def test_dry_run_shows_the_plan_and_runs_nothing(undisturbed: Path, tmp_path: Pa
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import sweep
-from kv_lm_eval.experiments import run_point
+from kv_lm_eval.experiments import run_point, sweep
 
 class Killed(run_point.KeptLog):
     def add_batch(self, *batch, **more):
@@ -121,13 +117,13 @@ class Killed(run_point.KeptLog):
             os.kill(os.getpid(), signal.SIGKILL)
 
 run_point.KeptLog = Killed
-sweep.main(sys.argv[2:])
+sweep.main(sys.argv[1:])
 """
 
 
 def test_a_killed_sweep_loses_nothing_and_repeats_nothing(undisturbed: Path, tmp_path: Path, monkeypatch: Any) -> None:
     output, config = tmp_path / "out", write(tmp_path)
-    command = [sys.executable, "-c", KILLED, str(ROOT / "scripts"), str(config), "--output_path", str(output)]
+    command = [sys.executable, "-c", KILLED, str(config), "--output_path", str(output)]
     killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     done, half = sorted((output / "points").iterdir())
@@ -156,13 +152,13 @@ def test_failures_are_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypatch:
     ]
     original = run_point._evaluate
 
-    def evaluate(point: dict[str, Any], folder: Path) -> None:
+    def evaluate(point: dict[str, Any], folder: Path) -> list[Path]:
         if point["settings"].get("max_capacity_prompt") == 64:
             try:
                 raise torch.OutOfMemoryError("no room")
             except torch.OutOfMemoryError as error:
                 raise RuntimeError("a library's own words") from error
-        original(point, folder)
+        return original(point, folder)
 
     monkeypatch.setattr(run_point, "_evaluate", evaluate)
     output, config = tmp_path / "out", write(tmp_path, methods=methods)

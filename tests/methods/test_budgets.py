@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from math import ceil
+from math import floor
 
 import pytest
 import tiny
@@ -29,19 +29,27 @@ every_model = pytest.mark.parametrize("name", tiny.CORE)
 
 @pytest.mark.parametrize(
     ("ratio", "seen", "keep"),
-    [(0.9, 100, 90), (0.1, 10, 1), (0.7, 10, 7), (0.3, 10, 3), (0.29, 100, 29), (0.5, 3, 2), (1.0, 7, 7), (1e-9, 5, 1)],
+    [(0.9, 100, 90), (0.1, 10, 1), (0.7, 10, 7), (0.3, 10, 3), (0.29, 100, 29), (0.5, 3, 1), (1.0, 7, 7), (1e-9, 5, 1)],
 )
-def test_a_share_is_exact_and_rounded_up(ratio: float, seen: int, keep: int) -> None:
-    assert Ratio(ratio).keep([seen], 0, 1) == [keep]
+def test_a_share_is_exact_and_rounded_down_to_at_least_one_slot(ratio: float, seen: int, keep: int) -> None:
+    assert tiny.compression(method="knorm", keep_ratio=ratio).keep([seen], [seen], 0, [0]) == [keep]
 
 
 @given(st.integers(1, 1000), st.integers(1, 100_000))
 @settings(derandomize=True, deadline=None, max_examples=200)
 def test_a_share_in_thousandths_is_the_rational_number_that_was_written(thousandths: int, seen: int) -> None:
-    expected = ceil(Fraction(thousandths, 1000) * seen)
-    assert Ratio(thousandths / 1000).keep([seen], 0, 1) == [expected]
+    expected = floor(Fraction(thousandths, 1000) * seen)
+    assert Ratio(thousandths / 1000).asked([seen], [seen], 0) == [expected]
     removed = tiny.compression(method="knorm", compression_ratio=1 - thousandths / 1000)
-    assert removed.budget.keep([seen], 0, 1) == [expected]
+    assert removed.budget.asked([seen], [seen], 0) == [expected]
+
+
+@given(st.integers(0, 999), st.integers(1, 100_000))
+@settings(derandomize=True, deadline=None, max_examples=200)
+def test_the_references_share_is_kvpresss_in_binary_fractions(thousandths: int, seen: int) -> None:
+    ratio = thousandths / 1000
+    got = tiny.compression(method="knorm", compression_ratio=ratio, rounding="reference").keep([seen], [seen], 0, [0])
+    assert got == [max(1, int(seen * (1 - ratio)))]
 
 
 @every_model
@@ -93,8 +101,8 @@ def test_every_row_of_a_batch_keeps_its_own_share(method: str, ratio: dict[str, 
     lengths = [41, 30, 11]
     tiny.forward(pair.model, cache, [tiny.tokens(n) for n in lengths])
     for layer in range(2):
-        assert [len(tiny.kept(cache, layer, b)[0]) for b in range(3)] == [21, 15, 6]
-    assert cache.snapshot()["kept_fraction"] == [21 / 41, 15 / 30, 6 / 11]
+        assert [len(tiny.kept(cache, layer, b)[0]) for b in range(3)] == [20, 15, 5]
+    assert cache.snapshot()["kept_fraction"] == [20 / 41, 15 / 30, 5 / 11]
     assert cache.snapshot()["compressed"] == [True, True, True]
 
 

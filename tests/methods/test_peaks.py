@@ -52,5 +52,5 @@ def test_the_declared_peak_is_the_peak(name: str) -> None:
         tiny.forward(pair.model, cache, [row[:prompt]])
         for t in range(prompt, prompt + new):
             tiny.forward(pair.model, cache, [[row[t]]], [t])
-        declared = tiny.compression(**METHODS[name]).peak_slots(prompt, new, pair.facts.num_layers)
+        declared = tiny.compression(**METHODS[name]).peak_slots(prompt, new, pair.facts.cut_layers)
         assert cache.peaks == [declared], (prompt, new)

@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from methods.test_kept_sets import Stock, best, held_by, ours, snapkv
 
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.budget import Heads, Pyramid
+from kv_lm_eval.methods.budget import Heads, Layers
 
 MODELS = ("llama", "gpt_neox")
 WINDOW = {"window_size": 5, "kernel_size": 3}
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
+
+
+REFERENCE = {"rounding": "reference"}
 
 
 def kvcache_factory_pyramid(capacity: int, window: int, length: int, layers: int, beta: int) -> list[int]:
@@ -39,23 +42,57 @@ def kvcache_factory_pyramid(capacity: int, window: int, length: int, layers: int
 
 @given(st.integers(2, 40), st.integers(1, 16), st.integers(2, 400), st.integers(1, 600), st.integers(1, 30))
 @settings(derandomize=True, deadline=None, database=None)
-def test_pyramid_budgets_are_those_of_kvcache_factory(layers, window, over, length, beta):
+def test_pyramid_budgets_of_the_reference_are_those_of_kvcache_factory(layers, window, over, length, beta):
     capacity = window + over
-    budget = Pyramid(capacity, beta)
-    got = [min(length, budget.keep([length], layer, layers, protected=window)[0]) for layer in range(layers)]
+    shares = Layers("pyramid", beta, "reference")
+    got = [min(length, shares.share(capacity, length, layer, layers, window)) for layer in range(layers)]
     assert got == kvcache_factory_pyramid(capacity, window, length, layers, beta)
-    assert sum(got) <= layers * capacity + layers * (layers - 1) // 2  # what its integer division can add
 
 
+@given(st.integers(2, 40), st.integers(0, 16), st.integers(1, 400), st.integers(1, 30))
+@settings(derandomize=True, deadline=None, database=None)
+def test_exact_pyramid_budgets_have_the_mean_at_every_length_and_grow_by_one_a_token(layers, window, over, beta):
+    mean, shares = window + over, Layers("pyramid", beta)
+    before = None
+    for length in range(mean, 2 * mean + 20):
+        now = [shares.share(mean, length, layer, layers, window) for layer in range(layers)]
+        assert sum(now) == layers * mean
+        assert now == sorted(now, reverse=True) and length >= now[0] and now[-1] >= max(window, 1)
+        assert before is None or all(b <= a + 1 for a, b in zip(before, now, strict=True)), "a layer can follow"
+        before = now
+    steep = kvcache_factory_pyramid(mean, window, 10**6, layers, beta)
+    assert (now[0], now[-1]) == (steep[0], max(2 * mean - steep[0], 1)) or window == 0
+
+
+@given(st.lists(st.integers(0, 60), min_size=2, max_size=8), st.sampled_from([0.0, 0.2, 0.3, 0.5, 0.7, 1.0]), st.data())
+@settings(derandomize=True, deadline=None, database=None)
+def test_head_budgets_of_the_reference_are_those_of_adakv(scored, alpha, data):
+    """FFY0/AdaKV: torch.round(capacity * (1 - floor_ratio) + int(base_capacity * floor_ratio)), beside the window."""
+    heads, window = len(scored), data.draw(st.integers(0, 5))
+    scored[0] += -sum(scored) % heads
+    base = sum(scored) // heads
+    if base == 0:
+        return
+    n = 80 + window
+    scores = torch.zeros(1, heads, n)
+    scores[..., n - window :] = float("inf")
+    for head, best_of_all in enumerate(scored):
+        scores[0, head, :best_of_all] = 1
+    got = Heads("ada", alpha, "reference").split(scores, torch.arange(n).view(1, 1, n), [base + window], window)
+    expected = torch.round(torch.tensor(scored) * (1 - alpha) + int(base * alpha)).int() + window
+    assert got[0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("rounding", ["exact", "reference"])
 @pytest.mark.parametrize("name", MODELS)
-def test_pyramidkv_keeps_snapkvs_choice_under_each_layers_budget(name):
+def test_pyramidkv_keeps_snapkvs_choice_under_each_layers_budget(name, rounding):
     row = tiny.tokens(80, seed=1)
-    capacities = kvcache_factory_pyramid(20, 5, 80, 2, 20)
+    capacities = kvcache_factory_pyramid(20, 5, 80, 2, 20)  # two layers: nothing to round
     assert capacities[0] > 20 > capacities[1]
     expected = [snapkv(Stock(name), row, 5, 3, "max", capacity)[i] for i, capacity in enumerate(capacities)]
-    assert ours(name, row, method="pyramidkv", max_capacity_prompt=20, **WINDOW)[0] == expected[0]
-    cut_first = ours(name, row, method="pyramidkv", max_capacity_prompt=20, **WINDOW)
-    assert [len(head) for head in cut_first[1]] == [capacities[1]] * len(cut_first[1])
+    got = ours(name, row, method="pyramidkv", max_capacity_prompt=20, rounding=rounding, **WINDOW)
+    assert got[0] == expected[0]
+    assert [len(head) for head in got[1]] == [capacities[1]] * len(got[1])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -211,7 +248,7 @@ def test_knorm_at_every_step_is_a_bounded_cache_that_saws():
     for t, token in enumerate(tiny.tokens(70, seed=7)):
         tiny.forward(pair.model, cache, [[token]], starts=[t])
         lengths.append(cache.held[0][0])
-    assert max(lengths) == 20 and min(lengths[21:]) == 11  # ceil(0.5 * 21)
+    assert max(lengths) == 20 and min(lengths[21:]) == 10  # floor(0.5 * 21)
 
 
 def test_knorm_can_protect_the_newest_tokens():
@@ -222,10 +259,22 @@ def test_knorm_can_protect_the_newest_tokens():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"method": "snapkv", "max_capacity_prompt": 64, "alpha": 0.3}, "alpha=0.3 has no effect"),
+        (
+            {"method": "snapkv", "max_capacity_prompt": 64, "alpha": 0.3},
+            "alpha=0.3 has no effect without head_budget=ada",
+        ),
         ({"method": "snapkv", "max_capacity_prompt": 64, "beta": 3}, "beta=3 has no effect without layer_budget"),
         ({"method": "knorm", "max_capacity_prompt": 64, "prune_after": 3}, "prune_after=3 has no effect without keep"),
-        ({"method": "snapkv", "keep_ratio": 0.5, "layer_budget": "pyramid"}, "give max_capacity_prompt instead"),
+        ({"method": "pyramidkv", "keep_ratio": 0.5, "prune_after": 9}, "which then differs between layers"),
+        ({"method": "tova", "max_capacity_prompt": 64, "head_budget": "ada"}, "the same scores"),
+        ({"method": "window", "max_capacity_prompt": 64, "head_budget": "ada"}, "the same scores"),
+        ({"method": "l2_fixed", "strategy": "recent_only", "head_budget": "ada"}, "the same scores"),
+        ({"method": "l2_fixed", "seed": 3}, "seed=3 has no effect with strategy=keep_low"),
+        ({"method": "knorm", "max_capacity_prompt": 64, "rounding": "reference"}, "rounding=reference has no effect"),
+        ({"method": "knorm", "max_capacity_prompt": 1e90}, "1e.90 is beyond the numbers"),
+        ({"method": "knorm", "max_capacity_prompt": 9, "skip_layers": [2**40]}, "beyond the numbers"),
+        ({"method": "expected_attention", "max_capacity_prompt": 9, "epsilon": "nan"}, "must be a finite number"),
+        ({"method": "expected_attention", "max_capacity_prompt": 9, "n_future_positions": 1e9}, "at most 131072"),
         ({"method": "snapkv", "max_capacity_prompt": 64, "layer_budget": "cone"}, "not one of: uniform, pyramid"),
         ({"method": "snapkv", "max_capacity_prompt": 64, "head_budget": "adaa"}, "did you mean 'ada'"),
         ({"method": "l2_fixed", "cache_size": 1}, "must be at least 2"),

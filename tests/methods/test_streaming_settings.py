@@ -28,7 +28,7 @@ def test_a_total_budget_is_never_passed_and_is_reached(
         "refresh_budget": refresh, "refresh_policy": "uniform" if refresh else "none", "total_budget": total,
     }  # fmt: skip
     compression = tiny.compression(method="streaming_llm", **values)
-    slots, _ = visible_slots(compression, tokens, 0, [0], 1)
+    slots, _ = visible_slots(compression, tokens, 0, [0])
     assert int(slots.max()) <= total
     if tokens >= total and every >= slack:
         assert int(slots.max()) == total, "the lazy growth is part of the total, and uses it"

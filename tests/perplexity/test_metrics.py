@@ -1,42 +1,15 @@
-"""Intervals and spikes on synthetic data whose truth is known."""
+"""Counting, and spikes on synthetic data whose truth is known."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from kv_lm_eval.metrics.perplexity import block_bootstrap, blocks, count_words, percent
+from kv_lm_eval.metrics.perplexity import count_words, percent
 from kv_lm_eval.metrics.spikes import around_events, control_starts, spikes, usable_horizon, window_statistics
 
 
-def correlated(rng, tokens, block, shared):
-    """Unit noise a token, and noise of standard deviation `shared` that all tokens of a block have in common."""
-    return rng.normal(size=tokens) + np.repeat(rng.normal(0, shared, tokens // block + 1), block)[:tokens]
-
-
-def test_blocks_never_cross_documents_and_leave_out_what_was_not_scored():
-    documents = [np.array([1.0, 2, np.nan, 4, 5]), np.array([6.0]), np.array([np.nan])]
-    sums, counts = blocks(documents, 2)
-    assert sums.tolist() == [3, 4, 5, 6] and counts.tolist() == [2, 1, 1, 1]
-    assert block_bootstrap(documents, 2)["mean"] == pytest.approx((1 + 2 + 4 + 5 + 6) / 5)
-
-
-def test_the_interval_covers_the_truth_as_often_as_it_says():
-    rng, hits, naive = np.random.default_rng(0), 0, 0
-    for _ in range(200):
-        values = correlated(rng, 64 * 40, 64, 0.5) + 0.25
-        found = block_bootstrap([values], 64, draws=400)
-        hits += found["low"] <= 0.25 <= found["high"]
-        tokenwise = 1.96 * values.std() / len(values) ** 0.5
-        naive += abs(values.mean() - 0.25) <= tokenwise
-    assert 175 <= hits <= 200  # 95 % of 200 is 190
-    assert naive < 120  # what treating tokens as independent would have given
-
-
-def test_few_blocks_give_no_interval_and_nothing_gives_no_mean():
-    assert block_bootstrap([np.ones(3000)])["low"] is None
-    assert block_bootstrap([np.ones(3000)])["mean"] == 1
-    assert block_bootstrap([]) == {"mean": None, "low": None, "high": None, "blocks": 0}
+def test_a_difference_in_nats_is_a_change_in_per_cent():
     assert percent(0.1) == pytest.approx(10.517, abs=1e-3) and percent(None) is None
 
 
@@ -80,6 +53,57 @@ def test_a_rise_before_the_prune_is_no_spike_after_it():
     for e in EVENTS:
         sawtooth[e - 12 : e + 1] = np.linspace(0, 0.6, 13)
     assert spikes(noise(1) + sawtooth, EVENTS)["verdict"] == "no spike"
+
+
+def lazy(seed, better, period=32, tokens=4000, noise=0.15):
+    """A cache pruned every `period` tokens, never worse than one pruned at every token: the more it holds, the better.
+
+    Args:
+        better: nats that a full period of slots more is worth.
+    """
+    events = list(range(255, tokens, period))
+    extra = np.array([0 if i <= events[0] else (i - events[0] - 1) % period for i in range(tokens)])
+    return np.random.default_rng(seed).normal(0, noise, tokens) - better * extra / period, events
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("better", [0.02, 0.05, 0.2])
+@pytest.mark.parametrize("period", [16, 32, 64])
+def test_a_saw_tooth_that_only_ever_helps_is_no_spike(seed, better, period):
+    delta, events = lazy(seed, better, period)
+    found = spikes(delta, events)
+    assert found["verdict"] == "no spike", found
+    assert better < 0.05 or seed or "not above that of a cache with as many slots" in found["reason"]
+
+
+def test_saw_teeth_and_noise_are_called_spikes_less_often_than_the_level_says():
+    said = sum(spikes(*lazy(seed, better)[0:2])["verdict"] == "spike" for seed in range(60) for better in (0.0, 0.05))
+    assert said <= 6  # 5 % of 120
+
+
+@pytest.mark.parametrize("shape", [[0.4, 0.3, 0.2, 0.1], [0.5], [0.1] * 16])
+def test_a_spike_on_top_of_the_saw_tooth_is_found(shape):
+    found = 0
+    for seed in range(10):
+        delta, events = lazy(seed, 0.05)
+        for e in events:
+            delta[e + 1 : e + 1 + len(shape)] += np.array(shape)[: max(0, len(delta) - e - 1)]
+        found += spikes(delta, events)["verdict"] == "spike"
+    assert found >= 9
+
+
+def test_against_the_full_cache_the_run_at_equal_slots_decides():
+    """The full cache is better everywhere, most of all after a prune: that is what fewer slots cost, not a spike."""
+    delta, events = lazy(0, 0.05)
+    assert spikes(delta + 0.3, events)["verdict"] == "spike", "what it would be called without"
+    assert spikes(delta + 0.3, events, equal=delta)["verdict"] == "no spike"
+
+
+def test_random_windows_do_not_overlap_and_a_horizon_of_any_length_works():
+    delta, events = lazy(1, 0.0, period=7, tokens=600)
+    for horizon in (1, 2, 3, 16):
+        found = spikes(delta, events, horizon=horizon)
+        assert found["horizon"] == min(horizon, 3) and list(found["above_equal_slots"])[-1] == str(min(horizon, 3))
 
 
 def test_too_few_events_or_one_at_every_token_is_said():

@@ -36,17 +36,15 @@ def book(tmp_path_factory):
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Runs a script as a user does, in this process: its last line as JSON, or its complaint."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
     def run(name, *arguments, fails=False):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         capsys.readouterr()
-        if fails:
-            with pytest.raises(SystemExit, match="2"):
-                runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
-            return capsys.readouterr().err
-        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        captured = capsys.readouterr()
+        assert end.value.code == (2 if fails else 0), captured.err
+        return captured.err if fails else json.loads(captured.out.splitlines()[-1])
 
     return run
 
@@ -150,6 +148,31 @@ def test_streaming_eval_compares_with_both_baselines_on_the_same_tokens(book, tm
     assert total["streaming"]["perplexity"] == streaming["perplexity"]  # 40 - 8 leaves the same sinks and window
 
 
+def test_streaming_eval_with_refresh_gives_what_the_evaluation_gives(book, script):
+    """A method with a cache of its own: the same settings through lm_eval and through the script."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from kv_lm_eval import plugin
+
+    common = ["--model", "kv-tiny", "--dtype", "float32", "--text-files", book, "--max-eval-tokens", 200]
+    common += ["--timed-tokens", 8, "--mode", "streaming", "--window-size", 28, "--compress-every", 8]
+    plain = script("streaming_eval.py", *common)["streaming"]["perplexity"]
+    found = script("streaming_eval.py", *common, "--refresh-budget", 8, "--refresh-policy", "uniform")["streaming"]
+    plugin.install()
+    settings = {"n_sink": 4, "window_size": 28, "compress_every": 8, "refresh_budget": 8, "refresh_policy": "uniform"}
+    model_args = {"pretrained": "kv-tiny", "dtype": "float32", "method": "streaming_llm", **settings}
+    metadata = {"text_files": [str(book)], "max_eval_tokens": 200, "protocol": "prefill_then_stream"}
+    with plugin.only_our_tasks():
+        index = TaskManager(metadata={**model_args, **metadata})
+    results = simple_evaluate(
+        model=plugin.MODEL_NAME, model_args=model_args, tasks=["kv_ppl_file"], task_manager=index, device="cpu",
+        bootstrap_iters=0,
+    )  # fmt: skip
+    assert found["perplexity"] == pytest.approx(results["results"]["kv_ppl_file"]["perplexity,none"], rel=1e-5)
+    assert found["perplexity"] > 1.05 * plain, "the negative control harms"
+
+
 def test_diagnose_pruning_writes_every_token_and_finds_no_spike_where_none_is(book, tmp_path, script):
     found = script(
         "diagnose_pruning.py", "--model", "kv-tiny", "--dtype", "float32", "--text-files", book,
@@ -206,6 +229,7 @@ def test_compare_nll_takes_shared_targets_only_and_gives_the_error(tmp_path, scr
         ({"tokens": [0, 1, 9]}, "different tokens"),
         ({"model": "other"}, "models differ"),
         ({"reading": {"protocol": "rolling"}}, "protocols differ"),
+        ({"reading": {"protocol": "streaming", "strided_length": 9}}, "strided_length differ"),
         ({"document": "e"}, "different documents"),
     ],
 )
@@ -216,8 +240,128 @@ def test_runs_that_differ_in_more_than_the_method_are_refused(tmp_path, change, 
         paired.compare(paired.read(a), paired.read(b))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"nll": [1.0], "tok', "line 1: not whole JSON"),
+        ('{"nll": "abc"}', "line 1: reading: field required"),
+        ("[1, 2]", "line 1: input should be a valid dictionary"),
+        (json.dumps(record([1.0, 2.0], tokens=[1])), "line 1: 1 tokens and 2 numbers"),
+        (json.dumps(record([1.0, 2.0], tokens=["a", "b"])), "tokens.0: input should be a valid integer"),
+        ("", "is empty"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+    ],
+)
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path, script, content, message):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    said = script("compare_nll.py", file, file, fails=True).strip()
+    assert message in said and "a.jsonl" in said and len(said.splitlines()) == 1
+
+
+def test_six_documents_are_observations_and_fewer_are_cut_into_blocks(tmp_path, script):
+    rng = np.random.default_rng(2)
+    for n, unit, block in ((8, "texts", None), (3, "blocks", 64), (3, "blocks", 20)):
+        rows = [[record((rng.normal(size=500) + i).tolist(), 0, document=str(i)) for i in range(n)] for _ in "ab"]
+        a, b = (write(tmp_path / f"{name}.jsonl", *side) for name, side in zip("ab", rows, strict=True))
+        found = script("compare_nll.py", a, b, *([] if block in (None, 64) else ["--block", block]))["all"]
+        assert (found["unit"], found["block_tokens"]) == (unit, block)
+        assert found["low"] < found["nll_difference_nats"] < found["high"]
+
+
 def test_lm_evals_samples_are_read_and_other_files_are_told(tmp_path, script):
     sample = {"doc_id": 0, "doc": {"name": "x", "per_token": record([1.0, 2.0])}, "resps": [["-3.0"]]}
     assert paired.read(write(tmp_path / "samples.jsonl", sample))["x"]["nll"] == [1.0, 2.0]
     said = script("compare_nll.py", write(tmp_path / "no.jsonl", {"doc": {}}), tmp_path / "no.jsonl", fails=True)
     assert "no per-token numbers" in said
+
+
+# ---------------------------------------------------------------------------------------------- files and exits
+
+SCRIPTS = {
+    "streaming_eval.py": ("--text-files", "--output"),
+    "diagnose_pruning.py": ("--text-files", "--output-dir"),
+    "fixed_baseline.py": ("--text-files", "--output-dir"),
+    "analyze_heads.py": ("--text", "--output_path"),
+    "ablate_heads.py": ("--text", None),
+}
+
+
+def never(*_, **__):
+    raise AssertionError("the weights were loaded before a mistake in the arguments was found")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("kind", ["missing", "binary", "folder without texts", "empty"])
+def test_a_text_that_cannot_be_read_is_one_line_before_any_weights(name, kind, tmp_path, monkeypatch, script):
+    monkeypatch.setattr(baselines, "load_model", never)
+    file = tmp_path / "text.txt"
+    if kind == "binary":
+        file.write_bytes(b"\x89PNG\xff\x00")
+    elif kind == "empty":
+        file.write_bytes(b"\xef\xbb\xbf\r\n")
+    elif kind != "missing":
+        file.mkdir()
+    text, output = SCRIPTS[name]
+    more = ["--model", "kv-tiny", *([output, tmp_path / "out"] if output else [])]
+    more += ["--rows", "A_window:base_window=8", "--profile", "none"] if name == "ablate_heads.py" else []
+    more += ["--mode", "streaming"] if name == "streaming_eval.py" else []
+    said = script(name, *more, text, file, fails=True).strip()
+    assert "text.txt" in said and len(said.splitlines()) == 1, said
+
+
+@pytest.mark.parametrize("name", [name for name, (_, output) in SCRIPTS.items() if output])
+def test_an_output_that_cannot_be_written_is_one_line_before_any_weights(name, book, tmp_path, monkeypatch, script):
+    monkeypatch.setattr(baselines, "load_model", never)
+    text, output = SCRIPTS[name]
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    wrong = [tmp_path / "file" / "below"]
+    wrong += [tmp_path / "folder"] if output == "--output" else [tmp_path / "file"]
+    for path in wrong:
+        said = script(name, "--model", "kv-tiny", text, book, output, path, fails=True).strip()
+        assert output in said and str(tmp_path) in said and len(said.splitlines()) == 1, said
+
+
+def test_a_damaged_baseline_is_one_line(book, tmp_path, script):
+    for content, message in (("{", "not whole JSON"), ('{"key": {}}', "recompute: field required")):
+        (tmp_path / "base.json").write_text(content)
+        said = script(
+            "streaming_eval.py", "--model", "kv-tiny", "--text-files", book, "--max-eval-tokens", 50,
+            "--window-size", 28, "--baseline-results", tmp_path / "base.json", fails=True,
+        )  # fmt: skip
+        (line,) = (line for line in said.splitlines() if "stopped" in line)
+        assert message in line and "base.json" in line and "Traceback" not in said
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_one_book_is_one_text_whatever_system_saved_it_and_whoever_reads_it(ends, mark, tmp_path, monkeypatch):
+    """The task, the streaming scripts and the head scripts: the same words, tokens and bytes."""
+    from kv_lm_eval.analysis import ablate, analyze
+    from kv_lm_eval.tasks.perplexity import texts
+
+    lines = ["A line.", "", "Another — with a dash.", ""] * 20
+    file = tmp_path / "book.txt"
+    file.write_bytes(mark + ends.join(lines).encode())
+    expected = "\n".join(lines)
+    (row,) = texts.files(str(file))
+    assert row["text"] == expected and row["bytes"] == len(expected.encode())
+    setup = baselines.load("kv-tiny", "files", text_files=[str(file)])
+    ids = setup.tokenizer(expected, add_special_tokens=False).input_ids
+    assert setup.row[1:] == ids
+    seen = []
+
+    class Tokenizer:
+        bos_token_id = eos_token_id = 0
+
+        def __call__(self, text, **_):
+            seen.append(text)
+            raise UserError("read")
+
+    monkeypatch.setattr(baselines, "load_model", lambda *_: (Tokenizer(), None))
+    monkeypatch.setattr(analyze, "wrap", lambda *_: type("Facts", (), {"max_positions": 512}))
+    analyze.main(["--text", str(file), "--output_path", str(tmp_path / "out")])
+    uniform = ["--rows", "A_window:base_window=8", "--against", "A_window:base_window=9", "--profile", "none"]
+    ablate.main(["--text", str(file), *uniform])
+    assert seen == [expected, expected]

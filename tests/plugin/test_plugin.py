@@ -210,12 +210,12 @@ def test_ls_lists_our_tasks_only(capsys: pytest.CaptureFixture[str], installed: 
 def test_a_users_mistake_is_a_message_and_status_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(arguments: list[str]) -> int:
+    def refuse(asked: dict[str, object]) -> None:
         raise kv_lm_eval.UserError("window_size=64 is too large;\nlower it")
 
-    monkeypatch.setattr(cli, "_harness", refuse)
+    monkeypatch.setattr(cli, "check", refuse)
     assert cli.main(["run", "--tasks", "kv_x"]) == 2
-    assert capsys.readouterr().err == "\nkv-lm-eval stopped:\n  window_size=64 is too large;\n  lower it\n\n"
+    assert capsys.readouterr().err == "\nkv-lm-eval stopped: window_size=64 is too large;\n  lower it\n"
 
 
 def test_config_file_names_the_tasks(tmp_path: Path, installed: None) -> None:
@@ -225,7 +225,7 @@ def test_config_file_names_the_tasks(tmp_path: Path, installed: None) -> None:
     config.write_text("tasks: [kv_quickstart_needle]\n")
 
     def small(**arguments: object) -> bool:
-        return cli._small_index_will_do(argparse.Namespace(command="run", **arguments))
+        return cli._small_index_will_do(cli._asked(argparse.Namespace(command="run", **arguments)))
 
     assert small(config=str(config))
     assert not small(config=str(config), tasks=["hellaswag"])

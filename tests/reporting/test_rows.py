@@ -119,7 +119,7 @@ def test_one_long_text_is_compared_by_blocks_of_its_tokens(tmp_path):
         task = {**perplexity_task([pair]), "metric": "perplexity", "extra": [{"per_token": {"nll": mine}}]}
         run(tmp_path / str(i), FULL if i == 0 else snapkv(), {"ppl": task}, date=i + 1)
     comparison = cell(report_of(tmp_path), "snapkv max_capacity_prompt=64", "ppl").comparison
-    assert (comparison.documents, comparison.changed, comparison.unit) == (10, 10, "blocks of 512 tokens")
+    assert (comparison.documents, comparison.changed, comparison.unit) == (18, 18, "blocks of 256 tokens")
     assert comparison.verdict == "outside noise" and 0 < comparison.low < comparison.difference < comparison.high
 
 
@@ -261,3 +261,18 @@ def test_the_command_asks_for_the_same(tmp_path):
         "kv-lm-eval run --model kvcompressed --model_args pretrained=models/toy,method=snapkv --tasks one "
         "--batch_size 8 --limit 5 --gen_kwargs temperature=0"
     )
+
+
+def test_what_a_random_choice_owes_to_its_seed_is_said(tmp_path):
+    run(tmp_path / "full", FULL, {"t": mean_task([1.0] * 8)})
+    drawn = {"method": "random", "max_capacity_prompt": 64}
+    for seed, right in enumerate((2, 6, 4)):
+        task = mean_task([float(i < right) for i in range(8)])
+        run(tmp_path / str(seed), {**drawn, "seed": seed}, {"t": task}, date=2 + seed)
+    fixed = {"method": "l2_fixed", "cache_size": 64, "seed": 0}
+    run(tmp_path / "low", {**fixed, "strategy": "keep_low"}, {"t": mean_task([1.0] * 8)}, date=6)
+    run(tmp_path / "one", {**fixed, "strategy": "random"}, {"t": mean_task([1.0] * 8)}, date=7)
+    notes = report_of(tmp_path).notes
+    assert any("random, t: 3 seeds from 0.25 to 0.75, mean 0.5" in note for note in notes)
+    (alone,) = (note for note in notes if "one seed" in note)
+    assert "strategy=random" in alone

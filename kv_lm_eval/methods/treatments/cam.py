@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kv_lm_eval.cache.store import Kept
+from kv_lm_eval.cache.transfer import sum_dtype
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View
 from kv_lm_eval.methods.evicted import Evicted, choose, gather, needs_weights, split
@@ -46,7 +47,8 @@ class CaM(Evicted):
         kept = gather(view, index, valid)
         stays, gone = split(view, index, valid)
         b, k, n = stays.shape
-        slots, size = index.shape[2], self.merge_size
+        slots = index.shape[2]
+        size = min(self.merge_size, slots)  # no token has more kept ones after it
         empty = slots - stays.sum(-1, keepdim=True)
         after = empty + stays.cumsum(-1)  # [B, K, N] the first kept slot that follows each old one
         received = F.pad(weights.gather(2, index.expand(b, k, slots)) * valid, (0, size)).unfold(2, size, 1).sum(-1)
@@ -55,8 +57,10 @@ class CaM(Evicted):
         merged = gone & (position_hash(view, self.merge_seed) / 2**24 < ratio) & (after < slots)
         if not merged.any():
             return kept
-        # Sums in float64: a GPU adds in any order, which must not show.
-        share = (view.values.double() / size).masked_fill(~merged.unsqueeze(-1), 0.0)
+        # A GPU adds in any order, which must not show.
+        share = (view.values.to(sum_dtype(view.values.device)) / self.merge_size).masked_fill(
+            ~merged.unsqueeze(-1), 0.0
+        )
         total = share.new_zeros(b, k, slots + size, share.shape[3])
         for step in range(size):
             total.scatter_add_(2, (after + step).unsqueeze(-1).expand_as(share), share)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kv_lm_eval.cache.store import Kept, rows_of
-from kv_lm_eval.cache.transfer import at_least_float32
+from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View
 from kv_lm_eval.methods.evicted import Evicted, needs_weights
@@ -77,7 +77,7 @@ class Compensate(Evicted):
         each = torch.ones(b, k, n, device=view.keys.device) if view.bias is None else view.bias.exp()
         weights = method.weights(view) if self.weight == "attn" else each  # each: pairs that a slot stands for
         assert weights is not None
-        pos, scores, counts = view.pos.expand(b, k, n), scores.float().expand(b, k, n), counts.expand(b, k)
+        pos, scores, counts = view.pos.expand(b, k, n), at_least_float32(scores).expand(b, k, n), counts.expand(b, k)
         heads = [
             [self._head(scores[i, j], pos[i, j], weights[i, j], int(counts[i, j])) for j in range(k)] for i in range(b)
         ]
@@ -96,7 +96,8 @@ class Compensate(Evicted):
                 was = torch.cat([stays, block.max(1).values])  # an average takes the place of its block's last token
                 place = pos[i, j, was]
                 if self.key_space == "pre_rope" and len(block):
-                    mean = (part.double() * pos[i, j, block.clamp_min(0)]).sum(1).round().to(place.dtype)
+                    wide = part.to(sum_dtype(part.device))
+                    mean = (wide * pos[i, j, block.clamp_min(0)]).sum(1).round().to(place.dtype)
                     place[len(stays) :] = torch.where(part.sum(1) > 0, mean, place[len(stays) :])
                 average_pos[i, j, : len(block)] = place[len(stays) :]
                 slots = torch.cat([stays, n + torch.arange(len(block), device=pos.device)])
@@ -125,7 +126,7 @@ class Compensate(Evicted):
             mean_keys = means(view.keys)
         keys, values = beside(view.keys, mean_keys), beside(view.values, means(view.values))
         bias = sums(each).log().masked_fill(new_pos < 0, 0.0) if self.count_bias == "log_n" else None
-        mass = None if view.mass is None else sums(view.mass)
+        mass = None if view._mass is None else sums(view._mass)
         return Kept(keys, values, new_pos, mass, bias, slots=old_slots)
 
     def _head(

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 from kv_lm_eval.cache.store import Kept
-from kv_lm_eval.cache.transfer import at_least_float32
+from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View
 from kv_lm_eval.methods.evicted import Evicted, choose, gather, split
@@ -27,7 +27,8 @@ class D2O(Evicted):
     LLM_merge_new/kv_token_merge/modify_llama_merge.py.
     Deviations: the layer level (budgets by attention density) is not part of it; any scorer and budget will do. Weights
     are the paper's (its code averages u * k over the merged, and k of the partner); a threshold for each KV head, where
-    the code filters by the mean over heads, with threshold_ema=0.5.
+    the code filters by the mean over heads, with threshold_ema=0.5. The code also leaves layers 0 and 1 whole
+    (skip_layers=[0,1] here) and always keeps the first 4 tokens, which no setting here adds to a scorer that does not.
     """
 
     threshold_ema: float = field(
@@ -62,14 +63,15 @@ class D2O(Evicted):
             threshold = torch.where(view.memory.isneginf(), mean, moved)
             threshold = torch.where(number == 0, view.memory, threshold)
         merged = gone & (nearest >= threshold.unsqueeze(-1))
-        # Sums in float64: a GPU adds in any order, which must not show.
-        weight = nearest.double().exp().masked_fill(~merged, 0.0)
+        # A GPU adds in any order, which must not show.
+        wide = sum_dtype(nearest.device)
+        weight = nearest.to(wide).exp().masked_fill(~merged, 0.0)
         total = weight.new_zeros(valid.shape).scatter_add_(2, partner, weight).unsqueeze(-1)
         for name, old in (("keys", view.keys), ("values", view.values)):
             own: torch.Tensor = getattr(kept, name)
             where = partner.unsqueeze(-1).expand_as(old)
-            summed = (e * own.double()).scatter_add_(2, where, weight.unsqueeze(-1) * old)
-            setattr(kept, name, torch.where(total > 0, summed / (e + total), own.double()).to(own.dtype))
+            summed = (e * own.to(wide)).scatter_add_(2, where, weight.unsqueeze(-1) * old)
+            setattr(kept, name, torch.where(total > 0, summed / (e + total), own.to(wide)).to(own.dtype))
         kept.memory = threshold
         return kept
 

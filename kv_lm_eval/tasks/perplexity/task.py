@@ -65,7 +65,11 @@ class PerplexityTask(ConfigurableTask):
                 "uncompressed cache): any other model would answer with lm-eval's rolling windows over the whole text. "
                 'For those: --metadata \'{"protocol": "rolling", "max_eval_tokens": null}\''
             )
-        metadata["perplexity"] = {**self.reading.options(), "max_eval_tokens": self.reading.max_eval_tokens}
+        metadata["perplexity"] = {
+            **self.reading.options(),
+            "max_eval_tokens": self.reading.max_eval_tokens,
+            "line_ends": texts.LINE_ENDS,
+        }
         config.update(
             doc_to_text="",
             doc_to_target="{{text}}",

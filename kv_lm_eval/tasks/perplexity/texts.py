@@ -7,12 +7,15 @@ that word and byte perplexities divide by.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.files import check, read_text
 from kv_lm_eval.metrics.perplexity import count_words
 
+LINE_ENDS = "\\n"  # whatever the file has
 WIKITEXT_FILES = ("wiki.test.raw", "wiki.test.tokens", "test.raw", "test.txt")
 
 
@@ -23,7 +26,7 @@ def document(name: str, text: str, original: str | None = None) -> dict[str, Any
 
 
 def files(where: Any) -> list[dict[str, Any]]:
-    """Text files as they are, one document each: a path, a folder (its *.txt, sorted), or a list of these."""
+    """Text files, one document each: a path, a folder (its *.txt, sorted), or a list of these."""
     if not where:
         raise UserError(
             'kv_ppl_file scores your own text: add --metadata \'{"text_files": ["book.txt"]}\' (a file, a folder of '
@@ -39,11 +42,8 @@ def files(where: Any) -> list[dict[str, Any]]:
 
 
 def read(file: Path) -> str:
-    """UTF-8 text, line ends untouched, so that its bytes are those of the file (less a byte order mark)."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error}); convert it first, e.g. with iconv -t UTF-8") from error
+    """The text of a file as every reader of ours reads it (files.py): no byte order mark, line ends as LINE_ENDS."""
+    text = read_text(file)
     if not text.strip():
         raise UserError(f"{file} is empty: there is nothing to score")
     return text
@@ -66,25 +66,21 @@ def wikitext(name: str, folder: str | None, joined: bool) -> list[dict[str, Any]
     if folder:
         pages = list(_pages("".join(_wikitext_lines(name, folder, keep_empty=True))))
     else:
-        pages = [row["page"] for row in _hub("EleutherAI/wikitext_document_level", name, "wikitext_dir")]
+        pages = [row["page"] for row in _hub("EleutherAI/wikitext_document_level", name, "wikitext_dir", "page")]
     return [document(f"{name}:{i}", wikitext_detokenizer({"page": p}), original=p) for i, p in enumerate(pages)]
 
 
 def _wikitext_lines(name: str, folder: str | None, keep_empty: bool = False) -> list[str]:
     if not folder:
-        return [row["text"] for row in _hub("Salesforce/wikitext", name, "wikitext_dir")]
+        return [row["text"] for row in _hub("Salesforce/wikitext", name, "wikitext_dir", "text")]
     base = Path(folder).expanduser()
     places = [base / sub / file for sub in (name, name.removesuffix("-v1"), ".") for file in WIKITEXT_FILES]
     file = next((p for p in places if p.is_file()), None)
     if file is None:
         raise UserError(f"wikitext_dir={folder} has none of {', '.join(WIKITEXT_FILES)}, nor has {base / name}")
-    lines = read(file).splitlines(keepends=True) if keep_empty else _rows(read(file))
-    return lines
-
-
-def _rows(text: str) -> list[str]:
-    """The hub's rows: each line with its end; lines of white space alone as empty text."""
-    return [line if line.strip() else "" for line in text.splitlines(keepends=True)]
+    lines = [f"{line}\n" for line in read(file).removesuffix("\n").split("\n")]
+    # The hub's rows: each line with its end; lines of white space alone as empty text.
+    return lines if keep_empty else [line if line.strip() else "" for line in lines]
 
 
 def _pages(text: str) -> Iterator[str]:
@@ -109,20 +105,22 @@ def pg19(folder: str | None, books: int) -> list[dict[str, Any]]:
         if not found:
             raise UserError(f"pg19_dir={folder} has no *.txt file")
         return [document(file.stem, read(file)) for file in found[:books]]
-    rows = _hub("emozilla/pg19-test", None, "pg19_dir")
-    return [
-        document(str(row.get("short_book_title", i)), row["text"]) for i, row in zip(range(books), rows, strict=False)
-    ]
+    rows = _hub("emozilla/pg19-test", None, "pg19_dir", "text", books)
+    return [document(str(row.get("short_book_title", i)), row["text"]) for i, row in enumerate(rows)]
 
 
-def _hub(path: str, name: str | None, local: str) -> Any:
+def _hub(path: str, name: str | None, local: str, field: str, most: int | None = None) -> list[dict[str, Any]]:
+    """The first rows of a test split on the hub, each with text in `field`."""
     from datasets import load_dataset
 
     try:
-        return load_dataset(path, name, split="test")
+        rows = list(islice(load_dataset(path, name, split="test"), most))
     except Exception as error:  # whatever datasets and the hub raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
             f"{path} could not be loaded ({reason}). Without a network, give a folder of its files: "
             f'--metadata \'{{"{local}": "FOLDER"}}\''
         ) from error
+    for i, row in enumerate(rows):
+        check(row.get(field), str, f"{path}, row {i}, {field}")
+    return rows

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from kv_lm_eval.reporting import stats
-from kv_lm_eval.reporting.stats import AGGREGATIONS, Pair, aggregation_of, compare
+from kv_lm_eval.stats import paired
+from kv_lm_eval.stats.intervals import t_quantile
+from kv_lm_eval.stats.paired import AGGREGATIONS, Pair, aggregation_of, compare
 
 BY_NAME = {a.name: a for a in AGGREGATIONS}
 
@@ -52,36 +54,41 @@ def test_a_run_that_scores_nothing_does_not_hide_a_percentage():
 
 
 @pytest.mark.parametrize("name", ["mean", "weighted_perplexity", "bits_per_byte"])
-def test_the_interval_is_that_of_a_plain_loop(name):
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_interval_is_that_of_a_plain_loop(name, size):
     n = 40
     ours, base = log_likelihoods(2, n, 3.0), log_likelihoods(2, n)
     if name == "mean":
         ours, base = [x for x, _ in ours], [x for x, _ in base]
     aggregation = BY_NAME[name]
-    draw, found = random.Random(5), []
-    for _ in range(4000):
-        chosen = [draw.randrange(n) for _ in range(n)]
-        sides = [aggregation.value(aggregation.table([side[i] for i in chosen])) for side in (ours, base)]
-        found.append(sides[0] - sides[1])
-    found.sort()
-    result = compare([pair(ours, base, name)])
-    width = result.high - result.low
-    assert result.low == pytest.approx(found[100], abs=0.08 * width)
-    assert result.high == pytest.approx(found[3899], abs=0.08 * width)
-    assert result.documents == n and result.changed == n
+    of_document = [i // size for i in range(n)]
+    whole, squares = aggregation.value(aggregation.table(ours)) - aggregation.value(aggregation.table(base)), 0.0
+    clusters = len(set(of_document))
+    for left_out in range(clusters):
+        rest = [i for i in range(n) if of_document[i] != left_out]
+        sides = [aggregation.value(aggregation.table([side[i] for i in rest])) for side in (ours, base)]
+        squares += (sides[0] - sides[1] - whole) ** 2
+    half = t_quantile(0.95, clusters - 1) * math.sqrt((clusters - 1) / clusters * squares)
+    result = compare([replace(pair(ours, base, name), clusters=np.array(of_document))])
+    assert (result.low, result.high) == pytest.approx((whole - half, whole + half), rel=1e-9)
+    assert (result.documents, result.changed, result.clusters) == (n, n, clusters)
 
 
-def test_the_swap_test_is_that_of_all_swaps():
-    ours, base = [1, 0, 0, 1, 0, 0, 0, 1, 0], [1, 1, 1, 0, 1, 1, 0, 1, 1]
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_swap_test_is_that_of_all_swaps(size):
+    ours, base = [1, 0, 0, 1, 0, 0, 0, 1, 0] * size, [1, 1, 1, 0, 1, 1, 0, 1, 1] * size
     differences = [a - b for a, b in zip(ours, base, strict=True)]
-    observed, large = abs(sum(differences)), 0
-    for signs in itertools.product((1, -1), repeat=len(differences)):
-        large += abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= observed
-    exact = large / 2 ** len(differences)
-    assert compare([pair(ours, base)]).p == pytest.approx(exact, abs=0.02)
+    by_cluster = [sum(differences[i::9]) for i in range(9)]
+    observed, large = abs(sum(differences)), 0.0
+    for signs in itertools.product((1, -1), repeat=9):
+        found = abs(sum(s * d for s, d in zip(signs, by_cluster, strict=True)))
+        large += (found > observed) + 0.5 * (found == observed)
+    exact = large / 2**9
+    of_document = np.array(list(range(9)) * size)
+    assert compare([replace(pair(ours, base), clusters=of_document)]).p == pytest.approx(exact, abs=0.01)
 
 
-def test_four_losses_of_thirty_are_within_noise_although_the_bootstrap_excludes_zero():
+def test_four_losses_of_thirty_are_within_noise_although_their_interval_excludes_zero():
     result = compare([pair([0] * 4 + [1] * 26, [1] * 30)])
     assert result.high < 0 and result.p > 0.05 and result.verdict == "within noise"
     assert compare([pair([0] * 7 + [1] * 23, [1] * 30)]).verdict == "outside noise"
@@ -91,7 +98,7 @@ def test_verdicts_where_nothing_can_be_told():
     assert compare([pair([1, 0, 1], [1, 0, 1])]).verdict == "identical"
     assert compare([pair([0] * 5, [1] * 5)]).verdict == "too few documents"
     assert compare([pair([0] * 6, [1] * 6)]).verdict == "outside noise"
-    assert stats.Comparison(0.5, reason="no answers").verdict == "unknown"
+    assert paired.Comparison(0.5, reason="no answers").verdict == "unknown"
 
 
 @pytest.mark.parametrize("n", [12, 40])
@@ -115,13 +122,31 @@ def test_a_group_is_the_weighted_sum_and_draws_within_its_tasks():
     macro = compare([small, large], [0.5, 0.5])
     assert macro.difference == pytest.approx(0.5 * -1 / 3 + 0.5 * 0.5)
     assert macro.documents == 63 and macro.changed == 31
-    draw, found = random.Random(1), []
-    for _ in range(4000):
-        a = sum([-1, 0, 0][draw.randrange(3)] for _ in range(3)) / 3
-        b = sum(int(draw.randrange(60) >= 30) for _ in range(60)) / 60
-        found.append(0.5 * a + 0.5 * b)
-    found.sort()
-    assert macro.low == pytest.approx(found[100], abs=0.03) and macro.high == pytest.approx(found[3899], abs=0.03)
+    variances = [0.25 * np.var(side.ours[:, 0] - side.base[:, 0], ddof=1) / len(side.ours) for side in (small, large)]
+    degrees = sum(variances) ** 2 / (variances[0] ** 2 / 2 + variances[1] ** 2 / 59)
+    half = t_quantile(0.95, math.floor(degrees)) * sum(variances) ** 0.5
+    assert (macro.low, macro.high) == pytest.approx((macro.difference - half, macro.difference + half))
+
+
+def test_tasks_about_the_same_texts_are_drawn_together():
+    """Two tasks that agree on every text are no more evidence than one."""
+    ours, base = [0.0, 1, 1, 0, 1, 0, 0, 1] * 2, [1.0, 1, 0, 1, 1, 1, 0, 1] * 2
+    of_document = np.arange(16) % 8
+    one = replace(pair(ours, base), clusters=of_document)
+    alone, both = compare([one]), compare([one, one], [0.5, 0.5])
+    assert (both.low, both.high, both.p, both.clusters) == pytest.approx((alone.low, alone.high, alone.p, 8))
+    apart = compare([one, replace(one, clusters=of_document + 8)], [0.5, 0.5])
+    assert apart.clusters == 16 and apart.high - apart.low < 0.8 * (alone.high - alone.low)
+
+
+def test_the_error_of_one_run_is_that_of_its_texts():
+    scores = BY_NAME["mean"].table([0.0, 0, 0, 1, 1, 1, 1, 0, 1])
+    apart = paired.standard_error(scores, BY_NAME["mean"], np.arange(9))
+    assert apart == pytest.approx(np.std(scores[:, 0], ddof=1) / 3)
+    assert paired.standard_error(scores, BY_NAME["mean"], np.arange(9) // 3) == pytest.approx(
+        np.std([0, 1, 2 / 3], ddof=1) / 3**0.5
+    )
+    assert paired.standard_error(scores, BY_NAME["mean"], np.zeros(9, int)) is None
 
 
 def test_many_documents_need_fewer_draws():

@@ -1,0 +1,90 @@
+"""One place makes caches: a class that cannot serve a method refuses it, and nobody else picks a class."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+from kv_lm_eval import quickstart
+from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.cache.refresh import RefreshCache
+from kv_lm_eval.cache.ring import RingCache
+from kv_lm_eval.engine.stepwise import steps
+from kv_lm_eval.engine.streaming import score_documents
+
+ROOT = Path(__file__).parents[2]
+REFRESH = {"method": "streaming_llm", "n_sink": 2, "window_size": 8, "refresh_budget": 4, "refresh_policy": "uniform"}
+RING = {"method": "streaming_ring", "n_sink": 2, "window_size": 8}
+MAKERS = {"cache/make.py", "engine/check.py"}  # the second runs whole caches, to look at the model
+
+
+def classes() -> set[type[CompressedCache]]:
+    found, left = set(), [CompressedCache]
+    while left:
+        one = left.pop()
+        found.add(one)
+        left += [c for c in one.__subclasses__() if c.__module__.startswith("kv_lm_eval")]
+    return found
+
+
+@pytest.mark.parametrize(("settings", "right"), [(REFRESH, RefreshCache), (RING, RingCache)])
+def test_only_the_right_class_takes_a_method_that_needs_more_than_dropping(settings, right) -> None:
+    facts, compression = tiny.pair("llama").facts, tiny.compression(**settings)
+    assert type(make_cache(compression, facts)) is right
+    for wrong in (CompressedCache, RefreshCache, RingCache):
+        if wrong is not right:
+            with pytest.raises(TypeError, match="make_cache gives the right class"):
+                wrong(compression, facts)
+
+
+def choosers(source: str) -> Iterator[str]:
+    """Names of cache classes that are called, or handed to something that will call them."""
+    names = {c.__name__ for c in (CompressedCache, RingCache, RefreshCache)}
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names |= {a.asname for a in node.names if a.name in names and a.asname}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            continue
+        for part in (node.func, *node.args, *(k.value for k in node.keywords)):
+            for inner in ast.walk(part) if not isinstance(part, ast.Call) else ():
+                if getattr(inner, "id", getattr(inner, "attr", "")) in names:
+                    yield ast.unparse(node)
+
+
+def test_no_other_file_picks_a_class_of_cache() -> None:
+    found = [
+        f"{file.relative_to(ROOT)}: {call}"
+        for folder in ("kv_lm_eval", "scripts", "needle", "longbench_tasks")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        if not any(file.as_posix().endswith(f"kv_lm_eval/{maker}") for maker in MAKERS)
+        for call in choosers(file.read_text(encoding="utf-8"))
+    ]
+    assert not found, "take kv_lm_eval.cache.make.make_cache"
+    assert list(choosers("partial(CompressedCache, c, f)")) and list(choosers("f(lambda: cache.RingCache(c, f))"))
+    assert not list(choosers("isinstance(cache, RingCache)"))
+
+
+@pytest.mark.parametrize("name", sorted(quickstart.METHODS))
+def test_every_class_of_cache_belongs_to_somebody(name: str) -> None:
+    """The class that make_cache takes is the plainest one that does not refuse."""
+    compression, facts = tiny.compression(**quickstart.METHODS[name](32)), tiny.pair("llama").facts
+    needed = {what for what in ("ring", "reinserted") if getattr(compression.method, what)}
+    assert needed <= set(type(make_cache(compression, facts)).serves)
+    assert {what for c in classes() for what in c.serves} == {"ring", "reinserted"}
+
+
+@pytest.mark.parametrize("settings", [REFRESH, {**REFRESH, "compress_every": 5}, RING])
+def test_step_by_step_and_whole_documents_agree_under_the_cache_that_was_made(settings) -> None:
+    pair, row = tiny.pair("llama"), tiny.tokens(60)
+    compression = tiny.compression(**settings)
+    every = compression.schedule.compress_every
+    taken = list(steps(pair.model, lambda: make_cache(compression, pair.facts), row, 0))
+    (fast,), _ = score_documents(pair.model, lambda: make_cache(compression, pair.facts), row[0], [row[1:]], every)
+    assert [-step.nll for step, _ in taken] == pytest.approx(fast.log_probs.tolist(), abs=1e-4)
