@@ -111,7 +111,9 @@ def _score_in_one_forward(
     cache = new_cache()
     rows = [list(c) + list(group[0])[:-1] for c, group in zip(contexts, continuations, strict=True)]
     logits = feed(model, cache, rows, side="left", logits=max(len(group[0]) for group in continuations))
-    scores = [[_score(row[-len(group[0]) :], group[0], dtype)] for row, group in zip(logits, continuations, strict=True)]
+    scores = [
+        [_score(row[-len(group[0]) :], group[0], dtype)] for row, group in zip(logits, continuations, strict=True)
+    ]
     cache.count_only([max(0, len(c) - tail_tokens) for c in contexts], [len(c) for c in contexts])
     return scores, cache
 
