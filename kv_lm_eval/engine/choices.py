@@ -106,7 +106,7 @@ def _score_in_one_forward(
 ) -> tuple[list[list[Score]], CompressedCache]:
     """Nothing will ever be cut and no context is shared: lm-eval's own single forward.
 
-    Padded on the left, so that logits are computed for as many columns as the longest continuation has, not for contexts.
+    Padded on the left, so that logits are computed for as many columns as the longest continuation has.
     """
     cache = new_cache()
     rows = [list(c) + list(group[0])[:-1] for c, group in zip(contexts, continuations, strict=True)]
