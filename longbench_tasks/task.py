@@ -205,6 +205,10 @@ class LongBenchTask(ConfigurableTask):
 
     # ------------------------------------------------------------------------------------ requests and results
 
+    def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Any:
+        """As lm-eval's; kvcompressed is told that an answer ends at an end token, never at text that spells one."""
+        return super().construct_requests({**doc, "eos_text_is_no_stop": True}, ctx, **kwargs)
+
     def build_all_requests(self, *, cache_requests: bool = False, **kwargs: Any) -> None:
         """As lm-eval's, without its request cache, which would mix up data folders, lengths and protocols."""
         if cache_requests:

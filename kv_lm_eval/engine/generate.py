@@ -55,18 +55,3 @@ def noting_first_token(model: PreTrainedModel, note: Callable[[], None]) -> Iter
         yield
     finally:
         hook.remove()
-
-
-def decode_steps(new_ids: list[int], stop: list[str], ends: list[int | None], decode: Callable[..., str]) -> int:
-    """Decode steps that an answer took by itself: a batch goes on until its last row has met its stop.
-
-    Args:
-        stop: strings that end an answer. ends: tokens that do. decode: tokens to text.
-    """
-    last = next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids) - 1)
-    low, high = 1, last + 1
-    while low < high:  # the shortest beginning that holds a stop: once it does, all longer ones do
-        middle = (low + high) // 2
-        text = decode(new_ids[:middle], skip_special_tokens=False)
-        low, high = (low, middle) if any(s in text for s in stop if s) else (middle + 1, high)
-    return low - 1

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.prefill import NewCache, feed, prefill
-from kv_lm_eval.methods.schedule import Schedule
 
 
 @torch.no_grad()  # not inference_mode: generate() goes on with the cache outside of it
@@ -35,13 +34,6 @@ def prefill_before_question(
         feed(model, cache, middles, side="left", logits=1)
     cache.mode, cache.decoded = "decode", 0
     return cache
-
-
-def alike(tails: Sequence[int], schedule: Schedule) -> list[list[int]]:
-    """Which rows of a batch can be run together: all, but for cuts to come only those with questions of one length."""
-    if not schedule.online:
-        return [list(range(len(tails)))]
-    return [[i for i, tail in enumerate(tails) if tail == length] for length in sorted(set(tails), reverse=True)]
 
 
 def split(rows: Sequence[Sequence[int]], tails: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:

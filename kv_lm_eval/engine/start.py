@@ -47,8 +47,13 @@ def start(
         if cache.facts.border is not None and not cache.seen:  # generate() does all of it
             assert cache.facts.rope is not None
             cache.facts.rope.forget(device_of(model))
-        width = max(map(len, rows))
-        ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        ids, mask = left_padded(rows, pad)
     device = device_of(model)
     return Started(cache, ids.to(device), mask.to(device))
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask [B, N]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

@@ -191,7 +191,7 @@ class KeptLog:
     """
 
     file: Path
-    before: set[tuple[str, str, str]]
+    before: set[Any]
     records: list[Any]
 
     @staticmethod
@@ -202,7 +202,7 @@ class KeptLog:
         log.__class__ = type("KeptLog", (KeptLog, type(log)), {})
         log.file = file
         log.records += [RequestRecord(**row) for batch in KeptLog._lines(file) for row in batch]
-        log.before = {(r.task, r.kind, r.prompt) for r in log.records}
+        log.before = {r.identity for r in log.records}
         return log
 
     @staticmethod
@@ -230,7 +230,7 @@ class KeptLog:
         """As in CompressionLog; a request whose answer was lost after its record was written counts once."""
         start = len(self.records)
         super().add_batch(*batch, **more)  # type: ignore[misc]
-        new = [r for r in self.records[start:] if (r.task, r.kind, r.prompt) not in self.before]
+        new = [r for r in self.records[start:] if r.identity not in self.before]
         self.records[start:] = new
         if new:
             files.append_line(self.file, json.dumps([asdict(r) for r in new], default=_number))

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 from kv_lm_eval.metrics import latency
 from kv_lm_eval.metrics.latency import Timing
+
+
+class RequestId(NamedTuple):
+    """Which request a record is of: two tasks, or two documents of one, may ask with the same words."""
+
+    task: str
+    kind: str  # generate_until, loglikelihood, loglikelihood_rolling
+    doc_id: int | None = None
+    idx: int | None = None  # which request of its document
+    prompt: str = ""  # digest of prompt and document, for requests that were made by hand and have no numbers
 
 
 @dataclass
 class RequestRecord:
     """One request. Sizes are of keys and values; kept_fraction counts the layers that the method may cut.
 
-    question_tokens were fed after the compression (question_in_prompt=False); None: the whole prompt was compressed.
-    over_budget: what the method always keeps was as much as the budget's share of the prompt, or more.
+    question_tokens were fed after the compression (question_in_prompt=False), and `compressed` is what happened before
+    that; None: the whole prompt was compressed. over_budget: what the method always keeps was as much as the budget's
+    share of the prompt, or more.
     """
 
     task: str
-    kind: str  # generate_until, loglikelihood, loglikelihood_rolling
+    kind: str
     prompt_tokens: int
     compressed: bool
     kept_fraction: float
@@ -30,15 +41,22 @@ class RequestRecord:
     kv_bytes_allocated: float
     overhead_bytes: float
     peak_slots: int
-    prompt: str = ""  # its digest
+    prompt: str = ""
+    doc_id: int | None = None
+    idx: int | None = None
     question_tokens: int | None = None
     question_empty: bool = False
-    timing: Timing | None = None
     over_budget: bool = False
+    timing: Timing | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.timing, dict):  # read back from JSON
             self.timing = Timing(**self.timing)
+
+    @property
+    def identity(self) -> RequestId:
+        """Equal for the same request, in whichever process it was run."""
+        return RequestId(self.task, self.kind, self.doc_id, self.idx, self.prompt)
 
     def efficiency(self) -> dict[str, Any]:
         """What one sample's record says of its request."""
@@ -47,56 +65,62 @@ class RequestRecord:
         return {**{name: getattr(self, name) for name in sizes}, **timing}
 
 
-OF_THE_MODEL = ("prompt", "question_tokens", "question_empty", "timing")
+OF_THE_MODEL = ("question_tokens", "question_empty", "timing")
 
 
-def digest(prompt: Hashable) -> str:
-    """Tells prompts apart."""
-    return hashlib.sha256(str(prompt).encode(errors="replace")).hexdigest()[:16]
+def digest(what: Any) -> str:
+    """Tells prompts and documents apart."""
+    return hashlib.sha256(repr(what).encode(errors="replace")).hexdigest()[:16]
+
+
+def records_of(
+    asked: Sequence[RequestId], prefill: dict[str, Any], end: dict[str, Any], rows: Sequence[int] | None = None
+) -> list[RequestRecord]:
+    """The records of a batch, from the cache's snapshots at the end of the prefill and at the end.
+
+    Args:
+        end: may also hold, a list each, `timing`, `question_tokens` and `question_empty`.
+        rows: the row of each request, which several may share; None: request b was row b.
+    """
+    question_first = "question_tokens" in end
+    return [
+        RequestRecord(
+            **who._asdict(),
+            prompt_tokens=prefill["seen"][b],
+            compressed=prefill["compressed"][b] or (not question_first and end["compressed"][b]),
+            kept_fraction=end["kept_fraction"][b],
+            kv_bytes_prefill=prefill["kv_bytes_valid"][b],
+            kv_bytes_decode=end["kv_bytes_valid"][b],
+            kv_bytes_allocated=end["kv_bytes_allocated"],
+            overhead_bytes=end["overhead_bytes"],
+            peak_slots=end["peak_slots"][b],
+            over_budget="over_budget" in prefill and prefill["over_budget"][b],
+            **{name: end[name][b] for name in OF_THE_MODEL if name in end},
+        )
+        for b, who in zip(range(len(asked)) if rows is None else rows, asked, strict=True)
+    ]
 
 
 @dataclass
 class CompressionLog:
-    """Collects records; ranks are merged by concatenation.
+    """Collects the records of one evaluation; ranks are merged by concatenation.
 
     The same request asked again (repeats, the copies with which lm-eval evens out ranks) is counted once.
     """
 
     records: list[RequestRecord] = field(default_factory=list)
-    _known: set[Hashable] = field(default_factory=set)
+    _known: set[RequestId] = field(default_factory=set)
 
-    def add_batch(
-        self,
-        tasks: list[str],
-        prompts: Sequence[Hashable],
-        kind: str,
-        prefill: dict[str, Any],
-        end: dict[str, Any],
-    ) -> None:
-        """One batch, from the cache's snapshots at the end of the prefill and at the end.
+    def add_batch(self, records: Sequence[RequestRecord]) -> None:
+        """The records of one batch."""
+        for record in records:
+            if record.identity not in self._known:
+                self._known.add(record.identity)
+                self.records.append(record)
 
-        `end` may also hold, a list each, `prompt` (digests), `timing`, `question_tokens` and `question_empty`.
-        """
-        for b, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
-            if (task, kind, prompt) in self._known:
-                continue
-            self._known.add((task, kind, prompt))
-            self.records.append(
-                RequestRecord(
-                    task=task,
-                    kind=kind,
-                    prompt_tokens=prefill["seen"][b],
-                    compressed=prefill["compressed"][b] or end["compressed"][b],
-                    kept_fraction=end["kept_fraction"][b],
-                    kv_bytes_prefill=prefill["kv_bytes_valid"][b],
-                    kv_bytes_decode=end["kv_bytes_valid"][b],
-                    kv_bytes_allocated=end["kv_bytes_allocated"],
-                    overhead_bytes=end["overhead_bytes"],
-                    peak_slots=end["peak_slots"][b],
-                    over_budget=prefill.get("over_budget", [False] * len(tasks))[b],
-                    **{"prompt": digest(prompt), **{name: end[name][b] for name in OF_THE_MODEL if name in end}},
-                )
-            )
+    def restart(self) -> None:
+        """Another evaluation begins."""
+        self.records, self._known = [], set()
 
     def summary(self) -> dict[str, Any]:
         """Numbers of the whole run, and per task; empty if no request was run (all answered from a cache)."""
@@ -106,10 +130,6 @@ class CompressionLog:
         tasks = sorted({r.task for r in self.records})
         out["by_task"] = {t: _summary([r for r in self.records if r.task == t]) for t in tasks}
         return out
-
-    def by_prompt(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """The numbers of each request by task and digest of its prompt."""
-        return {(r.task, r.prompt): r.efficiency() for r in self.records}
 
 
 def uncut(lengths: list[int], most: int, bytes_per_token: int) -> dict[str, Any]:

@@ -3,14 +3,19 @@
 A prompt is one text, few-shot examples, chat template and instructions included. Its question is the text of a field
 of the document, at its last occurrence in the prompt; the question and all that follows it are the tail of the prompt,
 which is fed over the compressed cache. A document whose question is empty (a summary, code to go on with) has the rest
-of the prompt after its context as its tail.
+of the prompt after its context as its tail. A field that holds the whole prompt is no question; what it asks is then
+looked for in the wording of RULER, whose documents are like that.
+
+A boundary that leaves (nearly) nothing before it would compress nothing under the name of this protocol: it is refused.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from kv_lm_eval.errors import UserError
@@ -18,6 +23,16 @@ from kv_lm_eval.errors import UserError
 QUESTION_FIELDS = ("question", "input", "query", "problem", "goal")  # tried in this order
 CONTEXT_FIELDS = ("context", "passage", "article", "text")  # where a context ends is looked for by its last characters
 CONTEXT_END = 40  # as many of them: a context may have lost its middle, not its end
+LEAST_CONTEXT = 0.1  # of a prompt's tokens must stand before its question
+# Where kvpress splits RULER's prompts (simonjegou/ruler); the last match counts, since examples may come before it.
+RULER_QUESTION = re.compile(
+    r"What (?:is|are all) the special magic|"
+    r"Question: Find all variables that are assigned the value|"
+    r"Question: What are the 10 most common words in the above list\?|"
+    r"Question: Do not provide any explanation\.|"
+    r"Answer the question based on the given documents\."
+)
+TokensFrom = Callable[[str, int], int]  # tokens from a character of a text on, of the tokenizer in use
 
 
 @dataclass(frozen=True)
@@ -28,41 +43,53 @@ class Boundary:
     empty: bool
 
 
-def rows(found: Sequence[Boundary]) -> dict[str, list[int]]:
-    """A batch's boundaries as the log wants them."""
-    return {"question_tokens": [b.tail_tokens for b in found], "question_empty": [b.empty for b in found]}
+def find_all(
+    requests: Sequence[Any], field: str | None, tokens_from: TokensFrom, called: Callable[[int], str]
+) -> list[Boundary | None]:
+    """The boundary of every request; None for an empty prompt.
 
+    Args:
+        called: a request's name in an error.
 
-def find_all(requests: Sequence[Any], field: str | None, tokens_from: Callable[[str, int], int]) -> dict[str, Boundary]:
-    """The boundary of every prompt of lm-eval's requests, by prompt; an empty one has none."""
-    found: dict[str, Boundary] = {}
-    for request in requests:
-        prompt = request.args[0]
-        if prompt and prompt not in found:
-            doc = request.doc if isinstance(request.doc, dict) else {}
-            # lm-eval moves the spaces at the end of a context to its continuations
-            text = prompt.rstrip() if request.request_type == "loglikelihood" else prompt
-            found[prompt] = find(text, doc, field, request.task_name or "", tokens_from)
+    Raises:
+        UserError: before any work is done, as `find`.
+    """
+    tokens_from = lru_cache(maxsize=256)(tokens_from)  # choices share their context
+    found: list[Boundary | None] = []
+    for i, request in enumerate(requests):
+        prompt, doc = request.args[0], request.doc if isinstance(request.doc, dict) else {}
+        # lm-eval moves the spaces at the end of a context to its continuations
+        text = prompt.rstrip() if request.request_type == "loglikelihood" else prompt
+        found.append(find(text, doc, field, called(i), tokens_from) if text else None)
     return found
 
 
-def find(
-    prompt: str, doc: Mapping[str, Any], field: str | None, task: str, tokens_from: Callable[[str, int], int]
-) -> Boundary:
+def find(prompt: str, doc: Mapping[str, Any], field: str | None, name: str, tokens_from: TokensFrom) -> Boundary:
     """The boundary of one prompt.
 
     Args:
-        field: the document's field with the question; None: the first of QUESTION_FIELDS that is found in the prompt.
-        tokens_from: tokens from a character of a text on, of the tokenizer in use.
+        field: the document's field with the question; None: the first of QUESTION_FIELDS that is found in the prompt
+            and leaves a context before it.
+        name: of the request, for errors.
 
     Raises:
-        UserError: no such field, or its text is not in the prompt.
+        UserError: no such field, its text is not in the prompt, or it leaves nearly nothing before it.
     """
     fields = QUESTION_FIELDS if field is None else (field,)
-    texts = {name: doc[name].strip() for name in fields if isinstance(doc.get(name), str)}
-    for text in filter(None, texts.values()):
-        if (start := prompt.rfind(text)) >= 0:
-            return Boundary(max(1, tokens_from(prompt, start)), False)
+    texts = {key: doc[key].strip() for key in fields if isinstance(doc.get(key), str)}
+    whole, refused = tokens_from(prompt, 0), None
+    for key, text in texts.items():
+        if text and (start := prompt.rfind(text)) >= 0:
+            tail = max(1, tokens_from(prompt, start))
+            if leaves_context(whole, tail):
+                return Boundary(tail, False)
+            refused = refused or f"from the text of its {key} on it has {tail} of its {whole} tokens"
+    if refused and (asked := [match.start() for match in RULER_QUESTION.finditer(prompt)]):
+        tail = max(1, tokens_from(prompt, asked[-1]))
+        if leaves_context(whole, tail):
+            return Boundary(tail, False)
+    if refused:
+        raise UserError(_too_little(name, refused))
     if "" in texts.values():
         return Boundary(max(1, tokens_from(prompt, _end_of_context(prompt, doc))), True)
     if texts:
@@ -70,9 +97,34 @@ def find(
     else:
         lacking = f"its document has no text named {' or '.join(fields)}, only {', '.join(sorted(doc)) or 'nothing'}"
     raise UserError(
-        f"question_in_prompt=False: where does the question begin in a prompt of {task or 'this task'}? {lacking}. "
+        f"question_in_prompt=False: where does the question begin in a prompt of {name}? {lacking}. "
         "Name the field that holds it with question_field=..., or compress the whole prompt with "
         "question_in_prompt=True."
+    )
+
+
+def leaves_context(tokens: int, tail_tokens: int) -> bool:
+    """Whether enough of a prompt stands before its tail for a compression of it to mean anything."""
+    return tokens - tail_tokens >= LEAST_CONTEXT * tokens
+
+
+def check(tokens: int, boundary: Boundary, name: str) -> None:
+    """Refuses a prompt of which, as it is fed, nearly nothing stands before its question.
+
+    Raises:
+        UserError: the question and what follows it are all but the whole prompt.
+    """
+    asked = min(tokens, boundary.tail_tokens)
+    if not leaves_context(tokens, asked):
+        raise UserError(_too_little(name, f"its question and what follows have {asked} of its {tokens} tokens"))
+
+
+def _too_little(name: str, got: str) -> str:
+    return (
+        f"question_in_prompt=False: a prompt of {name} has nearly no context before its question ({got}; at least "
+        f"{LEAST_CONTEXT:.0%} must stand before it), so nothing would be compressed and the score would be the full "
+        "cache's. Name the field that holds the question alone with question_field=..., take prompts with a context "
+        "(documents, few-shot examples), or compress the whole prompt with question_in_prompt=True."
     )
 
 

@@ -5,106 +5,203 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine import recompute
 from kv_lm_eval.engine.choices import Score, score_continuations
-from kv_lm_eval.engine.question import alike
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.latency import Stopwatch
 from kv_lm_eval.progress import Bar
 from kv_lm_eval.requests import boundaries
+from kv_lm_eval.requests.boundaries import Boundary
 from kv_lm_eval.requests.halving import largest_batch
+from kv_lm_eval.requests.run import Run
+from kv_lm_eval.requests.samples import Choice
 
-if TYPE_CHECKING:
-    from kv_lm_eval.model import KVCompressedLM
+Encoded = tuple[tuple[str, str] | None, list[int], list[int]]  # lm-eval's: texts, context, continuation
 
 
-def score_recomputed(
-    lm: KVCompressedLM, requests: list[tuple[Any, list[int], list[int]]], length: int, disable_tqdm: bool
-) -> list[Score]:
+@dataclass(frozen=True)
+class Group:
+    """One prefill: requests of one context, and of one question in it where that is fed after the compression."""
+
+    context: tuple[int, ...]
+    boundary: Boundary | None
+    members: list[int]
+    tokens: int  # with the longest of its continuations
+
+
+def encode(run: Run, disable_tqdm: bool) -> list[Encoded]:
+    """Tokens of contexts and continuations, by lm-eval's rules.
+
+    A context of blanks is none: its blanks belong to the continuation, as any at a context's end, and what is left is
+    lm-eval's empty context, its prefix token.
+    """
+    lm, encoded = run.lm, list[Encoded]()
+    for request in Bar(run.requests, desc="Tokenizing inputs", disable=run.hidden(disable_tqdm)):
+        context, continuation = request.args
+        context_ids, ids = lm._encode_pair(context, continuation) if context else ([], [])
+        if not context_ids:
+            ids = ids or lm.tok_encode(continuation, add_special_tokens=False)
+            context_ids = [lm.prefix_token_id]
+            if ids[:1] == context_ids:
+                context_ids, ids = ids[:1], ids[1:]
+        encoded.append(((context, continuation), context_ids, ids))
+    return encoded
+
+
+def score(run: Run, requests: list[Encoded], disable_tqdm: bool, stock: Callable[..., list[Score]]) -> list[Choice]:
+    """Answers of all requests, in their order.
+
+    Args:
+        requests: encoded; parallel to the run's where those are known.
+        stock: lm-eval's own scoring, for method=no_cache.
+    """
+    for i, (texts, _, ids) in enumerate(requests):
+        if not ids:
+            raise UserError(
+                f"{_choice(run, i)} has a continuation of no tokens ({texts}): its log-likelihood would be 0, and it "
+                "would win against every other. Give every choice a text of its own"
+            )
+    most = run.lm.max_length + 1
+    run.check_prompts([len(context) + len(ids) for _, context, ids in requests], [most] * len(requests))
+    groups = _groups(run, requests)
+    if run.compression.method.uses_cache:
+        return _score_groups(run, requests, groups, disable_tqdm)
+    known: dict[int, dict[str, Any]] = {}
+    for group in groups:
+        names = run.by_task(group.members)
+        own = list(dict.fromkeys(names.values()))
+        records = run.record_uncached(own, [len(requests[group.members[-1]][1])] * len(own))
+        by_name = {i: record.efficiency() for i, record in zip(own, records, strict=True)}
+        known.update({i: by_name[names[i]] for i in group.members})
+    if (length := run.compression.method.recomputed_tokens) is not None:
+        scores = _recompute(run, requests, length, disable_tqdm)
+    else:
+        scores = stock(requests, disable_tqdm=disable_tqdm)
+    return [Choice(one, known[i]) for i, one in enumerate(scores)]
+
+
+def _choice(run: Run, i: int) -> str:
+    return f"choice {run.requests[i].idx} of {run.called(i)}" if i < len(run.requests) else run.called(i)
+
+
+def _groups(run: Run, requests: list[Encoded]) -> list[Group]:
+    """Requests by context and question, longest first."""
+    most = run.lm.max_length + 1
+    found: list[Boundary | None] = [None] * len(requests)
+    if run.question_first and run.requests:
+        found = boundaries.find_all(run.requests, run.engine.question_field, run.tokens_from, run.called)
+    members: dict[tuple[tuple[int, ...], Boundary | None], list[int]] = defaultdict(list)
+    for i, (_, context, ids) in enumerate(requests):
+        kept = tuple(context[-(most - len(ids)) :]) if len(ids) < most else ()
+        if not kept and run.compression.method.uses_cache:
+            raise UserError(
+                f"{_choice(run, i)} has no room for any context: its continuation alone has {len(ids)} tokens, the "
+                f"model's maximum is {run.lm.max_length}"
+            )
+        members[kept, _tail(run, i, kept, found[i])].append(i)
+    groups = [
+        Group(context, boundary, of_it, len(context) + max(len(requests[i][2]) for i in of_it))
+        for (context, boundary), of_it in members.items()
+    ]
+    return sorted(groups, key=lambda g: (-len(g.context), g.context))
+
+
+def _tail(run: Run, i: int, context: Sequence[int], found: Boundary | None) -> Boundary | None:
+    """With the question after the compression: what is fed then, at least `tail_tokens`."""
+    if not run.question_first:
+        return None
+    if found is None:  # no context, or one that only the tokens are known of
+        return Boundary(max(1, run.engine.tail_tokens), True)
+    boundaries.check(len(context), found, run.called(i))
+    return replace(found, tail_tokens=max(found.tail_tokens, run.engine.tail_tokens))
+
+
+def _recompute(run: Run, requests: list[Encoded], length: int, disable_tqdm: bool) -> list[Score]:
     """Every token of every continuation from a fresh forward over the `length` tokens before it."""
-    size = 1 if lm.batch_size == "auto" else int(lm.batch_size)
-    hidden, total = disable_tqdm or lm.rank != 0, sum(len(r[2]) for r in requests)
-    with Bar(total=total, unit="tok", disable=hidden, desc="kvcompressed recomputed windows") as bar:
-        contexts, continuations = [r[1] for r in requests], [r[2] for r in requests]
+    lm = run.lm
+    total = sum(len(r[2]) for r in requests)
+    desc = "kvcompressed recomputed windows"
+    with Bar(total=total, unit="tok", disable=run.hidden(disable_tqdm), desc=desc) as bar:
         scores = recompute.score_recomputed(
-            lm._last_logits, contexts, continuations, length, size, lm.device, lm.softmax_dtype, bar.update
+            run.last_logits,
+            [r[1] for r in requests],
+            [r[2] for r in requests],
+            length,
+            run.batch_size or 1,
+            lm.device,
+            lm.softmax_dtype,
+            bar.update,
         )
-    for request, score in zip(requests, scores, strict=True):
-        if request[0] is not None:
-            lm.cache_hook.add_partial("loglikelihood", request[0], score)
+    for i, one in enumerate(scores):
+        run.keep(i, one, None)
     return scores
 
 
-def score_grouped(
-    lm: KVCompressedLM, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool
-) -> list[tuple[float, bool]]:
-    """Groups requests by context, longest first, and scores each group's continuations over one prefill."""
-    order = lm._tasks.get("order", [])  # empty when called directly, not through loglikelihood()
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for i, (_, context, continuation) in enumerate(requests):
-        both = (context + continuation)[-(lm.max_length + 1) :]
-        groups[tuple(both[: len(both) - len(continuation)])].append(i)
-    keys = sorted(groups, key=lambda c: (-len(c), c))
-    if empty := [i for c in keys if not c for i in groups[c]]:
-        raise UserError(
-            f"request {empty[0]} has an empty context after truncation to {lm.max_length} "
-            "tokens: its continuation "
-            "alone is longer than the model's maximum"
-        )
+def _score_groups(run: Run, requests: list[Encoded], groups: list[Group], disable_tqdm: bool) -> list[Choice]:
+    lm = run.lm
 
-    def score(batch: Sequence[tuple[int, ...]]) -> tuple[list[list[Score]], CompressedCache, Stopwatch]:
-        watch = lm._stopwatch()
-        continuations = [[requests[i][2] for i in groups[c]] for c in batch]
-        tails = [question(c).tail_tokens for c in batch] if lm._questions else lm.engine.tail_tokens
-        new_cache = partial(lm._timed_cache, watch)
-        with lm._autocast():
-            scores, cache = score_continuations(lm.model, new_cache, batch, continuations, tails, lm.softmax_dtype)
+    def work(batch: Sequence[Group]) -> tuple[list[list[Score]], CompressedCache, Stopwatch]:
+        watch = run.stopwatch()
+        continuations = [[requests[i][2] for i in g.members] for g in batch]
+        tails = [g.boundary.tail_tokens for g in batch if g.boundary is not None] or run.engine.tail_tokens
+        contexts = [g.context for g in batch]
+        with run.autocast():
+            scores, cache = score_continuations(
+                lm.model, run.caches(watch), contexts, continuations, tails, lm.softmax_dtype
+            )
         watch.end()
         return scores, cache, watch
 
-    def text(context: tuple[int, ...]) -> str:
-        strings = requests[groups[context][0]][0]
-        return strings[0] if strings else str(context)
-
-    def question(context: tuple[int, ...]) -> boundaries.Boundary:
-        found = lm._questions.get(text(context), boundaries.Boundary(1, empty=True))
-        return replace(found, tail_tokens=max(found.tail_tokens, lm.engine.tail_tokens))
-
-    size = _contexts_per_batch(lm, keys, score)
-    answers: dict[int, tuple[float, bool]] = {}
-    bar = Bar(total=len(requests), disable=disable_tqdm or lm.rank != 0, desc="kvcompressed loglikelihood")
-    batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-    if lm._questions:
-        tails = [[min(len(c), question(c).tail_tokens) for c in b] for b in batches]
-        rows = zip(batches, (alike(t, lm.compression.schedule) for t in tails), strict=True)
-        batches = [[b[i] for i in together] for b, groups_of_rows in rows for together in groups_of_rows]
-    for batch, result in (part for b in batches for part in lm._halving.run(b, score, len)):
-        assert result is not None
-        scores, cache, watch = result
-        for key, group in zip(batch, scores, strict=True):
-            for i, answer in zip(groups[key], group, strict=True):
-                answers[i] = answer
-                if requests[i][0] is not None:
-                    lm.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
-        end = cache.snapshot()
-        tasks = [order[groups[c][0]] if order else "" for c in batch]
-        prefilled = {**(cache.prefill_end or end), "seen": [len(c) for c in batch]}
-        end["timing"] = watch.timings(len(batch), lm._first_of("loglikelihood"))
-        end.update(boundaries.rows(list(map(question, batch))) if lm._questions else {})
-        lm.compression_log.add_batch(tasks, list(map(text, batch)), "loglikelihood", prefilled, end)
-        bar.update(sum(len(groups[c]) for c in batch))
-    bar.close()
+    answers: dict[int, Choice] = {
+        i: kept for g in groups for i in g.members if (kept := run.kept(i, g.boundary)) is not None
+    }
+    rest = (replace(g, members=[i for i in g.members if i not in answers]) for g in groups)
+    groups = [group for group in rest if group.members]
+    todo = len(requests) - len(answers)
+    with Bar(total=todo, disable=run.hidden(disable_tqdm), desc="kvcompressed loglikelihood") as bar:
+        for batch in _batches(run, groups, work):
+            for part, result in run.halving.run(batch, work, lambda g: len(g.context)):
+                assert result is not None
+                known = _record(run, part, *result[1:])
+                for group, scores in zip(part, result[0], strict=True):
+                    for i, one in zip(group.members, scores, strict=True):
+                        answers[i] = Choice(one, known[i])
+                        run.keep(i, one, group.boundary)
+                    bar.update(len(group.members))
     return [answers[i] for i in range(len(requests))]
 
 
-def _contexts_per_batch(lm: KVCompressedLM, keys: list[tuple[int, ...]], score: Callable[[Any], object]) -> int:
-    if lm.batch_size != "auto":
-        return int(lm.batch_size)
-    if not lm._gains_by_batches or not keys:
-        return 1
-    return largest_batch(lambda n: score(keys[:1] * n), min(lm.max_batch_size, len(keys)))
+def _batches(run: Run, groups: list[Group], work: Callable[[Sequence[Group]], object]) -> list[list[Group]]:
+    alone, together = list[Group](), list[Group]()
+    for group in groups:
+        (alone if run.alone(group.tokens) else together).append(group)
+    size = run.batch_size
+    if size is None:
+        size = 1
+        if run.gains_by_batches and together:
+            size = largest_batch(lambda n: work(together[:1] * n), min(run.lm.max_batch_size, len(together)))
+    return [*([group] for group in alone), *(together[at : at + size] for at in range(0, len(together), size))]
+
+
+def _record(run: Run, batch: Sequence[Group], cache: CompressedCache, watch: Stopwatch) -> dict[int, dict[str, Any]]:
+    """Logs a batch; what the samples say of each request."""
+    names = [run.by_task(group.members) for group in batch]
+    own = [(row, i) for row, of_group in enumerate(names) for i in dict.fromkeys(of_group.values())]
+    end = cache.snapshot()
+    none_cut = [False] * len(batch)
+    before = cache.prefill_end or ({**end, "compressed": none_cut} if run.question_first else end)
+    end["timing"] = watch.timings(len(batch), run.first_of_its_kind())
+    found = [group.boundary for group in batch if group.boundary is not None]
+    records = run.record(
+        [i for _, i in own],
+        {**before, "seen": [len(group.context) for group in batch]},
+        end,
+        [row for row, _ in own],
+        found or None,
+    )
+    known = {(row, i): record.efficiency() for (row, i), record in zip(own, records, strict=True)}
+    return {i: known[row, name] for row, of_group in enumerate(names) for i, name in of_group.items()}

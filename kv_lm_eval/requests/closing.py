@@ -31,6 +31,16 @@ def say(log: logging.Logger, compression: Compression, summary: dict[str, Any]) 
             summary["empty_questions"],
             summary["requests"],
         )
+    for task, one in summary["by_task"].items():
+        asked = one.get("question_tokens")
+        if asked and 2 * asked["median"] > one["prompt_tokens"]["median"]:
+            log.warning(
+                "%s: question_in_prompt=False, and its questions with what follows (median %d tokens) are over half "
+                "of its prompts (median %d): little is compressed before they are seen",
+                task or "this run",
+                asked["median"],
+                one["prompt_tokens"]["median"],
+            )
     limits = ("max_capacity_prompt", "keep_ratio", "prune_after", "residual_length")
     budget = {k: v for k, v in compression.settings().items() if k in limits}
     if summary["over_budget"]:

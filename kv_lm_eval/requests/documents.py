@@ -7,16 +7,13 @@ remembers what it is the sum of.
 
 from __future__ import annotations
 
-import json
-import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from kv_lm_eval.engine.recompute import windows_of
@@ -24,11 +21,8 @@ from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.engine.windows import Window, score_windows, strided
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.progress import Bar
+from kv_lm_eval.requests.run import Run, log
 
-if TYPE_CHECKING:
-    from kv_lm_eval.model import KVCompressedLM
-
-log = logging.getLogger("lm_eval.models.kvcompressed")
 PROTOCOLS = {
     "streaming": "one cache across the document, cut by the schedule from the first token on",
     "prefill_then_stream": "the first prefill_tokens in one forward and a cut after it, then as streaming",
@@ -36,6 +30,7 @@ PROTOCOLS = {
     "rolling": "lm-eval's disjoint windows of the model's maximum length",
 }
 LONGEST_CHARACTER = 8  # tokens that one character may take, and more than any tokenizer needs
+Efficiency = dict[str, Any]  # of a request, for its sample
 CARRIED = ("streaming", "prefill_then_stream")  # one cache goes through the document, so that compression can act
 
 
@@ -134,58 +129,69 @@ class DocumentRecord:
 
 
 class DocumentScore(float):
-    """Log-likelihood of a document in nats, with its record; pickles (--use_cache), and is a number in JSON."""
+    """Log-likelihood of a document in nats, with its record; pickles (--use_cache), and is a number in JSON.
+
+    `efficiency` is what its sample says of the request (`samples.py`).
+    """
 
     record: DocumentRecord
+    efficiency: dict[str, Any] | None
 
-    def __new__(cls, record: DocumentRecord) -> DocumentScore:
+    def __new__(cls, record: DocumentRecord, efficiency: dict[str, Any] | None = None) -> DocumentScore:
         self = super().__new__(cls, float(np.nansum(record.log_probs, dtype=np.float64)))
-        self.record = record
+        self.record, self.efficiency = record, efficiency
         return self
 
     def __reduce__(self) -> Any:
-        return DocumentScore, (self.record,)
+        return DocumentScore, (self.record, self.efficiency)
+
+    def bare(self) -> DocumentScore:
+        """Without what belongs to one run."""
+        return DocumentScore(self.record)
 
 
-def score_requests(lm: KVCompressedLM, requests: Sequence[Instance], disable_tqdm: bool) -> list[DocumentScore]:
+def score_requests(run: Run, disable_tqdm: bool) -> list[DocumentScore]:
     """Answers of all requests, in their order."""
-    method = lm.compression.method
-    default = Reading("streaming" if lm.compression.lossy or method.recomputed_tokens else "rolling")
+    requests, method = run.requests, run.compression.method
+    default = Reading("streaming" if run.compression.lossy or method.recomputed_tokens else "rolling")
     readings = [Reading.of(r.args[1]) if len(r.args) > 1 else default for r in requests]
     for reading in set(readings):
-        _check(lm, reading)
-    texts = [_tokens(lm, r.args[0], reading.max_eval_tokens) for r, reading in zip(requests, readings, strict=True)]
+        _check(run, reading)
+    texts = [_tokens(run.lm, r.args[0], reading.max_eval_tokens) for r, reading in zip(requests, readings, strict=True)]
+    answers: dict[int, DocumentScore] = {
+        i: kept for i in range(len(requests)) if (kept := run.kept(i, None)) is not None
+    }
     groups: dict[Reading, list[int]] = defaultdict(list)
     for i, reading in enumerate(readings):
-        groups[reading].append(i)
-    answers: dict[int, DocumentScore] = {}
+        if i not in answers:
+            groups[reading].append(i)
     for reading, members in groups.items():
         of_group = {i: texts[i] for i in members}
         carried = reading.protocol in CARRIED and method.uses_cache
-        records = (_stream if carried else _windows)(lm, reading, of_group, requests, disable_tqdm)
+        records, known = (_stream if carried else _windows)(run, reading, of_group, disable_tqdm)
         for i, record in records.items():
             record.end = texts[i][1]
-            answers[i] = DocumentScore(record)
-            lm.cache_hook.add_partial("loglikelihood_rolling", requests[i].args, answers[i])
+            answers[i] = DocumentScore(record, known.get(i))
+            run.keep(i, answers[i].bare(), None)
     return [answers[i] for i in range(len(requests))]
 
 
-def _check(lm: KVCompressedLM, reading: Reading) -> None:
+def _check(run: Run, reading: Reading) -> None:
     """Refuses a reading under which the method would not do what its name says."""
-    method = lm.compression.method
+    method = run.compression.method
     if reading.protocol in CARRIED and not method.uses_cache and not method.recomputed_tokens:
         raise UserError(
             f"protocol={reading.protocol} carries one cache across a document and method={method.name} has none; use "
             "method=full for the uncompressed cache, or protocol=rolling"
         )
-    if reading.protocol not in CARRIED and (lm.compression.lossy or method.recomputed_tokens):
+    if reading.protocol not in CARRIED and (run.compression.lossy or method.recomputed_tokens):
         raise UserError(
             f"protocol={reading.protocol} scores each window in one forward, in which method={method.name} has no "
             "effect: the number would be the full cache's under another name. Use protocol=streaming, or method=full"
         )
 
 
-def _tokens(lm: KVCompressedLM, text: str, most: int | None) -> tuple[list[int], int]:
+def _tokens(lm: HFLM, text: str, most: int | None) -> tuple[list[int], int]:
     """Token ids of a text, at most `most`, and how many of its characters they stand for.
 
     A cut never falls inside a character that takes several tokens: it moves back to where that begins.
@@ -200,7 +206,7 @@ def _tokens(lm: KVCompressedLM, text: str, most: int | None) -> tuple[list[int],
     return _by_offsets(lm, text, tokens, most)
 
 
-def _by_offsets(lm: KVCompressedLM, text: str, tokens: list[int], most: int) -> tuple[list[int], int]:
+def _by_offsets(lm: HFLM, text: str, tokens: list[int], most: int) -> tuple[list[int], int]:
     """The same for tokenizers whose decoding does not give the text back, as where they change its spaces."""
     for special in (True, False) if lm.tokenizer.is_fast else ():
         encoding = lm.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
@@ -216,38 +222,39 @@ def _by_offsets(lm: KVCompressedLM, text: str, tokens: list[int], most: int) -> 
 
 
 def _stream(
-    lm: KVCompressedLM,
+    run: Run,
     reading: Reading,
     texts: Mapping[int, tuple[list[int], int]],
-    requests: Sequence[Instance],
     disable_tqdm: bool,
-) -> dict[int, DocumentRecord]:
+) -> tuple[dict[int, DocumentRecord], dict[int, Efficiency]]:
     """One cache across each document, longest first."""
     documents = {i: tokens for i, (tokens, _) in texts.items()}
-    _check_lengths(lm, list(documents.values()))
-    every = lm.compression.schedule.compress_every or lm.engine.rolling_compress_every
-    prefill = _prefill_tokens(lm, reading)
+    _check_lengths(run, list(documents.values()))
+    every = run.compression.schedule.compress_every or run.engine.rolling_compress_every
+    prefill = _prefill_tokens(run, reading)
     done = {**reading.options(), "protocol": reading.protocol, "prefill_tokens": prefill, "compress_every": every}
     order = sorted(documents, key=lambda i: -len(documents[i]))
-    size = 1 if lm.batch_size == "auto" else int(lm.batch_size)
+    size = run.batch_size or 1
     records: dict[int, DocumentRecord] = {}
+    known: dict[int, Efficiency] = {}
     bar = Bar(
         total=sum(map(len, documents.values())),
         unit="tok",
-        disable=disable_tqdm or lm.rank != 0,
+        disable=run.hidden(disable_tqdm),
         desc=f"kvcompressed {reading.protocol}",
     )
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
-        watch = lm._stopwatch()
-        with lm._autocast():
+    alone = [i for i in order if run.alone(len(documents[i]) + 1)]
+    rest = order[len(alone) :]
+    for batch in [*([i] for i in alone), *(rest[at : at + size] for at in range(0, len(rest), size))]:
+        watch = run.stopwatch()
+        with run.autocast():
             scored, cache = score_documents(
-                lm.model,
-                partial(lm._timed_cache, watch),
-                lm.prefix_token_id,
+                run.lm.model,
+                run.caches(watch),
+                run.lm.prefix_token_id,
                 [documents[i] for i in batch],
                 every,
-                lm.softmax_dtype,
+                run.lm.softmax_dtype,
                 bar.update,
                 prefill_tokens=prefill,
             )
@@ -255,8 +262,8 @@ def _stream(
         for i, one in zip(batch, scored, strict=True):
             records[i] = DocumentRecord(
                 reading=done,
-                model=str(lm._name),
-                settings=lm.settings,
+                model=run.name,
+                settings=run.settings,
                 tokens=np.array(documents[i], dtype=np.int32),
                 log_probs=one.log_probs.float().cpu().numpy(),
                 greedy=one.greedy.cpu().numpy(),
@@ -264,99 +271,94 @@ def _stream(
                 evictions=[(int(fed), int(dropped)) for fed, dropped in one.evictions],
             )
         if cache.seen:
-            end, tasks = cache.snapshot(), [requests[i].task_name or "" for i in batch]
-            end["timing"] = watch.timings(len(batch), lm._first_of("loglikelihood_rolling"))
-            keys = [_key(requests[i]) for i in batch]
-            lm.compression_log.add_batch(tasks, keys, "loglikelihood_rolling", end, end)
+            end = cache.snapshot()
+            end["timing"] = watch.timings(len(batch), run.first_of_its_kind())
+            known.update((i, r.efficiency()) for i, r in zip(batch, run.record(batch, end, end), strict=True))
     bar.close()
-    return records
+    return records, known
 
 
-def _check_lengths(lm: KVCompressedLM, documents: Sequence[list[int]]) -> None:
+def _check_lengths(run: Run, documents: Sequence[list[int]]) -> None:
     """Refuses what learned positions cannot do, and warns where true positions leave what the model was trained on."""
     longest = max(map(len, documents), default=0)
-    if longest < lm.max_length:
+    if longest < run.lm.max_length:
         return
-    learned = lm.facts.rope is not None and not lm.facts.rope.available(0)
-    if learned and longest > lm.max_length:
+    assert run.facts is not None, "documents are carried in a cache"
+    learned = run.facts.rope is not None and not run.facts.rope.available(0)
+    if learned and longest > run.lm.max_length:
         raise UserError(
-            f"a document of {longest} tokens passes the {lm.max_length} positions that this "
+            f"a document of {longest} tokens passes the {run.lm.max_length} positions that this "
             "model has learned, and one "
             "cache carried across it needs them; use method=full (lm-eval's windows) or a rotary model"
         )
-    if not lm.compression.method.in_cache_sinks:
+    if not run.compression.method.in_cache_sinks:
         log.warning(
             "a document of %d tokens passes the model's maximum of %d: method=%s keeps true "
             "positions, so tokens beyond it "
             "are at distances and positions the model was not trained on (method=streaming_llm does not have this)",
             longest,
-            lm.max_length,
-            lm.compression.method.name,
+            run.lm.max_length,
+            run.compression.method.name,
         )
 
 
-def _key(request: Instance) -> str:
-    """Tells requests apart in the log."""
-    return json.dumps(request.args, sort_keys=True)
-
-
-def _prefill_tokens(lm: KVCompressedLM, reading: Reading) -> int:
+def _prefill_tokens(run: Run, reading: Reading) -> int:
     """Tokens of the first forward: none for streaming; by default as many as the method keeps."""
     if reading.protocol == "streaming":
         return 0
     if reading.prefill_tokens is not None:
         return reading.prefill_tokens
-    if not lm.compression.method.compresses:
+    if not run.compression.method.compresses:
         return 0  # nothing is cut, so that the same numbers come out whatever the first forward holds
-    budget = getattr(lm.compression.budget, "max_capacity_prompt", None)
+    budget = getattr(run.compression.budget, "max_capacity_prompt", None)
     if budget is None:
         raise UserError(
-            f"protocol=prefill_then_stream: method={lm.compression.method.name} has no fixed number of slots to take "
+            f"protocol=prefill_then_stream: method={run.compression.method.name} has no fixed number of slots to take "
             'for the first forward; add "prefill_tokens": N to --metadata'
         )
     return int(budget)
 
 
 def _windows(
-    lm: KVCompressedLM,
+    run: Run,
     reading: Reading,
     texts: Mapping[int, tuple[list[int], int]],
-    requests: Sequence[Instance],
     disable_tqdm: bool,
-) -> dict[int, DocumentRecord]:
+) -> tuple[dict[int, DocumentRecord], dict[int, Efficiency]]:
     """Every window one plain forward; under `rolling` the same number as lm-eval's hf model; no rank waits.
 
     A method that recomputes a bounded context for each token comes here under `streaming`.
     """
-    length = reading.strided_length or lm.max_length
-    if length > lm.max_length:
-        raise UserError(f"strided_length={length} passes the model's maximum of {lm.max_length} tokens")
+    length = reading.strided_length or run.lm.max_length
+    if length > run.lm.max_length:
+        raise UserError(f"strided_length={length} passes the model's maximum of {run.lm.max_length} tokens")
     done = {**reading.options(), "protocol": reading.protocol}
-    if lm.compression.method.recomputed_tokens:
-        done["recomputed_tokens"] = lm.compression.method.recomputed_tokens
+    if run.compression.method.recomputed_tokens:
+        done["recomputed_tokens"] = run.compression.method.recomputed_tokens
     else:
         done["window_length"] = length
     if reading.protocol == "strided":
         done["stride"] = min(reading.stride or max(1, length // 2), length)
-    windows = [(i, window) for i, (tokens, _) in texts.items() for window in _cut(lm, done, tokens)]
-    size = 1 if lm.batch_size == "auto" else int(lm.batch_size)
-    hidden = disable_tqdm or lm.rank != 0
+    windows = [(i, window) for i, (tokens, _) in texts.items() for window in _cut(run, done, tokens)]
+    longest = max((len(w.context) + len(w.targets) for _, w in windows), default=0)
+    size = 1 if run.alone(longest) else run.batch_size or 1
+    hidden = run.hidden(disable_tqdm)
     with Bar(
         total=sum(len(w.targets) for _, w in windows), unit="tok", disable=hidden, desc="kvcompressed windows"
     ) as bar:
         scores = score_windows(
-            lm._last_logits,
+            run.last_logits,
             [w for _, w in windows],
             size,
-            lm.device,
-            lm.softmax_dtype,
+            run.lm.device,
+            run.lm.softmax_dtype,
             bar.update,
         )
     records = {
         i: DocumentRecord(
             reading=done,
-            model=str(lm._name),
-            settings=lm.settings,
+            model=run.name,
+            settings=run.settings,
             tokens=np.array(tokens, dtype=np.int32),
             log_probs=np.full(len(tokens), np.nan, dtype=np.float32),
             greedy=np.zeros(len(tokens), dtype=bool),
@@ -367,26 +369,21 @@ def _windows(
         place = slice(window.start, window.start + len(window.targets))
         records[i].log_probs[place], records[i].greedy[place] = log_probs.numpy(), greedy.numpy()
     members = list(texts)
-    lm._log_uncached(
-        [requests[i].task_name or "" for i in members],
-        [_key(requests[i]) for i in members],
-        "loglikelihood_rolling",
-        [len(texts[i][0]) for i in members],
-    )
-    return records
+    made = run.record_uncached(members, [len(texts[i][0]) for i in members])
+    return records, {i: r.efficiency() for i, r in zip(members, made, strict=True)}
 
 
-def _cut(lm: KVCompressedLM, done: Mapping[str, Any], tokens: list[int]) -> Iterator[Window]:
+def _cut(run: Run, done: Mapping[str, Any], tokens: list[int]) -> Iterator[Window]:
     """A document's windows."""
     if "recomputed_tokens" in done:
-        for window in windows_of([lm.prefix_token_id, *tokens], 1, done["recomputed_tokens"]):
+        for window in windows_of([run.lm.prefix_token_id, *tokens], 1, done["recomputed_tokens"]):
             yield window._replace(start=window.start - 1)
         return
     if done["protocol"] == "strided":
         yield from strided(tokens, done["window_length"], done["stride"])
         return
     start = 0
-    for pair in get_rolling_token_windows(tokens, lm.prefix_token_id, done["window_length"], context_len=1):
+    for pair in get_rolling_token_windows(tokens, run.lm.prefix_token_id, done["window_length"], context_len=1):
         context, targets = make_disjoint_window(pair)
         yield Window(context, targets, start)
         start += len(targets)

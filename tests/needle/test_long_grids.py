@@ -11,7 +11,7 @@ import torch
 
 from kv_lm_eval import plugin
 from kv_lm_eval.errors import OUT_OF_MEMORY
-from kv_lm_eval.model import KVCompressedLM
+from kv_lm_eval.requests import generation
 from needle import heatmap
 
 plugin.install()
@@ -47,17 +47,17 @@ def asked(monkeypatch, whole) -> list[int]:
     class Asked(list):
         fail, stop_at = (10**9, 10**9), 10**9  # rows, tokens from which on memory is out; batch that is interrupted
 
-    log, original = Asked(), KVCompressedLM._generate
+    log, original = Asked(), generation._generate
 
-    def generate(self, context, *args, **kwargs):
-        log.append(tuple(kwargs["attention_mask"].sum(1).tolist()))
+    def generate(run, prompts):
+        log.append(tuple(len(prompt.ids) for prompt in prompts))
         if len(log) > log.stop_at:
             raise KeyboardInterrupt
-        if context.shape[0] >= log.fail[0] and context.shape[1] >= log.fail[1]:
+        if len(prompts) >= log.fail[0] and max(log[-1]) >= log.fail[1]:
             raise torch.OutOfMemoryError("no memory")
-        return original(self, context, *args, **kwargs)
+        return original(run, prompts)
 
-    monkeypatch.setattr(KVCompressedLM, "_generate", generate)
+    monkeypatch.setattr(generation, "_generate", generate)
     return log
 
 
