@@ -22,7 +22,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from kv_lm_eval import config, identity, loading, saving, tiny, versions
+from kv_lm_eval import config, identity, loading, quiet, saving, tiny, versions
 from kv_lm_eval.cache import static_ring
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
@@ -481,4 +481,5 @@ def every_row(snapshot: dict[str, Any], step: int) -> dict[str, Any]:
     return {k: v[::step] if isinstance(v, list) else v for k, v in snapshot.items()}
 
 
+quiet.install()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
