@@ -11,20 +11,26 @@ Reference: gkamradt/LLMTest_NeedleInAHaystack, viz (colours, axes). Deviations: 
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from needle.scoring import grid
+from pydantic import ConfigDict
+from typing_extensions import NotRequired, TypedDict
+
+from kv_lm_eval import files
+from kv_lm_eval.errors import UserError
+
+from .scoring import grid
 
 CLASSIC = ("#F0496E", "#EBB839", "#0CD79F")
 COLOURS = ("classic", "viridis")
 UNCOMPRESSED = ("full", "no_cache", "hf")
 GREY, DARK = "#D9D9D9", "#404040"
 MAX_WIDTH_INCHES = 18.0
+MORE = ConfigDict(extra="allow")
 
 
 @dataclass(frozen=True)
@@ -88,22 +94,62 @@ class Panel:
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def read(files: Sequence[Path | str], metric: str | None = None) -> list[Panel]:
+class Cell(TypedDict):
+    """A cell as scoring.grid makes it, in a results file."""
+
+    __pydantic_config__ = MORE  # type: ignore[misc]
+    context_length: int
+    document_depth_percent: float | None
+    samples: int
+    length_tokens: float
+    primary: str
+    scores: dict[str, float]
+    floor: float | None
+    failed: dict[str, int]
+
+
+class Answer(TypedDict):
+    """One answer's entry for the grid as scoring.process makes it, in a samples file."""
+
+    __pydantic_config__ = MORE  # type: ignore[misc]
+    context_length: int
+    document_depth_percent: float | None
+    length_tokens: float
+    needle_removed: bool
+    primary: str
+    failed: str | None
+    scores: dict[str, float]
+
+
+class Sample(TypedDict):
+    """What is read of a samples file's line."""
+
+    cells: Answer
+
+
+class Results(TypedDict):
+    """What is read of a results file."""
+
+    results: NotRequired[dict[str, dict[str, Any]]]
+    config: NotRequired[dict[str, Any]]
+
+
+def read(paths: Sequence[Path | str], metric: str | None = None) -> list[Panel]:
     """The panels of several results or samples files, full caches first.
 
     Args:
-        files: results_*.json or samples_*.jsonl of lm-eval, or folders, searched for results_*.json.
+        paths: results_*.json or samples_*.jsonl of lm-eval, or folders, searched for results_*.json.
         metric: a score's name; None for each task's main one.
 
     Raises:
-        ValueError: a file without a needle grid, or without that score.
+        UserError: a damaged file, or one without a needle grid or without that score.
     """
     panels: list[Panel] = []
-    for file in map(Path, files):
+    for file in map(Path, paths):
         found = sorted(file.rglob("results_*.json")) if file.is_dir() else [file]
         of_file = [panel for f in found for panel in _read(f, metric)]
         if not of_file:
-            raise ValueError(
+            raise UserError(
                 f"{file} holds no needle grid: no task in it reports `cells`. Give the results of kv_needle tasks."
             )
         panels += of_file
@@ -123,17 +169,37 @@ def in_order(panels: Sequence[Panel]) -> list[Panel]:
 
 def _read(file: Path, metric: str | None) -> list[Panel]:
     if file.suffix == ".jsonl":
-        answers = [json.loads(line)["cells"] for line in file.read_text(encoding="utf-8").splitlines() if line]
+        answers = _answers(file)
+        if not answers:
+            return []
         task, _, date = file.stem.removeprefix("samples_").rpartition("_")
         beside = file.with_name(f"results_{date}.json")
-        config = json.loads(beside.read_text(encoding="utf-8"))["config"] if beside.is_file() else {}
+        config = files.read_json(beside, Results).get("config", {}) if beside.is_file() else {}
         return [panel_of(task, list(grid(answers)), config, file, metric)]
-    results = json.loads(file.read_text(encoding="utf-8"))
+    results = files.read_json(file, Results)
     found = []
     for task, numbers in results.get("results", {}).items():
-        cells = next((v for k, v in numbers.items() if k.startswith("cells,") and isinstance(v, list)), None)
-        if cells:
+        name = next((k for k, v in numbers.items() if k.startswith("cells,") and isinstance(v, list) and v), None)
+        if name is not None:
+            cells = files.check(numbers[name], list[Cell], f"{file}: results.{task}.{name}")
             found.append(panel_of(task, cells, results.get("config", {}), file, metric))
+    return found
+
+
+def _answers(file: Path) -> list[dict[str, Any]]:
+    """The entries of a samples file, all with the same scores but for failures."""
+    found: list[dict[str, Any]] = []
+    names: set[str] = set()
+    for number, sample in files.read_jsonl(file, Sample):
+        answer = sample["cells"]
+        if not answer["failed"]:
+            names = names or set(answer["scores"])
+            if set(answer["scores"]) != names or answer["primary"] not in names:
+                raise UserError(
+                    f"{file}, line {number}: cells.scores: has {sorted(answer['scores'])} with primary="
+                    f"{answer['primary']!r}, the answers before it have {sorted(names)}"
+                )
+        found.append(answer)
     return found
 
 
@@ -144,7 +210,7 @@ def panel_of(task: str, cells: list[dict[str, Any]], config: dict[str, Any], fil
     metric = metric or cells[0]["primary"]
     known = sorted({name for c in cells for name in c["scores"]})
     if known and metric not in known:
-        raise ValueError(f"{task} in {file} has no score {metric!r}; it has: {', '.join(known)}")
+        raise UserError(f"{task} in {file} has no score {metric!r}; it has: {', '.join(known)}")
     return Panel(
         task=task,
         metric=metric,
@@ -210,7 +276,10 @@ def as_json(panels: Sequence[Panel]) -> list[dict[str, Any]]:
     ]
 
 
-COLUMNS = "task metric model label context_length document_depth_percent score samples length_tokens state floor"
+COLUMNS = (
+    "task metric model label context_length document_depth_percent score samples length_tokens state floor "
+    "needle_depth_percent"
+)
 
 
 def write_csv(panels: Sequence[Panel], file: Path) -> None:
@@ -221,7 +290,7 @@ def write_csv(panels: Sequence[Panel], file: Path) -> None:
         for p in panels:
             for c in p.cells:
                 row = {**c, "task": p.task, "metric": p.metric, "model": p.model, "label": p.label}
-                table.writerow(["" if row[name] is None else row[name] for name in COLUMNS.split()])
+                table.writerow(["" if row.get(name) is None else row[name] for name in COLUMNS.split()])
 
 
 def as_text(panel: Panel) -> str:
@@ -335,10 +404,10 @@ def _title(panels: Sequence[Panel]) -> str:
 def write(panels: Sequence[Panel], stem: Path, colours: str = "classic", title: str = "") -> list[Path]:
     """Writes STEM.png, .svg, .csv and .json; returns their paths."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg", "csv", "json")]
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg", "csv", "json")]
     figure = draw(panels, title, colours)
-    figure.savefig(files[0], dpi=110, metadata={"Software": None})
-    figure.savefig(files[1], metadata={"Date": None})
-    write_csv(panels, files[2])
-    files[3].write_text(json.dumps(as_json(panels), indent=1), encoding="utf-8")
-    return files
+    figure.savefig(paths[0], dpi=110, metadata={"Software": None})
+    figure.savefig(paths[1], metadata={"Date": None})
+    write_csv(panels, paths[2])
+    files.write_json(paths[3], as_json(panels), indent=1)
+    return paths

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kv_lm_eval import console, files
-from needle import heatmap
+from kv_lm_eval.tasks.needle import heatmap
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -502,7 +502,7 @@ def _line_names(keys: Sequence[str]) -> dict[str, str]:
 
 def needle_panels(report: Report) -> list[Any]:
     """Grids of every task whose documents have a context length and a depth, in the heat-map's own form."""
-    from needle import heatmap
+    from kv_lm_eval.tasks.needle import heatmap
 
     panels = []
     for column in report.columns:
@@ -550,7 +550,7 @@ def _fold(label: str) -> str:
 
 def heat_maps(panels: Sequence[Any]) -> list[Picture]:
     """One picture a task, all methods side by side."""
-    from needle import heatmap
+    from kv_lm_eval.tasks.needle import heatmap
 
     out = []
     for task in dict.fromkeys(panel.task for panel in panels):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from needle import heatmap, report, scoring
+from kv_lm_eval.tasks.needle import heatmap, report, scoring
 
 LENGTHS, DEPTHS = (256, 512), (0.0, 50.0, 100.0)
 
