@@ -96,6 +96,8 @@ def parse_json(text: str, place: str) -> Any:
         raise UserError(f"{place}: not whole JSON ({error.msg} at {at}); it may be cut off or not be JSON") from None
     except RecursionError:
         raise UserError(f"{place}: JSON nested too deeply") from None
+    except ValueError as error:  # a whole number of thousands of digits
+        raise UserError(f"{place}: not usable JSON ({error})") from None
 
 
 def parse_yaml(text: str, place: str) -> Any:
