@@ -35,12 +35,17 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises:
         UserError: no such file, not readable, or not UTF-8.
     """
-    raw = _read_bytes(Path(path)).removeprefix(codecs.BOM_UTF8)
+    return as_text(_read_bytes(Path(path)), str(path))
+
+
+def as_text(raw: bytes, place: str) -> str:
+    """The text of a file's bytes, as `read_text`; `place` begins the error's message."""
+    raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+        raise UserError(f"{place}, line {line}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -60,10 +65,15 @@ def read_jsonl(path: str | os.PathLike[str], schema: type[T] | Any = Any) -> Ite
     Raises:
         UserError: as `read_json`, at the line that is wrong; earlier lines have been yielded.
     """
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    yield from parse_jsonl(read_text(path), str(path), schema)
+
+
+def parse_jsonl(text: str, place: str, schema: type[T] | Any = Any) -> Iterator[tuple[int, Any]]:
+    """`read_jsonl` of a text that is there already; `place` begins the error's message."""
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            place = f"{path}, line {number}"
-            yield number, check(parse_json(line, place), schema, place)
+            at = f"{place}, line {number}"
+            yield number, check(parse_json(line, at), schema, at)
 
 
 def read_yaml(path: str | os.PathLike[str], schema: type[T] | Any = Any) -> Any:
@@ -86,6 +96,8 @@ def parse_json(text: str, place: str) -> Any:
         raise UserError(f"{place}: not whole JSON ({error.msg} at {at}); it may be cut off or not be JSON") from None
     except RecursionError:
         raise UserError(f"{place}: JSON nested too deeply") from None
+    except ValueError as error:  # a whole number of thousands of digits
+        raise UserError(f"{place}: not usable JSON ({error})") from None
 
 
 def parse_yaml(text: str, place: str) -> Any:

@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from kv_lm_eval import config, identity, loading, saving, tiny, versions
+from kv_lm_eval import config, identity, loading, quiet, saving, tiny, versions
 from kv_lm_eval.cache import static_ring
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine import adapter
@@ -308,4 +308,5 @@ class KVCompressedLM(HFLM):
         super().set_cache_hook(cache_hook)
 
 
+quiet.install()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

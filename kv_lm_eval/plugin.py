@@ -44,9 +44,10 @@ def install() -> None:
 
 
 def task_folders() -> list[Path]:
-    """The folders with our task YAMLs; the packages lie side by side in a checkout and in site-packages."""
+    """The folders with our task YAMLs: one in a wheel; in a checkout two more beside the package."""
     ours = Path(__file__).resolve().parent
-    return [ours / "tasks", ours.parent / "longbench_tasks", ours.parent / "needle"]
+    beside = (ours.parent / name for name in ("longbench_tasks", "needle") if not (ours / "tasks" / name).is_dir())
+    return [ours / "tasks", *beside]
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def _quickstart(argv: Sequence[str] | None, finished: list[str]) -> int:
         finished.append(name)
         print(f"{rows[-1]['seconds']} s", flush=True)
     print(f"\nkv-tiny on kv_quickstart, budget {args.budget} slots per KV head and layer\n")
-    print(table([{k: v for k, v in row.items() if k != "word ppl"} for row in rows]))  # bits/byte says the same
+    print(table(rows))
     print(f"\n{LEGEND}")
     if args.output_path:
         print(f"results: {args.output_path}")
@@ -131,7 +131,6 @@ def row(name: str, results: dict[str, Any], seconds: float) -> dict[str, Any]:
         "needle": _metric(scores["kv_quickstart_needle"], "exact_match"),
         "choice": _metric(scores["kv_quickstart_choice"], "acc"),
         "bits/byte": _metric(scores["kv_quickstart_ppl"], "bits_per_byte", 3),
-        "word ppl": _metric(scores["kv_quickstart_ppl"], "word_perplexity", 1),
         "compressed": f"{stats['compressed_share']:.0%}",
         "kept": f"{stats['kept_fraction_mean']:.0%}",
         "KV KiB": f"{needle['kv_bytes_prefill_mean'] / 1024:.0f}",

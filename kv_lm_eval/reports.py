@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 from pathlib import Path
 
-PACKAGES = ("longbench_tasks", "needle")
+PACKAGES = ("kv_lm_eval.tasks.longbench_tasks", "kv_lm_eval.tasks.needle")
 
 
 def results_files(folder: Path) -> set[Path]:

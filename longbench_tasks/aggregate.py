@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from longbench_tasks.specs import CATEGORIES, Spec
+from .specs import CATEGORIES, Spec
 
 BUCKETS = ("0-4k", "4-8k", "8k+")
 AVERAGES = {

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
 import zipfile
-from collections.abc import Iterable
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from kv_lm_eval import files
 from kv_lm_eval.errors import UserError, close_names
+
+from . import rows
+from .specs import Spec
 
 REPOSITORY = "THUDM/LongBench"  # now also zai-org/LongBench
 REVISION = "5e628be450b7e67fb7ae6e201bd6d8f7056f7672"
 SHA256 = "cb45b11a4133c6bc1d6a44b0f8e701335ff1e543195db1103472e575857f7f64"  # of data.zip at that revision
 VARIABLE = "KV_LM_EVAL_LONGBENCH_DIR"
-FIELDS = ("input", "context", "answers", "length", "dataset", "language", "all_classes", "_id")
 
 WHERE = (
     f"Download https://huggingface.co/datasets/{REPOSITORY}/resolve/{REVISION}/data.zip, unpack it, and name the "
@@ -27,63 +28,51 @@ WHERE = (
 )
 
 
-def load_rows(name: str, folder: str | None = None) -> tuple[list[dict[str, Any]], str]:
+def load_rows(name: str, folder: str | None = None, spec: Spec | None = None) -> tuple[list[dict[str, Any]], str]:
     """Rows of one file in their order, each with its number in the field `row`, and where they come from.
 
     Args:
         name: the file without .jsonl: "trec", or "trec_e" for LongBench-E.
         folder: of the jsonl files, or one that holds it as `data`, or data.zip itself. Default: the environment
             variable, else the hub.
+        spec: what the rows are for, whose needs are checked too.
 
     Raises:
         UserError: the file is missing, the hub cannot be reached, or a line is not a row; says what to do.
     """
     folder = folder or os.environ.get(VARIABLE) or None
     if folder is None:
-        lines, source = _zip_lines(_download(), name), f"{REPOSITORY}@{REVISION}"
+        (text, place), source = _of_zip(_download(), name), f"{REPOSITORY}@{REVISION}"
     else:
         path = Path(folder).expanduser()
-        lines, source = (_zip_lines(path, name) if path.suffix == ".zip" else _folder_lines(path, name)), str(path)
-    rows = [{**_row(line, name, number), "row": number} for number, line in enumerate(lines)]
-    if not rows:
-        raise UserError(f"{name}.jsonl from {source} holds no rows. {WHERE}")
-    return rows, source
+        (text, place), source = (_of_zip(path, name) if path.suffix == ".zip" else _of_folder(path, name)), str(path)
+    lines = ((f"{place}, line {number}", value) for number, value in files.parse_jsonl(text, place))
+    found = [{**row, "row": number} for number, row in enumerate(rows.checked(lines, spec))]
+    if not found:
+        raise UserError(f"{place} holds no rows. {WHERE}")
+    return found, source
 
 
-def _row(line: str, name: str, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        return {**dict.fromkeys(FIELDS), **row, "answers": list(row["answers"]), "length": int(row["length"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{name}.jsonl, line {number + 1}: {error!r}. Each line is a JSON object with {', '.join(FIELDS)}"
-        ) from error
-
-
-def _folder_lines(folder: Path, name: str) -> list[str]:
+def _of_folder(folder: Path, name: str) -> tuple[str, str]:
+    """Text and path of a file."""
     for file in (folder / f"{name}.jsonl", folder / "data" / f"{name}.jsonl"):
         if file.is_file():
-            with file.open(encoding="utf-8") as stream:  # by "\n" alone, which str.splitlines would not do
-                return _not_empty(stream)
+            return files.read_text(file), str(file)
     there = sorted(p.stem for p in [*folder.glob("*.jsonl"), *folder.glob("data/*.jsonl")]) if folder.is_dir() else []
     what = f"it holds {', '.join(there)}{close_names(name, there)}" if there else "there are no jsonl files"
     raise UserError(f"{name}.jsonl is not in {folder.resolve()}: {what}. {WHERE}")
 
 
-def _zip_lines(archive: Path, name: str) -> list[str]:
+def _of_zip(archive: Path, name: str) -> tuple[str, str]:
     try:
         with zipfile.ZipFile(archive) as unzipped:
             member = next((n for n in unzipped.namelist() if Path(n).name == f"{name}.jsonl"), None)
             if member is None:
                 raise UserError(f"{archive} holds no {name}.jsonl. {WHERE}")
-            with unzipped.open(member) as stream:
-                return _not_empty(io.TextIOWrapper(stream, encoding="utf-8", newline="\n"))
-    except (OSError, zipfile.BadZipFile) as error:
+            place = f"{archive}/{member}"
+            return files.as_text(unzipped.read(member), place), place
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{archive} could not be read as a zip file: {error}. {WHERE}") from error
-
-
-def _not_empty(stream: Iterable[str]) -> list[str]:
-    return [line for line in stream if line.strip()]
 
 
 @lru_cache(maxsize=1)

@@ -6,20 +6,24 @@ Beside `results_<date>.json` stand afterwards `longbench_<date>.json` and, where
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longbench_tasks import predictions
-from longbench_tasks.aggregate import AVERAGES, BUCKETS, averages
-from longbench_tasks.specs import CATEGORIES, official
+from pydantic import ConfigDict
+from typing_extensions import NotRequired, TypedDict
+
+from kv_lm_eval import files
+
+from . import predictions
+from .aggregate import AVERAGES, BUCKETS, averages
+from .specs import CATEGORIES, official
 
 
 def write(results_file: Path) -> str:
     """Writes the official numbers of a results file beside it; returns the page to print, "" without LongBench."""
     results_file = Path(results_file)
-    found = summary(json.loads(results_file.read_text(encoding="utf-8")))
+    found = summary(read(results_file))
     if not found:
         return ""
     date = results_file.stem.rsplit("_", 1)[-1]  # it has no underscore
@@ -32,18 +36,44 @@ def write(results_file: Path) -> str:
             predictions.write(file, predictions.from_samples(samples))
             said = [f"Predictions in the official format: {folder}"]
     beside = results_file.with_name(f"longbench_{date}.json")
-    beside.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write_json(beside, found)
     return "\n".join([page(found), *said, f"Written to {beside}"])
+
+
+class Results(TypedDict):
+    """What is read of an lm-eval results file."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    results: NotRequired[dict[str, dict[str, Any]]]
+    configs: NotRequired[dict[str, dict[str, Any]]]
+
+
+class Run(TypedDict):
+    """What is read of a task's record of how it was run."""
+
+    dataset: str
+    longbench_e: bool
+    protocol: str
+
+
+def read(results_file: Path) -> dict[str, Any]:
+    """lm-eval's results.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    return files.read_json(results_file, Results)
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, Any]:
     """The official numbers in lm-eval's results; empty if no LongBench task is among them."""
     tasks, scores, scores_e = {}, {}, {}
     for task, config in results.get("configs", {}).items():
-        run = (config.get("metadata") or {}).get("longbench")
+        run = config["metadata"].get("longbench") if isinstance(config.get("metadata"), dict) else None
         values = results.get("results", {}).get(task, {})
         if not isinstance(run, dict) or "score,none" not in values:
             continue
+        files.check(run, Run, f"configs.{task}.metadata.longbench")
         counts = results.get("n-samples", {}).get(task, {})
         tasks[task] = {
             **run,

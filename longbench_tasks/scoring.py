@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from longbench_tasks.metrics import Scorer
+from .metrics import Scorer
 
 
 def first_line(prediction: str) -> str:

@@ -11,18 +11,26 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from kv_lm_eval import tiny
-from kv_lm_eval.errors import UserError, close_names
-from longbench_tasks import protocols
-from longbench_tasks.protocols import OFFICIAL_MAX_LENGTH, ROOM, Protocol
+from typing_extensions import TypedDict
 
-OURS = (
-    "longbench_dir",
-    "longbench_max_length",
-    "longbench_chat_format",
-    "longbench_extra_metrics",
-)
-LENGTH_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")  # as lm-eval's hf model asks a configuration
+from kv_lm_eval import files, tiny
+from kv_lm_eval.errors import UserError, close_names
+from kv_lm_eval.tasks.model_length import cuts_long_prompts, load_arguments, model_max_length
+
+from . import protocols
+from .protocols import OFFICIAL_MAX_LENGTH, ROOM, Protocol
+
+
+class Asked(TypedDict, total=False):
+    """The keys of --metadata that are LongBench's own, and their types."""
+
+    longbench_dir: str | None
+    longbench_max_length: int | float | str | None
+    longbench_chat_format: str | None
+    longbench_extra_metrics: bool | int | str
+
+
+OURS = tuple(Asked.__annotations__)
 NO_TOKENIZER = (
     "LongBench cuts long prompts in the middle, by the model's own tokenizer, and {why}. Under another model class "
     'than kvcompressed or hf, name it: --metadata \'{{"tokenizer": "NAME", "longbench_max_length": TOKENS}}\'. To '
@@ -69,9 +77,10 @@ class Settings:
         for key in metadata:
             if key.startswith("longbench_") and key not in OURS:
                 raise UserError(f"unknown key {key!r} in --metadata{close_names(key, OURS)}; LongBench's are {OURS}")
+        files.check({key: metadata[key] for key in OURS if key in metadata}, Asked, "--metadata")
         chat_format = metadata.get("longbench_chat_format")
-        if chat_format is not None and "{prompt}" not in chat_format:
-            raise UserError(f"longbench_chat_format={chat_format!r} has no {{prompt}}, which the prompt replaces")
+        if chat_format is not None:
+            _check_chat_format(chat_format)
         protocol = protocols.load(str(metadata.get("protocol", "official")))
         model = str(metadata.get("pretrained", metadata.get("model", "")))
         asked = metadata.get("longbench_max_length")
@@ -90,8 +99,14 @@ class Settings:
         if isinstance(asked, str) and asked.lower() == "none":
             return uncut
         tokenizer = _tokenizer(metadata)
-        limit = _model_max_length(metadata, tokenizer)
+        limit = model_max_length(metadata, tokenizer)
         length, source = _max_length(asked, protocol, model, limit)
+        if asked is not None and limit is not None and length > limit and not cuts_long_prompts(metadata):
+            raise UserError(
+                f"longbench_max_length={length} passes the model's maximum of {limit} tokens, so that long prompts "
+                "would be refused or lose their beginning; give less, or max_length=... in --model_args if the model "
+                "can"
+            )
         return replace(
             uncut,
             tokenizer=tokenizer,
@@ -102,11 +117,25 @@ class Settings:
         )
 
 
+def _check_chat_format(chat_format: str) -> None:
+    if "{prompt}" not in chat_format:
+        raise UserError(f"longbench_chat_format={chat_format!r} has no {{prompt}}, which the prompt replaces")
+    try:
+        chat_format.format(prompt="")
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"longbench_chat_format={chat_format!r}: braces other than {{prompt}} are written twice, {{{{ and }}}} "
+            f"({type(error).__name__}: {error})"
+        ) from None
+
+
 def _max_length(asked: Any, protocol: Protocol, model: str, limit: int | None) -> tuple[int, str]:
     if asked is not None:
         try:
             length = int(float(asked))
-        except (TypeError, ValueError):
+            if isinstance(asked, bool) or length != float(asked):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
             raise UserError(f"longbench_max_length={asked!r} is neither a number of tokens nor none") from None
         if length < 2:
             raise UserError(f"longbench_max_length={length} leaves no half of at least one token; give 2 or more")
@@ -125,11 +154,6 @@ def _max_length(asked: Any, protocol: Protocol, model: str, limit: int | None) -
     return length, f"model's maximum of {limit}"
 
 
-def _load_arguments(metadata: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    keys = ("revision", "subfolder", "trust_remote_code")
-    return tuple((key, metadata[key]) for key in keys if metadata.get(key))
-
-
 def _tokenizer(metadata: Mapping[str, Any]) -> Any:
     given = metadata.get("tokenizer") or metadata.get("pretrained")
     if given is None:
@@ -139,7 +163,7 @@ def _tokenizer(metadata: Mapping[str, Any]) -> Any:
             return given  # a loaded tokenizer, from Python
         given = str(getattr(given, "name_or_path", ""))
     try:
-        return _load_tokenizer(tiny.resolve(given), metadata.get("use_fast_tokenizer", True), _load_arguments(metadata))
+        return _load_tokenizer(tiny.resolve(given), metadata.get("use_fast_tokenizer", True), load_arguments(metadata))
     except Exception as error:  # whatever transformers and the hub raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(NO_TOKENIZER.format(why=f"{given!r} has none that loads ({reason})")) from error
@@ -150,28 +174,3 @@ def _load_tokenizer(name: str, use_fast: bool, arguments: tuple[tuple[str, Any],
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name, use_fast=use_fast, **dict(arguments))
-
-
-def _model_max_length(metadata: Mapping[str, Any], tokenizer: Any) -> int | None:
-    """The model's maximum as lm-eval's hf model finds it: asked for, configured, or the tokenizer's."""
-    if metadata.get("max_length"):
-        return int(float(metadata["max_length"]))
-    given = metadata.get("pretrained")
-    if given is not None:
-        config = getattr(given, "config", None) or _load_config(tiny.resolve(str(given)), _load_arguments(metadata))
-        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        for key in LENGTH_KEYS:
-            if length := getattr(config, key, None) or getattr(text_config, key, None):
-                return int(length)
-    length = getattr(tokenizer, "model_max_length", None)
-    return int(length) if length and length < 10**9 else None
-
-
-@lru_cache(maxsize=4)
-def _load_config(name: str, arguments: tuple[tuple[str, Any], ...]) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name, **dict(arguments))
-    except (OSError, ValueError):
-        return None

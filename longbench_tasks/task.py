@@ -14,14 +14,17 @@ from typing import Any
 from lm_eval.api.task import ConfigurableTask
 from packaging.version import Version
 
+from kv_lm_eval import quiet
 from kv_lm_eval.errors import UserError
-from longbench_tasks import aggregate, data, metrics
-from longbench_tasks.scoring import best_score
-from longbench_tasks.settings import Settings
-from longbench_tasks.specs import Spec
-from longbench_tasks.truncation import Fitted, encode, truncate_middle
+
+from . import aggregate, data, metrics
+from .scoring import best_score
+from .settings import Settings
+from .specs import Spec
+from .truncation import Fitted, encode, truncate_middle
 
 log = logging.getLogger("lm_eval.tasks.longbench")  # below lm-eval's logger: its format, its verbosity
+quiet.install()
 
 
 def _check_lm_eval(installed: str) -> None:
@@ -55,7 +58,7 @@ class LongBenchTask(ConfigurableTask):
         self._said: set[str] = set()
         config.update(
             doc_to_target="answers",
-            process_results="longbench_tasks.task.LongBenchTask.process_results",  # a word for the records
+            process_results=f"{__name__}.LongBenchTask.process_results",  # a word for the records
             generation_kwargs=self._generation_settings(),
             metric_list=self._metric_list(),
         )
@@ -108,7 +111,7 @@ class LongBenchTask(ConfigurableTask):
         from datasets import Dataset
 
         name = self.spec.dataset + ("_e" if self.is_e else "")
-        rows, self._record["data"] = data.load_rows(name, self.settings.data_dir)
+        rows, self._record["data"] = data.load_rows(name, self.settings.data_dir, self.spec)
         self.dataset = {"test": Dataset.from_list(rows)}
 
     # ------------------------------------------------------------------------------------ prompts

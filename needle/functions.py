@@ -1,8 +1,9 @@
 """The functions that the YAMLs name. lm-eval runs this file by its path, outside the package, so it holds no code."""
 
-from needle.scoring import grid, process
-from needle.tasks import classic, magic, multi, multikey, multiquery, multivalue, prompt, vt
-from needle.words import cwe, fwe
+from kv_lm_eval import quiet
+from kv_lm_eval.tasks.needle.scoring import grid, process
+from kv_lm_eval.tasks.needle.tasks import classic, magic, multi, multikey, multiquery, multivalue, prompt, vt
+from kv_lm_eval.tasks.needle.words import cwe, fwe
 
 __all__ = [
     "classic",
@@ -18,3 +19,4 @@ __all__ = [
     "prompt",
     "vt",
 ]
+quiet.install()

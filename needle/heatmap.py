@@ -11,20 +11,29 @@ Reference: gkamradt/LLMTest_NeedleInAHaystack, viz (colours, axes). Deviations: 
 from __future__ import annotations
 
 import csv
-import json
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from needle.scoring import grid
+from pydantic import ConfigDict
+from typing_extensions import NotRequired, TypedDict
+
+from kv_lm_eval import files
+from kv_lm_eval.errors import UserError
+from kv_lm_eval.reporting import fit
+
+from .scoring import grid
 
 CLASSIC = ("#F0496E", "#EBB839", "#0CD79F")
 COLOURS = ("classic", "viridis")
 UNCOMPRESSED = ("full", "no_cache", "hf")
 GREY, DARK = "#D9D9D9", "#404040"
 MAX_WIDTH_INCHES = 18.0
+MAX_PANEL_INCHES = 2.4  # of the words above a panel, then they are wrapped
+MORE = ConfigDict(extra="allow")
 
 
 @dataclass(frozen=True)
@@ -88,22 +97,70 @@ class Panel:
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def read(files: Sequence[Path | str], metric: str | None = None) -> list[Panel]:
+class Cell(TypedDict):
+    """A cell as scoring.grid makes it, in a results file."""
+
+    __pydantic_config__ = MORE  # type: ignore[misc]
+    context_length: int
+    document_depth_percent: float | None
+    samples: int
+    length_tokens: float
+    primary: str
+    scores: dict[str, float]
+    floor: float | None
+    failed: dict[str, int]
+
+
+class Answer(TypedDict):
+    """One answer's entry for the grid as scoring.process makes it, in a samples file."""
+
+    __pydantic_config__ = MORE  # type: ignore[misc]
+    context_length: int
+    document_depth_percent: float | None
+    length_tokens: float
+    needle_removed: bool
+    primary: str
+    failed: str | None
+    scores: dict[str, float]
+
+
+class Sample(TypedDict):
+    """What is read of a samples file's line."""
+
+    cells: Answer
+
+
+class Results(TypedDict):
+    """What is read of a results file."""
+
+    results: NotRequired[dict[str, dict[str, Any]]]
+    config: NotRequired[dict[str, Any]]
+
+
+def read(paths: Sequence[Path | str], metric: str | None = None, left_out: list[str] | None = None) -> list[Panel]:
     """The panels of several results or samples files, full caches first.
 
     Args:
-        files: results_*.json or samples_*.jsonl of lm-eval, or folders, searched for results_*.json.
+        paths: results_*.json or samples_*.jsonl of lm-eval, or folders, searched for results_*.json.
         metric: a score's name; None for each task's main one.
+        left_out: takes the reason why a file in a folder was left out; where there is no list, that is an error.
 
     Raises:
-        ValueError: a file without a needle grid, or without that score.
+        UserError: a damaged file, or one without a needle grid or without that score.
     """
     panels: list[Panel] = []
-    for file in map(Path, files):
+    for file in map(Path, paths):
         found = sorted(file.rglob("results_*.json")) if file.is_dir() else [file]
-        of_file = [panel for f in found for panel in _read(f, metric)]
+        of_file: list[Panel] = []
+        for one in found:
+            try:
+                of_file += _read(one, metric)
+            except UserError as error:
+                if left_out is None or one == file:
+                    raise
+                left_out.append(str(error))
         if not of_file:
-            raise ValueError(
+            raise UserError(
                 f"{file} holds no needle grid: no task in it reports `cells`. Give the results of kv_needle tasks."
             )
         panels += of_file
@@ -123,17 +180,50 @@ def in_order(panels: Sequence[Panel]) -> list[Panel]:
 
 def _read(file: Path, metric: str | None) -> list[Panel]:
     if file.suffix == ".jsonl":
-        answers = [json.loads(line)["cells"] for line in file.read_text(encoding="utf-8").splitlines() if line]
+        answers = _answers(file)
+        if not answers:
+            return []
         task, _, date = file.stem.removeprefix("samples_").rpartition("_")
         beside = file.with_name(f"results_{date}.json")
-        config = json.loads(beside.read_text(encoding="utf-8"))["config"] if beside.is_file() else {}
+        config = files.read_json(beside, Results).get("config", {}) if beside.is_file() else {}
         return [panel_of(task, list(grid(answers)), config, file, metric)]
-    results = json.loads(file.read_text(encoding="utf-8"))
+    results = files.read_json(file, Results)
     found = []
     for task, numbers in results.get("results", {}).items():
-        cells = next((v for k, v in numbers.items() if k.startswith("cells,") and isinstance(v, list)), None)
-        if cells:
+        name = next((k for k, v in numbers.items() if k.startswith("cells,") and isinstance(v, list) and v), None)
+        if name is not None:
+            cells = check_cells(numbers[name], f"{file}: results.{task}.{name}")
             found.append(panel_of(task, cells, results.get("config", {}), file, metric))
+    return found
+
+
+def check_cells(cells: Any, place: str) -> list[dict[str, Any]]:
+    """The cells of a grid as they stand.
+
+    Raises:
+        UserError: they are not what scoring.grid makes.
+    """
+    found: list[dict[str, Any]] = files.check(cells, list[Cell], place)
+    for i, cell in enumerate(found):
+        if cell["scores"] and cell["primary"] not in cell["scores"]:
+            raise UserError(f"{place}.{i}: has no score {cell['primary']!r}, which is its main one")
+    return found
+
+
+def _answers(file: Path) -> list[dict[str, Any]]:
+    """The entries of a samples file, all with the same scores but for failures."""
+    found: list[dict[str, Any]] = []
+    names: set[str] = set()
+    for number, sample in files.read_jsonl(file, Sample):
+        answer = sample["cells"]
+        if not answer["failed"]:
+            names = names or set(answer["scores"])
+            if set(answer["scores"]) != names or answer["primary"] not in names:
+                raise UserError(
+                    f"{file}, line {number}: cells.scores: has {sorted(answer['scores'])} with primary="
+                    f"{answer['primary']!r}, the answers before it have {sorted(names)}"
+                )
+        found.append(answer)
     return found
 
 
@@ -144,7 +234,7 @@ def panel_of(task: str, cells: list[dict[str, Any]], config: dict[str, Any], fil
     metric = metric or cells[0]["primary"]
     known = sorted({name for c in cells for name in c["scores"]})
     if known and metric not in known:
-        raise ValueError(f"{task} in {file} has no score {metric!r}; it has: {', '.join(known)}")
+        raise UserError(f"{task} in {file} has no score {metric!r}; it has: {', '.join(known)}")
     return Panel(
         task=task,
         metric=metric,
@@ -166,7 +256,8 @@ def _state(cell: dict[str, Any], settings: dict[str, Any]) -> str:
         return next(iter(cell["failed"]), "not run")
     tokens = cell["context_length"] if settings.get("compress_every") else cell["length_tokens"]
     budget = settings.get("max_capacity_prompt")
-    return "not compressed" if budget is not None and tokens <= budget else "scored"
+    fits = isinstance(budget, (int, float)) and tokens <= budget
+    return "not compressed" if fits else "scored"
 
 
 def _model(config: dict[str, Any]) -> str:
@@ -178,10 +269,10 @@ def _model(config: dict[str, Any]) -> str:
 
 def _label(method: str, settings: dict[str, Any]) -> str:
     """Method and budget, "snapkv, 64 pairs"."""
-    if settings.get("max_capacity_prompt") is not None:
-        return f"{method}, {settings['max_capacity_prompt']} pairs"
-    if settings.get("keep_ratio") is not None:
-        return f"{method}, {settings['keep_ratio']:.0%} kept"
+    if (pairs := settings.get("max_capacity_prompt")) is not None:
+        return f"{method}, {pairs} pairs"
+    if isinstance(share := settings.get("keep_ratio"), (int, float)):
+        return f"{method}, {share:.0%} kept"
     return "full cache (hf)" if method == "hf" else "full cache" if method == "full" else method
 
 
@@ -210,18 +301,22 @@ def as_json(panels: Sequence[Panel]) -> list[dict[str, Any]]:
     ]
 
 
-COLUMNS = "task metric model label context_length document_depth_percent score samples length_tokens state floor"
+COLUMNS = (
+    "task metric model label context_length document_depth_percent score samples length_tokens state floor "
+    "needle_depth_percent"
+)
 
 
 def write_csv(panels: Sequence[Panel], file: Path) -> None:
     """One row a cell."""
-    with file.open("w", newline="", encoding="utf-8") as out:
-        table = csv.writer(out)
-        table.writerow(COLUMNS.split())
-        for p in panels:
-            for c in p.cells:
-                row = {**c, "task": p.task, "metric": p.metric, "model": p.model, "label": p.label}
-                table.writerow(["" if row[name] is None else row[name] for name in COLUMNS.split()])
+    out = io.StringIO()
+    table = csv.writer(out)
+    table.writerow(COLUMNS.split())
+    for p in panels:
+        for c in p.cells:
+            row = {**c, "task": p.task, "metric": p.metric, "model": p.model, "label": p.label}
+            table.writerow(["" if row.get(name) is None else row[name] for name in COLUMNS.split()])
+    files.write_whole(file, out.getvalue())
 
 
 def as_text(panel: Panel) -> str:
@@ -263,29 +358,35 @@ def draw(panels: Sequence[Panel], title: str = "", colours: str = "classic", num
     cmap = colormaps["viridis"] if colours == "viridis" else LinearSegmentedColormap.from_list("needle", CLASSIC)
     columns = max(len(p.lengths) for p in panels)
     rows = max(len(p.depths) for p in panels)
-    width, height = max(1.9, 0.55 * columns + 0.5), max(1.5, 0.38 * rows + 0.4) + 0.9
+    heads = [fit.wrap(_head(p), MAX_PANEL_INCHES, 9) for p in panels]
+    head = max(fit.inches(text, 9) for text in heads)
+    width = max(1.9, 0.55 * columns + 0.5, head + 0.25)
     per_row = max(1, min(len(panels), int((MAX_WIDTH_INCHES - 1) / width)))
     lines = -(-len(panels) // per_row)
-    figure = Figure(figsize=(per_row * width + 1.6, lines * height + 0.8), layout="constrained")
+    whole = per_row * width + 1.6
+    over = fit.wrap(title or _title(panels), whole - 0.4, 11)
+    height = max(1.5, 0.38 * rows + 0.4) + 0.5 + 0.17 * max(text.count("\n") + 1 for text in heads)
+    figure = Figure(figsize=(whole, lines * height + 0.5 + 0.2 * (over.count("\n") + 1)), layout="constrained")
     axes = figure.subplots(lines, per_row, squeeze=False)
     image: Any = None
     for i, axis in enumerate(axes.flat):
         if i >= len(panels):
             axis.set_axis_off()
             continue
-        image = _draw_panel(axis, panels[i], cmap, Normalize(0, 1), numbers and columns <= 15)
+        image = _draw_panel(axis, panels[i], heads[i], cmap, Normalize(0, 1), numbers and columns <= 15)
         if i % per_row == 0:
             axis.set_ylabel("depth, % of the text")
         if i + per_row >= len(panels):
             axis.set_xlabel("context length, tokens")
     figure.colorbar(image, ax=axes, label=panels[0].metric, shrink=0.9, pad=0.02)
-    figure.suptitle(title or _title(panels), fontsize=11)
+    figure.suptitle(over, fontsize=11)
     if any(c["state"] == "not compressed" for p in panels for c in p.cells):
-        figure.supxlabel("hatched grey: the prompt fits the budget, nothing was compressed", fontsize=8, color=DARK)
+        told = "hatched grey: the prompt fits the budget, nothing was compressed"
+        figure.supxlabel(fit.wrap(told, whole - 0.4, 8), fontsize=8, color=DARK)
     return figure
 
 
-def _draw_panel(axis: Any, panel: Panel, cmap: Any, norm: Any, numbers: bool) -> Any:
+def _draw_panel(axis: Any, panel: Panel, head: str, cmap: Any, norm: Any, numbers: bool) -> Any:
     from matplotlib.patches import Rectangle
 
     values = [[math.nan if v is None else v for v in row] for row in panel.matrix()]
@@ -309,10 +410,14 @@ def _draw_panel(axis: Any, panel: Panel, cmap: Any, norm: Any, numbers: bool) ->
     axis.set_yticks([y - 0.5 for y in range(1, len(panel.depths))], minor=True)
     axis.grid(which="minor", color="white", linewidth=1)
     axis.tick_params(which="both", length=0)
-    axis.set_title(panel.label + (f"\nmean {panel.mean:.2f}" if panel.mean is not None else ""), fontsize=9)
+    axis.set_title(head, fontsize=9)
     for side in axis.spines.values():
         side.set_visible(False)
     return image
+
+
+def _head(panel: Panel) -> str:
+    return panel.label + (f"\nmean {panel.mean:.2f}" if panel.mean is not None else "")
 
 
 def _is_dark(cmap: Any, norm: Any, cell: dict[str, Any] | None, state: str) -> bool:
@@ -334,11 +439,16 @@ def _title(panels: Sequence[Panel]) -> str:
 
 def write(panels: Sequence[Panel], stem: Path, colours: str = "classic", title: str = "") -> list[Path]:
     """Writes STEM.png, .svg, .csv and .json; returns their paths."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg", "csv", "json")]
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg", "csv", "json")]
     figure = draw(panels, title, colours)
-    figure.savefig(files[0], dpi=110, metadata={"Software": None})
-    figure.savefig(files[1], metadata={"Date": None})
-    write_csv(panels, files[2])
-    files[3].write_text(json.dumps(as_json(panels), indent=1), encoding="utf-8")
-    return files
+    files.write_whole(paths[0], _image(figure, "png", dpi=110, metadata={"Software": None}))
+    files.write_whole(paths[1], _image(figure, "svg", metadata={"Date": None}))
+    write_csv(panels, paths[2])
+    files.write_json(paths[3], as_json(panels), indent=1)
+    return paths
+
+
+def _image(figure: Any, kind: str, **how: Any) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format=kind, **how)
+    return out.getvalue()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from needle import heatmap
-from needle.heatmap import Panel
+from . import heatmap
+from .heatmap import Panel
 
 
 def write(results_file: Path) -> str:

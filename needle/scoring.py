@@ -124,6 +124,7 @@ def process(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
         "context_length": doc["context_length"],
         "document_depth_percent": doc["document_depth_percent"],
         "length_tokens": doc["length_tokens"],
+        "needle_depth_percent": next(iter(doc.get("needle_depth_percents") or ()), None),
         "needle_removed": doc["needle_removed"],
         "primary": primary,
         "failed": failed,
@@ -150,8 +151,8 @@ def grid(answers: Iterable[dict[str, Any]]) -> Grid:
 
     Returns:
         one dict a cell, by length and then by depth: context_length, document_depth_percent (None where a task has no
-        depth), samples, length_tokens (mean), primary, scores, floor (None unless asked for), failed (how many of
-        what kind).
+        depth), samples, length_tokens (mean), needle_depth_percent (mean of what the first fact reached, None
+        without depth), primary, scores, floor (None unless asked for), failed (how many of what kind).
     """
     by_place: dict[tuple[int, float], list[dict[str, Any]]] = {}
     for answer in answers:
@@ -165,11 +166,13 @@ def _cell(group: list[dict[str, Any]]) -> dict[str, Any]:
     scored = [a["scores"] for a in group if not a["failed"] and not a["needle_removed"]]
     floor = [a["scores"][primary] for a in group if not a["failed"] and a["needle_removed"]]
     failures = [a["failed"] for a in group if a["failed"] and not a["needle_removed"]]
+    reached = [d for a in group if (d := a.get("needle_depth_percent")) is not None]
     return {
         "context_length": group[0]["context_length"],
         "document_depth_percent": group[0]["document_depth_percent"],
         "samples": len(scored),
         "length_tokens": round(fmean(a["length_tokens"] for a in group), 1),
+        "needle_depth_percent": round(fmean(reached), 2) if reached else None,
         "primary": primary,
         "scores": {name: fmean(s[name] for s in scored) for name in scored[0]} if scored else {},
         "floor": fmean(floor) if floor else None,

@@ -16,19 +16,23 @@ needle/README.md.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 from datasets import Dataset
+from typing_extensions import TypedDict
 
-from kv_lm_eval import tiny
+from kv_lm_eval import files, tiny
 from kv_lm_eval.errors import UserError, close_names
+from kv_lm_eval.tasks.model_length import cuts_long_prompts, model_max_length
 from kv_lm_eval.tiny.episodes import KEYS, Draw
-from needle import haystack
-from needle.haystack import Counter, Source, Window
+
+from . import haystack
+from .haystack import Counter, Source, Window
 
 ADJECTIVES = (
     "amber ancient arctic bitter bold brave bright calm careful clever cosmic curious daring eager early fancy "
@@ -60,13 +64,29 @@ class Settings:
     reserved_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 1:
-            raise UserError(f"lengths={list(self.lengths)}: give one or more numbers of tokens, each at least 1")
+        if not self.lengths or min(self.lengths) < 1 or max(self.lengths) > MOST_TOKENS:
+            raise UserError(
+                f"lengths={list(self.lengths)}: give one or more numbers of tokens, each at least 1 and at most "
+                f"{MOST_TOKENS:,}"
+            )
         if not self.depths or not all(0 <= d <= 100 for d in self.depths):
             raise UserError(f"depths={list(self.depths)}: give one or more per cents, 0 (beginning) to 100 (end)")
         for name in ("samples_per_cell", "num_keys", "num_values", "num_queries"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+            if name != "samples_per_cell" and getattr(self, name) * LEAST_FACT_TOKENS > max(self.lengths):
+                raise UserError(
+                    f"{name}={getattr(self, name)}: so many facts do not fit into {max(self.lengths)} tokens; take "
+                    "fewer, or longer prompts"
+                )
+        places = len(self.lengths) * len(self.depths) * self.samples_per_cell
+        tokens = sum(self.lengths) * len(self.depths) * self.samples_per_cell
+        if places > MOST_PROMPTS or tokens > MOST_GRID_TOKENS:
+            raise UserError(
+                f"{len(self.lengths)} lengths x {len(self.depths)} depths x samples_per_cell={self.samples_per_cell} "
+                f"are {places:,} prompts of {tokens:,} tokens in all, which would be written before the first is "
+                f"asked; at most {MOST_PROMPTS:,} prompts and {MOST_GRID_TOKENS:,} tokens are"
+            )
         if self.reserved_tokens < 0:
             raise UserError(f"reserved_tokens={self.reserved_tokens} must be 0 or more")
         for name, allowed in (("needle_type", KINDS), ("key_type", ("words", "uuids")), ("wording", WORDINGS)):
@@ -75,6 +95,37 @@ class Settings:
 
 
 WORDINGS = ("plain", "paper")
+MOST_TOKENS = 10_000_000  # of a prompt: the longest context that anybody claims
+MOST_PROMPTS, MOST_GRID_TOKENS = 100_000, 1_000_000_000
+LEAST_FACT_TOKENS = 4
+
+
+def _whole(value: Any) -> Any:
+    """A float without a fraction, as 1e3 is in JSON, for a whole number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, pydantic.BeforeValidator(_whole)]
+Share = Annotated[int | float, pydantic.BeforeValidator(_whole)]  # draws depend on how a number is written
+
+
+class Asked(TypedDict, total=False):
+    """The types of what --metadata may say; None, where it stands alone, is the default."""
+
+    lengths: Whole | list[Whole]
+    depths: Share | list[Share]
+    samples_per_cell: Whole
+    haystack: str
+    haystack_dir: str | None
+    needle_seed: Annotated[Whole, pydantic.Field(ge=-(2**63), lt=2**63)]  # as wide as a column of a data set
+    needle_type: str
+    key_type: str
+    num_keys: Whole
+    num_values: Whole
+    num_queries: Whole
+    wording: str
+    floor: bool
+    reserved_tokens: Whole
 
 
 def parse(metadata: Mapping[str, Any]) -> Settings:
@@ -86,10 +137,11 @@ def parse(metadata: Mapping[str, Any]) -> Settings:
                 f"unknown setting {name!r} in --metadata{close_names(name, known)}; the needle tasks take "
                 f"{', '.join(sorted(known))}"
             )
-    given: dict[str, Any] = {
-        k: tuple(_as_list(v)) if k in ("lengths", "depths") else v for k, v in metadata.items() if k in known
-    }
-    return Settings(**given)
+    asked = {k: list(v) if isinstance(v, tuple) else v for k, v in metadata.items() if k in known}
+    checked: dict[str, Any] = files.check(asked, Asked, "--metadata")
+    for key in {"lengths", "depths"} & checked.keys():
+        checked[key] = tuple(_as_list(checked[key]))
+    return Settings(**checked)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -145,9 +197,11 @@ MAKE = {"numbers": _numbers, "words": _words, "uuids": _uuids}
 def different(make: Callable[[Draw], str], draw: Draw, n: int) -> list[str]:
     """n different strings."""
     found: dict[str, None] = {}
-    while len(found) < n:
+    for _ in range(100 * n + 1000):
+        if len(found) >= n:
+            return list(found)
         found[make(draw)] = None
-    return list(found)
+    raise UserError(f"there are no {n:,} different ones to be made: only about {len(found):,} were found; take fewer")
 
 
 def _keys(draw: Draw, settings: Settings, n: int) -> list[str]:
@@ -305,14 +359,41 @@ def _counter(name: str, add_special_tokens: bool | None, trust_remote_code: bool
 
 def setup(metadata: Mapping[str, Any]) -> tuple[Settings, Counter]:
     """The settings, and the counter of the evaluated model's tokenizer."""
+    settings = parse(metadata)
     bos = metadata.get("add_bos_token")
     remote = bool(metadata.get("trust_remote_code", False))
-    return parse(metadata), _counter(_tokenizer_name(metadata), bos if isinstance(bos, bool) else None, remote)
+    counter = _counter(_tokenizer_name(metadata), bos if isinstance(bos, bool) else None, remote)
+    limit = model_max_length(metadata, counter.tokenizer)
+    if limit is not None and max(settings.lengths) > limit and not cuts_long_prompts(metadata):
+        raise UserError(
+            f"lengths={list(settings.lengths)}: this model takes {limit} tokens, prompt and answer together; give "
+            "shorter ones, or max_length=... in --model_args if the model can"
+        )
+    return settings, counter
 
 
 def _grid(task: Task, metadata: Mapping[str, Any]) -> dict[str, Dataset]:
     settings, counter = setup(metadata)
-    return {"test": Dataset.from_list(list(_rows(task, settings, counter)))}
+    rows = list(_rows(task, settings, counter))
+    _say_what_was_missed(task, rows)
+    return {"test": Dataset.from_list(rows)}
+
+
+def _say_what_was_missed(task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One warning where facts are further from the depths asked for than is said in the documentation."""
+    off = 0
+    far: list[float] = []
+    for row in rows:
+        allowed = haystack.tolerance(row["filler_tokens"]) + 0.02  # depths are rounded
+        misses = [abs(a - b) for a, b in zip(row["asked_depth_percents"], row["needle_depth_percents"], strict=True)]
+        off, far = off + len(misses), far + [miss for miss in misses if miss > allowed]
+    if far:
+        haystack.log.warning(
+            "%s: %d of %d facts lie up to %.1f per cent of the text away from the depth asked for: words or characters "
+            "of so many tokens leave no border nearer by. Take longer prompts; the depths reached are in the samples "
+            "(needle_depth_percents) and cells (needle_depth_percent)",
+            *(task.name, len(far), off, max(far)),
+        )
 
 
 def _rows(task: Task, settings: Settings, counter: Counter) -> Iterator[dict[str, Any]]:
@@ -410,6 +491,8 @@ def _hide(
         "rouge_reference": recipe.rouge_reference or recipe.reference,
         "length_tokens": hidden.length_tokens,
         "needle_ids": recipe.needle_ids,
+        "filler_tokens": hidden.filler_tokens,
+        "asked_depth_percents": [] if removed else [round(d, 2) for d in depths],
         "needle_depth_percents": list(hidden.depths),
         "needle_removed": removed,
     }

@@ -19,8 +19,9 @@ from datasets import Dataset
 
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.tiny.episodes import Draw
-from needle.haystack import Source, load_source
-from needle.tasks import SEVERAL, different, labels, prompt_room, seeded, setup
+
+from .haystack import Source, load_source
+from .tasks import SEVERAL, different, labels, prompt_room, seeded, setup
 
 
 def _most(fits: Callable[[int], bool], low: int, high: int) -> int:
@@ -78,6 +79,8 @@ def _counting(
                     "rouge_reference": " ".join(expected),
                     "length_tokens": tokens(n),
                     "needle_ids": [f"word:{word}" for word in expected],
+                    "filler_tokens": 0,
+                    "asked_depth_percents": [],
                     "needle_depth_percents": [],
                     "needle_removed": False,
                     "context_length": length,

@@ -23,8 +23,8 @@ from typing import Any
 
 from kv_lm_eval import console, files
 from kv_lm_eval.errors import UserError, close_names
-from longbench_tasks import predictions, report
-from longbench_tasks.specs import Spec, official
+from kv_lm_eval.tasks.longbench_tasks import predictions, report
+from kv_lm_eval.tasks.longbench_tasks.specs import Spec, official
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _run(path: Path, e: bool, from_samples: bool, extra: bool) -> list[dict[str, Any]]:
     if path.is_file() and not from_samples:
-        found = report.summary(files.read_json(path, dict[str, Any]))
+        found = report.summary(report.read(path))
         if not found:
             raise UserError(f"{path} holds no results of kv_longbench tasks")
         report.write(path)

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kv_lm_eval import console, files
-from needle import heatmap
+from kv_lm_eval.errors import UserError
+from kv_lm_eval.tasks.needle import heatmap
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,10 +33,13 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--title", default="")
     args = parser.parse_args(argv)
     files.check_folder(args.output.parent, "the folder of --output")
+    left_out: list[str] = []
     try:
-        panels = heatmap.read(args.results, args.metric)
-    except ValueError as error:
+        panels = heatmap.read(args.results, args.metric, left_out)
+    except UserError as error:
         parser.error(str(error))
+    for text in left_out:
+        print(f"left out: {text}", file=sys.stderr)
     written = {}
     for task in dict.fromkeys(panel.task for panel in panels):
         of_task = [panel for panel in panels if panel.task == task]

@@ -38,6 +38,7 @@ from kv_lm_eval.errors import UserError
 from kv_lm_eval.experiments import baselines
 from kv_lm_eval.experiments.text_flags import add_block_flag
 from kv_lm_eval.methods.head_aware import UNIFORM, HeadAware
+from kv_lm_eval.requests.rows import prefix_of, text_tokens
 from kv_lm_eval.stats import blocks
 from kv_lm_eval.tasks.perplexity import texts
 
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     parsed = {name: config.parse(one)[0] for name, one in settings.items()}  # mistakes show before any work
     read = [texts.read(path) for path in args.text]
     tokenizer, model = baselines.load_model(args.model, args.dtype, args.device)
-    prefix = baselines.prefix_token(args.model, tokenizer)
+    prefix = prefix_of(tokenizer)
     documents, of_file = cut(tokenizer, args.text, read, args.documents, args.length)
     scores, rows = {}, []
     with tqdm(total=len(names) * sum(map(len, documents)), unit="tok", mininterval=2) as bar:
@@ -130,7 +131,7 @@ def cut(
     share = -(-documents // len(paths))
     out, of_file = [], []
     for number, (path, text) in enumerate(zip(paths, read, strict=True)):
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids, _ = text_tokens(tokenizer, text)
         if len(ids) < share * length:
             raise UserError(f"{path} has {len(ids)} tokens, fewer than {share} documents of {length}")
         out += [ids[i * (len(ids) // share) :][:length] for i in range(share)]

@@ -34,6 +34,7 @@ from kv_lm_eval.analysis.head_statistics import HeadStatistics, measure
 from kv_lm_eval.engine.check import FULL, wrap
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.experiments import baselines
+from kv_lm_eval.requests.rows import prefix_of, text_tokens
 from kv_lm_eval.tasks.perplexity import texts
 
 SHORTEST = 10  # tokens; a shorter last chunk is left out, as in the published analysis
@@ -70,13 +71,16 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     read = [texts.read(path) for path in args.text]
     tokenizer, model = baselines.load_model(args.model, args.dtype, args.device)
     facts = wrap(model, FULL)
-    prefix = None if args.no_prefix else _first_of(tokenizer.bos_token_id, tokenizer.eos_token_id)
+    prefix = None if args.no_prefix else prefix_of(tokenizer)
     length = args.chunk or min(2048, facts.max_positions or 2048)
     if length < SHORTEST or (facts.max_positions and length > facts.max_positions):
         raise UserError(
             f"--chunk {length} must be from {SHORTEST} to the model's maximum of {facts.max_positions} tokens"
         )
-    rows = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in read]
+    if prefix is None:
+        rows = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in read]
+    else:
+        rows = [text_tokens(tokenizer, text, prefix)[0] for text in read]
     chunks = cut(rows, args.tokens, length, prefix)
     started = time.perf_counter()
     with tqdm(total=sum(map(len, chunks)), unit="tok", desc="reading", mininterval=1) as bar:
@@ -114,10 +118,6 @@ def kv_heads(model: PreTrainedModel, heads: dict[int, tuple[int, int]]) -> int:
     if len(shapes) > 1:
         raise UserError(f"the layers of {type(model).__name__} have different (query, KV) heads: {shapes}")
     return shapes[0][1]
-
-
-def _first_of(*tokens: int | None) -> int | None:
-    return next((token for token in tokens if token is not None), None)
 
 
 def cut(texts: Sequence[Sequence[int]], tokens: int, length: int, prefix: int | None) -> list[list[int]]:

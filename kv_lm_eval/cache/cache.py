@@ -272,7 +272,7 @@ class CompressedCache(Face):
 
     def _valid_bytes(self) -> list[float]:
         by_layer = [store.valid_bytes(held) for store, held in zip(self.stores, self.held, strict=True)]
-        return [sum(row) for row in zip(*by_layer, strict=True)]
+        return [sum(row) * self.facts.ranks for row in zip(*by_layer, strict=True)]
 
     def _trim_sliding(self, layer: int) -> None:
         """Drops what a layer of the model's own sliding window, which is never cut, can never see again.
@@ -496,7 +496,8 @@ class CompressedCache(Face):
     def snapshot(self, decode_steps: list[int] | None = None) -> dict[str, Any]:
         """Sizes of each row now, or after its own number of decode steps. Bytes are of keys and values.
 
-        `valid` leaves out empty slots; `allocated` is the storage as it is now, shared evenly by the rows of the batch.
+        They are of the whole model, of which tensor parallelism gives this process a share. `valid` leaves out empty
+        slots; `allocated` is the storage as it is now, shared evenly by the rows of the batch.
         """
         rows = range(len(self.seen))
         held, peaks, seen = self.held, self.peaks, list(self.seen)
@@ -508,7 +509,8 @@ class CompressedCache(Face):
             taken = len(self.history) - 1
             seen = [s - max(0, taken - n) for s, n in zip(seen, decode_steps, strict=True)]
         cut = self.facts.cut_layers
-        exact = [sum(row) for row in zip(*map(LayerStore.valid_bytes, self.stores, held), strict=True)]
+        ranks = self.facts.ranks
+        exact = [sum(row) * ranks for row in zip(*map(LayerStore.valid_bytes, self.stores, held), strict=True)]
         in_view = self.compression.in_view
         used = [[in_view(seen[b], held[i][b], i, cut) for i in cut] for b in rows]
         compresses = self.compression.method.compresses
@@ -517,8 +519,8 @@ class CompressedCache(Face):
             "kept_fraction": [sum(used[b]) / len(cut) / seen[b] if seen[b] else 1.0 for b in rows],
             "compressed": [(compresses and min(used[b]) < seen[b]) or valid[b] != exact[b] for b in rows],
             "kv_bytes_valid": valid,
-            "kv_bytes_allocated": sum(s.allocated_bytes for s in self.stores) / max(len(rows), 1),
-            "overhead_bytes": sum(s.overhead_bytes for s in self.stores) / max(len(rows), 1),
+            "kv_bytes_allocated": ranks * sum(s.allocated_bytes for s in self.stores) / max(len(rows), 1),
+            "overhead_bytes": ranks * sum(s.overhead_bytes for s in self.stores) / max(len(rows), 1),
             "peak_slots": list(peaks),
             "over_budget": [self.compression.over_budget(n) for n in seen],
         }

@@ -25,6 +25,7 @@ class ModelFacts:
     border: tokens of a sequence beyond which the rotation of all its tokens is another (dynamic NTK, longrope); None:
         a token is rotated by its position alone.
     settles: whether the rotation beyond the border is one and the same.
+    ranks: processes that hold an equal share of every layer's heads each (tensor parallelism); bytes are of all.
     """
 
     num_layers: int
@@ -36,6 +37,7 @@ class ModelFacts:
     rope_kinds: list[str] = field(default_factory=list)
     border: int | None = None
     settles: bool = False
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         self.sliding_windows = self.sliding_windows or [None] * self.num_layers

@@ -104,14 +104,16 @@ def _score_in_one_forward(
     tail_tokens: int,
     dtype: torch.dtype | None,
 ) -> tuple[list[list[Score]], CompressedCache]:
-    """Nothing will ever be cut and no context is shared: lm-eval's own single forward, right-padded."""
+    """Nothing will ever be cut and no context is shared: lm-eval's own single forward.
+
+    Padded on the left, so that logits are computed for as many columns as the longest continuation has.
+    """
     cache = new_cache()
     rows = [list(c) + list(group[0])[:-1] for c, group in zip(contexts, continuations, strict=True)]
-    logits = feed(model, cache, rows, side="right", logits=0)
-    scores = []
-    for b, (context, group) in enumerate(zip(contexts, continuations, strict=True)):
-        part = logits[b, len(context) - 1 : len(context) - 1 + len(group[0])]
-        scores.append([_score(part, group[0], dtype)])
+    logits = feed(model, cache, rows, side="left", logits=max(len(group[0]) for group in continuations))
+    scores = [
+        [_score(row[-len(group[0]) :], group[0], dtype)] for row, group in zip(logits, continuations, strict=True)
+    ]
     cache.count_only([max(0, len(c) - tail_tokens) for c in contexts], [len(c) for c in contexts])
     return scores, cache
 

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kv_lm_eval.cache import attention
+from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.engine.forward import cache_argument, forward_of
 
 Call = dict[str, Any]  # arguments of a forward, by name
 _MISSING = object()
@@ -123,3 +125,27 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     for module in model.modules():
         note(getattr(module, "config", None))
     return list(found.values())
+
+
+@contextmanager
+def starting_anew(model: PreTrainedModel, cache: CompressedCache | None) -> Iterator[None]:
+    """Inside, a generate() whose model gives up its cache prefills the same one again, with all tokens so far.
+
+    Models whose rotation is another beyond some length (longrope) do so when they pass it: keys that were rotated for a
+    short sequence are of no use for a long one. The whole sequence is then a prompt, cut as prompts are.
+    """
+    if cache is None or cache.facts.border is None:
+        yield
+        return
+    original: Any = model.prepare_inputs_for_generation
+    name = cache_argument(forward_of(model))
+
+    def prepare(*args: Any, **kwargs: Any) -> Call:
+        inputs: Call = original(*args, **kwargs)
+        if inputs.get(name) is None and kwargs.get("use_cache", True):
+            cache.reset()
+            inputs[name] = cache
+        return inputs
+
+    with replaced(model, "prepare_inputs_for_generation", prepare):
+        yield

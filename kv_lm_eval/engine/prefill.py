@@ -50,8 +50,8 @@ def feed(
     if earlier:
         assert starts is None, "a prompt begins at position 0"
         outs = _feed_earlier(model, cache, earlier, side, logits)
-        last = _forward(model, cache, rows, side, logits, None)
-        return last if logits else torch.cat([*outs, last], dim=1)
+        whole = torch.cat([*outs, _forward(model, cache, rows, side, logits, None)], dim=1)
+        return whole[:, -logits:] if logits else whole
     return _forward(model, cache, rows, side, logits, starts)
 
 

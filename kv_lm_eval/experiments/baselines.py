@@ -35,6 +35,7 @@ from kv_lm_eval.engine.streaming import ScoredDocument, score_documents
 from kv_lm_eval.engine.windows import score_windows
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.compression import Compression
+from kv_lm_eval.requests.rows import prefix_of, text_tokens
 from kv_lm_eval.tasks.perplexity import texts
 
 WARM_UP = 4  # steps whose times are thrown away
@@ -118,8 +119,8 @@ def load(
         rows = texts.files(list(text_files or []))[:documents]
     tokenizer, model = load_model(name, dtype, device)
     most = max_eval_tokens or (4096 if dataset == "wikitext" else 20_000)
-    ids = tokenizer.encode("\n\n".join(row["text"] for row in rows), add_special_tokens=False, verbose=False)[:most]
-    prefix = prefix_token(name, tokenizer)
+    prefix = prefix_of(tokenizer)
+    ids = text_tokens(tokenizer, "\n\n".join(row["text"] for row in rows), prefix)[0][:most]
     if len(ids) < 2:
         raise UserError(f"the text has {len(ids)} tokens; take a longer one")
     text = "+".join(row["name"] for row in rows)
@@ -142,14 +143,6 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loading.check_loaded(model, tokenizer)
     return tokenizer, model
-
-
-def prefix_token(name: str, tokenizer: Any) -> int:
-    """The token before each text: BOS, or EOS where there is none."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise UserError(f"--model {name}: its tokenizer has neither a BOS nor an EOS token to begin a text with")
 
 
 # ---------------------------------------------------------------------------------------------- measuring

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_lm_eval import identity, plugin
-from longbench_tasks.data import VARIABLE
+from kv_lm_eval.tasks.longbench_tasks.data import VARIABLE
 
 
 def of(names: Sequence[str], include_path: Any = None) -> dict[str, Any]:

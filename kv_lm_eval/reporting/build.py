@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kv_lm_eval import files
+from kv_lm_eval.errors import UserError
 from kv_lm_eval.reporting import html, load, plots, rows, tables
+from kv_lm_eval.reporting.cells import Report
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Written:
 
     page: Path
     files: list[Path]
-    report: rows.Report
+    report: Report
 
 
 def write(folder: Path, out: Path, title: str = "", metrics: Sequence[str] = ()) -> Written:
@@ -32,35 +34,32 @@ def write(folder: Path, out: Path, title: str = "", metrics: Sequence[str] = ())
         The paths written and the numbers.
 
     Raises:
-        UserError: nothing to report on, or a score that no task has.
+        UserError: nothing to report on, a score that no task has, or a file that could not be written.
     """
-    runs, notes = load.read(folder)
-    report = rows.report(runs, notes, metrics)
+    runs, said = load.read(folder)
+    report = rows.report(runs, said, metrics)
+    files.check_folder(out, "--output_path")
     shown = [tables.scores(report), tables.differences(report), tables.speed(report)]
+    if progress := tables.progress(report):  # first where it matters, else last
+        shown = [*shown, progress] if all(sweep.is_done for sweep in said.sweeps) else [progress, *shown]
     written: list[Path] = []
-    (out / "tables").mkdir(parents=True, exist_ok=True)
     for table in shown:
         comma = tables.scores_csv(report) if table.name == "scores" else tables.as_csv(table)
         for ending, text in (("md", tables.as_markdown(table)), ("csv", comma), ("tex", tables.as_latex(table))):
             written.append(_write(out / "tables" / f"{table.name}.{ending}", text))
     written.append(_write(out / "tables" / "all_numbers.csv", tables.as_csv(tables.every_number(report))))
-    panels = plots.needle_panels(report)
+    panels = plots.needles.panels_of(report)
     pictures = plots.all_of(report, panels)
     for picture in pictures:
         written += plots.write(picture, out / "plots")
-    title = title or f"KV-cache compression: {_name(folder)}"
+    title = title or f"KV-cache compression: {load.name_of(folder, said)}"
     page = _write(out / "report.html", html.page(report, shown, pictures, out / "plots", title))
     return Written(page, [page, *written], report)
 
 
 def _write(file: Path, text: str) -> Path:
-    file.write_text(text, encoding="utf-8", errors="replace")  # answers may hold half a surrogate pair
+    """Whole, and read back: what a report says it wrote is there."""
+    files.write_whole(file, text)
+    if file.read_bytes() != text.encode(errors="replace"):
+        raise UserError(f"{file}: reads back other than it was written; is the disk in order?")
     return file
-
-
-def _name(folder: Path) -> str:
-    plan = folder / "plan.json"
-    if plan.is_file():
-        found = json.loads(plan.read_text(encoding="utf-8"))
-        return str(found.get("name") or folder.resolve().name)
-    return folder.resolve().name

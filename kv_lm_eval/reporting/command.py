@@ -6,11 +6,15 @@ DIR holds results of runs with --output_path (and --log_samples, for intervals a
 same model are compared with its full cache (method=full, or --model hf). Writes OUT/report.html, OUT/tables/ (markdown,
 CSV, LaTeX) and OUT/plots/ (PNG, SVG); OUT is DIR/report unless it is given. Prints the scores and the differences; the
 last line is a JSON document with the files and the numbers.
+
+A file that is damaged is named on the page and on stderr and left out. Exit status: 0 the report is written, 2 nothing
+could be read or the report could not be written.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,9 +43,12 @@ def _report(argv: Sequence[str] | None) -> int:
     report = written.report
     shown = [tables.scores(report), tables.differences(report)]
     print("\n".join(tables.as_markdown(table) for table in shown))
+    for text in report.damaged:
+        print(f"left out: {text}", file=sys.stderr)
     for note in report.notes:
         print(f"note: {note}")
     print(f"\npage: {written.page}")
     numbers = {row.label: {c.task: row.cells[c].value for c in report.columns} for row in report.rows}
-    print(json.dumps({"page": str(written.page), "files": list(map(str, written.files)), "scores": numbers}))
+    about = {"page": str(written.page), "files": list(map(str, written.files))}
+    print(json.dumps({**about, "scores": numbers, "damaged": report.damaged}))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import platform
+import re
 import time
 from collections.abc import Sequence
 from html import escape
@@ -14,10 +15,12 @@ from string import Template
 from typing import Any
 
 from kv_lm_eval import __version__
-from kv_lm_eval.reporting.load import Sample, SampleKey, is_number
-from kv_lm_eval.reporting.plots import Picture
-from kv_lm_eval.reporting.rows import Column, Report, Row
-from kv_lm_eval.reporting.tables import Table
+from kv_lm_eval.reporting import rerun
+from kv_lm_eval.reporting.answers import Sample, SampleKey
+from kv_lm_eval.reporting.cells import Column, Report, Row
+from kv_lm_eval.reporting.load import is_number
+from kv_lm_eval.reporting.plots.drawing import Picture
+from kv_lm_eval.reporting.tables import Table, Value
 from kv_lm_eval.stats import paired
 
 MAX_DOCUMENTS = 40  # a task, in the page
@@ -37,6 +40,7 @@ def page(report: Report, tables: Sequence[Table], pictures: Sequence[Picture], f
     """
     data, said = samples(report)
     sections = [
+        ("damaged", "Files left out", _damaged(report.damaged)),
         ("notes", "Read this first", _notes(report.notes)),
         *((table.name, table.title, _table(table)) for table in tables),
         ("pictures", "Pictures", "\n".join(_picture(p, folder) for p in pictures)),
@@ -74,6 +78,18 @@ def _what(report: Report) -> str:
     return f"{', '.join(report.models)}: {len(report.rows)} methods and settings on {named}{when}."
 
 
+def _damaged(damaged: Sequence[str]) -> str:
+    """Every one of them, open: a number that is not there must not look like one that never was."""
+    if not damaged:
+        return ""
+    count = "1 file" if len(damaged) == 1 else f"{len(damaged)} files"
+    listed = "".join(f"<li>{escape(text)}</li>" for text in damaged)
+    return (
+        f'<div class="damaged"><p>{count} could not be read or cannot be believed. Nothing on this page comes from '
+        f"them.</p><ul>{listed}</ul></div>"
+    )
+
+
 def _notes(notes: Sequence[str]) -> str:
     if not notes:
         return ""
@@ -97,10 +113,11 @@ def _table(table: Table) -> str:
     rows = []
     for row in table.rows:
         cells = []
-        for value in row:
+        for i, value in enumerate(row):
+            text = _breakable(value.text) if i == 0 else _on_two_lines(value)
             number = "" if value.number is None else repr(value.number)
             title = f' title="{escape(value.title)}"' if value.title else ""
-            cells.append(f'<td class="{escape(value.tone)}" data-v="{number}"{title}>{escape(value.text)}</td>')
+            cells.append(f'<td class="{escape(value.tone)}" data-v="{number}"{title}>{text}</td>')
         rows.append("<tr>" + "".join(cells) + "</tr>")
     below = "".join(f'<p class="legend">{escape(text)}</p>' for text in (table.legend, *table.notes) if text)
     return (
@@ -110,11 +127,22 @@ def _table(table: Table) -> str:
     )
 
 
+def _breakable(text: str) -> str:
+    """A label that breaks between its words, where the window is narrow, and then within them."""
+    words = (re.sub(r"([_=,/])", r"\1<wbr>", escape(word)) for word in text.split(" "))
+    return " ".join(f"<span>{word}</span>" for word in words)
+
+
+def _on_two_lines(value: Value) -> str:
+    first, _, second = (value.lines or value.text).partition("\n")
+    return escape(first) + (f"<small>{escape(second)}</small>" if second else "")
+
+
 def _picture(picture: Picture, folder: Path) -> str:
     image = base64.b64encode((folder / f"{picture.name}.png").read_bytes()).decode("ascii")
     return (
         f'<figure id="{escape(picture.name)}"><h3>{escape(picture.title)}</h3>'
-        f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{image}">'
+        f'<div class="wide"><img alt="{escape(picture.title)}" src="data:image/png;base64,{image}"></div>'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
 
@@ -133,7 +161,7 @@ def _runs(report: Report) -> str:
             for name, version in {**more, **found}.items():
                 if version:
                     versions.setdefault(name, set()).add(str(version))
-        seen = dict.fromkeys(run.command() for run in row.runs)
+        seen = dict.fromkeys(line for run in row.runs for line in rerun.lines(run))
         lines.append(f"<h3>{escape(row.label)}</h3><pre>{escape(chr(10).join(seen))}</pre>")
         settings = ", ".join(f"{k}={v}" for k, v in row.first.settings.items())
         if settings:

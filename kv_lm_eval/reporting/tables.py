@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kv_lm_eval.reporting.cells import Cell, Column, Report, Row
 from kv_lm_eval.reporting.load import is_number
-from kv_lm_eval.reporting.rows import Cell, Column, Report, Row, every_score
+from kv_lm_eval.reporting.rows import every_score
 from kv_lm_eval.stats.paired import LEVEL, Comparison
 
 MISSING, UNTOUCHED = "-", "°"
@@ -19,7 +20,8 @@ TOLD = ("within noise", "identical", "outside noise")
 SCORE_LEGEND = (
     "± is the standard error over documents (over texts, where several documents are about one); kept: share of pairs "
     "kept at the end of a request; KV: bytes of keys and values after the prefill, mean over requests. - not run; OOM "
-    "out of memory; ° nothing was compressed, so this is the full cache's score."
+    "out of memory; running: or stopped on the way; damaged: files left out; ° nothing was compressed, so this is the "
+    "full cache's score."
 )
 DIFFERENCE_LEGEND = (
     "Difference to the full cache on the same documents, with its 95 % interval; documents about one text count as one "
@@ -42,6 +44,7 @@ class Value:
     number: float | None = None
     tone: str = ""
     title: str = ""
+    lines: str = ""  # the same on two lines, for a page
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,27 @@ def scores(report: Report) -> Table:
             Value(MISSING) if kv is None else Value(f"{kv / 1024:,.0f}", kv / 1024),
         ]
         rows.append(start + [_score(row.cells[c], c) for c in report.columns])
-    return Table("scores", "Scores", head, rows, SCORE_LEGEND)
+    return Table("scores", "Scores", head, rows, SCORE_LEGEND, _unfinished(report))
+
+
+TONES = {"missing": "", "scored": "", "planned": "noise", "running": "noise"}  # of states; of others "bad"
+STATES = {"scored": "done", "running": "running", "failed": "failed", "OOM": "OOM", "damaged": "damaged"}
+STATES |= {"planned": "not started"}
+
+
+def progress(report: Report) -> Table | None:
+    """How far the sweeps are; None where the folder holds none."""
+    rows = []
+    for sweep in report.said.sweeps:
+        counts = [sweep.states.total(), *(sweep.states[state] for state in STATES)]
+        rows.append([Value(sweep.name), *(Value(str(n), n) for n in counts)])
+    head = [(name, "") for name in ("sweep", "planned", *STATES.values())]
+    legend = "Points of the sweep. Running: or stopped on the way, which the next start takes up again."
+    return Table("progress", "Progress", head, rows, legend, _unfinished(report)) if rows else None
+
+
+def _unfinished(report: Report) -> list[str]:
+    return [str(sweep) for sweep in report.said.sweeps if not sweep.is_done]
 
 
 def differences(report: Report) -> Table:
@@ -82,7 +105,7 @@ def differences(report: Report) -> Table:
         if any(cell.comparison for cell in row.cells.values()) or row.first.state != "scored"
     ]
     compared = [c for row in report.rows for cell in row.cells.values() if (c := cell.comparison) and c.verdict in TOLD]
-    notes = []
+    notes = _unfinished(report)
     if len(compared) > 1:
         chance = len(compared) * (1 - LEVEL)
         notes.append(
@@ -125,17 +148,25 @@ MEASURES = (
 
 def speed(report: Report) -> Table:
     """Time and memory: N/A where it was not measured."""
-    head = [("method", ""), *((m.title, m.unit) for m in MEASURES), ("run", "s")]
+    measured = [m for m in MEASURES if any(row.measure(*m.names) for row in report.rows)]
+    head = [("method", ""), *((m.title, m.unit) for m in measured), ("run", "s")]
+    notes = _unfinished(report)
+    if nowhere := [m.title for m in MEASURES if m not in measured]:
+        notes.append(f"Not measured in any run, and left out: {', '.join(nowhere)}.")
     rows = []
     for row in report.rows:
+        if row.first.state != "scored":
+            state = Value(row.first.state, tone=TONES.get(row.first.state, "bad"))
+            rows.append([Value(row.label), state, *[Value(MISSING)] * len(measured)])
+            continue
         values = [Value(row.label)]
-        for measure in MEASURES:
+        for measure in measured:
             found = row.measure(*measure.names)
             values.append(Value("N/A") if found is None else _measured(found, measure))
         seconds = _seconds(row)
         values.append(Value("N/A") if seconds is None else Value(f"{seconds:,.1f}", seconds))
         rows.append(values)
-    return Table("speed", "Time and memory", head, rows, SPEED_LEGEND)
+    return Table("speed", "Time and memory", head, rows, SPEED_LEGEND, notes)
 
 
 def every_number(report: Report) -> Table:
@@ -206,7 +237,7 @@ def number(value: float, like: float | None = None) -> str:
 
 def _score(cell: Cell, column: Column) -> Value:
     if cell.state != "scored" or cell.value is None:
-        return Value(MISSING if cell.state == "missing" else cell.state, tone="" if cell.state == "missing" else "bad")
+        return Value(MISSING if cell.state == "missing" else cell.state, tone=TONES.get(cell.state, "bad"))
     text = number(cell.value) + (UNTOUCHED if cell.untouched else "")
     if cell.stderr is not None:
         text += f" ± {number(cell.stderr, cell.value)}"
@@ -236,20 +267,24 @@ def _difference(cell: Cell, column: Column) -> Value:
     c = cell.comparison
     if cell.state != "scored" or c is None or c.difference is None:
         state = MISSING if cell.state in ("missing", "scored") else cell.state
-        return Value(state, tone="bad" if state != MISSING else "", title=c.reason if c else "")
+        return Value(state, tone=TONES.get(cell.state, "bad"), title=c.reason if c else "")
     like = cell.value
     text = _signed(c.difference, like)
     if c.verdict == "unknown" or c.p is None:
         return Value(text, c.difference, "", c.reason)
+    lines, mark = "", f" {MARKS[c.verdict]}"
     if c.low is not None and c.high is not None and c.verdict != "too few documents":
-        text += f" [{_signed(c.low, like)}, {_signed(c.high, like)}]"
-    text += f" {MARKS[c.verdict]}"
+        between = f"[{_signed(c.low, like)}, {_signed(c.high, like)}]"
+        lines = f"{text}{mark}\n{between}"
+        text += f" {between}"
+    text += mark
     about = f"{c.verdict}; {c.changed} of {c.documents} {c.unit} differ; p = {c.p:.2g}"
     if c.clusters < c.documents:
         about += f"; {c.unit} about {c.clusters} texts"
     if c.left_out:
         about += f"; {c.left_out} documents left out"
-    return Value(text + (UNTOUCHED if cell.untouched else ""), c.difference, tone(cell, column), about)
+    untouched = UNTOUCHED if cell.untouched else ""
+    return Value(text + untouched, c.difference, tone(cell, column), about, lines.replace("\n", f"{untouched}\n"))
 
 
 def _signed(value: float, like: float | None) -> str:
@@ -260,10 +295,12 @@ def _signed(value: float, like: float | None) -> str:
 def _measured(found: dict[str, float], measure: Measure) -> Value:
     value = found["median"] * measure.factor
     text = number(value) if measure.factor >= 1 else f"{value:,.0f}"
+    lines = ""
     if "p10" in found and "p90" in found:
         low, high = (number(found[k] * measure.factor, value) for k in ("p10", "p90"))
+        lines = f"{text}\n{low} to {high}"
         text += f" ({low} to {high})"
-    return Value(text, value, title=f"{found['n']:.0f} requests" if "n" in found else "")
+    return Value(text, value, title=f"{found['n']:.0f} requests" if "n" in found else "", lines=lines)
 
 
 def _seconds(row: Row) -> float | None:

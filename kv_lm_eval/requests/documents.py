@@ -3,6 +3,9 @@
 A request is (text,), as lm-eval's tasks ask, or (text, {"protocol": ..., ...}), as ours do. Any other model refuses
 the second form: it could only answer under a protocol of its own. The answer is a float, as lm-eval wants it, that
 remembers what it is the sum of.
+
+Under a protocol of ours the prefix token stands before a document once, whatever the tokenizer adds by itself. Only
+lm-eval's own reading, which `full` shares with `hf`, puts it before a tokenizer's own BOS; that is said once.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.engine.windows import Window, score_windows, strided
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.progress import Bar
+from kv_lm_eval.requests.rows import text_tokens
 from kv_lm_eval.requests.run import Run, log
 
 PROTOCOLS = {
@@ -53,7 +57,7 @@ class Reading:
     stride: int | None = None
 
     def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
+        if not isinstance(self.protocol, str) or self.protocol not in PROTOCOLS:
             known = "; ".join(f"{name}: {what}" for name, what in PROTOCOLS.items())
             raise UserError(
                 f"protocol={self.protocol!r}{close_names(str(self.protocol), PROTOCOLS)}; there are {known}"
@@ -84,14 +88,14 @@ class Reading:
 
 @dataclass
 class DocumentRecord:
-    """One scored document of n tokens.
+    """One scored document of n tokens, those that stand before the text not among them.
 
     Attributes:
         reading: as asked, with the defaults filled in. model, settings: what scored it.
         tokens: [n] int32 ids. log_probs: [n] float32 nats, NaN where a token was not scored. greedy: [n] bool.
         slots: [n] int32, pairs per KV head that were visible when the token was predicted; None for windows.
         evictions: (tokens fed, slots dropped) of each cut; the prefix token counts as fed.
-        end: characters of the text that the tokens stand for; the whole text where nothing was left off.
+        start, end: the tokens stand for text[start:end]; the whole text where nothing was left off.
     """
 
     reading: dict[str, Any]
@@ -103,6 +107,7 @@ class DocumentRecord:
     slots: np.ndarray | None = None
     evictions: list[tuple[int, int]] = field(default_factory=list)
     end: int = 0
+    start: int = 0
 
     @property
     def scored(self) -> np.ndarray:
@@ -126,6 +131,21 @@ class DocumentRecord:
             "first_eviction": self.evictions[0][0] if self.evictions else None,  # tokens fed before it
             "cuts": len(self.evictions),
         }
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text as tokens.
+
+    Attributes:
+        head: tokens before the text, not scored; the prefix, but for windows that start with the text itself.
+        tokens: to be scored; they stand for text[start:end].
+    """
+
+    head: tuple[int, ...]
+    tokens: list[int]
+    start: int
+    end: int
 
 
 class DocumentScore(float):
@@ -157,7 +177,12 @@ def score_requests(run: Run, disable_tqdm: bool) -> list[DocumentScore]:
     readings = [Reading.of(r.args[1]) if len(r.args) > 1 else default for r in requests]
     for reading in set(readings):
         _check(run, reading)
-    texts = [_tokens(run.lm, r.args[0], reading.max_eval_tokens) for r, reading in zip(requests, readings, strict=True)]
+    theirs = [len(r.args) == 1 or reading.protocol == "rolling" for r, reading in zip(requests, readings, strict=True)]
+    texts = [
+        (_as_lm_eval if like_hf else _as_ours)(run.lm, r.args[0], reading)
+        for r, reading, like_hf in zip(requests, readings, theirs, strict=True)
+    ]
+    _say_if_twice(run.lm, [text for text, like_hf in zip(texts, theirs, strict=True) if like_hf])
     answers: dict[int, DocumentScore] = {
         i: kept for i in range(len(requests)) if (kept := run.kept(i, None)) is not None
     }
@@ -170,7 +195,7 @@ def score_requests(run: Run, disable_tqdm: bool) -> list[DocumentScore]:
         carried = reading.protocol in CARRIED and method.uses_cache
         records, known = (_stream if carried else _windows)(run, reading, of_group, disable_tqdm)
         for i, record in records.items():
-            record.end = texts[i][1]
+            record.start, record.end = texts[i].start, texts[i].end
             answers[i] = DocumentScore(record, known.get(i))
             run.keep(i, answers[i].bare(), None)
     return [answers[i] for i in range(len(requests))]
@@ -191,16 +216,54 @@ def _check(run: Run, reading: Reading) -> None:
         )
 
 
-def _tokens(lm: HFLM, text: str, most: int | None) -> tuple[list[int], int]:
-    """Token ids of a text, at most `most`, and how many of its characters they stand for.
+def _as_lm_eval(lm: HFLM, text: str, reading: Reading) -> Document:
+    """What lm-eval's hf model reads: the prefix, and then the tokenizer's own BOS where it adds one."""
+    tokens = lm.tok_encode(text)
+    kept, end = _first(lm, text, tokens, reading.max_eval_tokens, own_special=True)
+    return Document((lm.prefix_token_id,), kept, 0, end)
+
+
+def _as_ours(lm: HFLM, text: str, reading: Reading) -> Document:
+    """The prefix once; strided windows start with what the tokenizer puts before a text, as in their recipe."""
+    if reading.protocol != "strided":
+        tokens, start = text_tokens(lm.tokenizer, text, lm.prefix_token_id)
+        kept, end = _first(lm, text[start:], tokens, reading.max_eval_tokens, own_special=False)
+        return Document((lm.prefix_token_id,), kept, start, start + end)
+    tokens = lm.tok_encode(text, add_special_tokens=False)
+    whole = lm.tok_encode(text)
+    before = next((k for k in range(len(whole) - len(tokens) + 1) if whole[k : k + len(tokens)] == tokens), 0)
+    kept, end = _first(lm, text, tokens, reading.max_eval_tokens, own_special=False)
+    return Document(tuple(whole[:before]), kept, 0, end)
+
+
+def _say_if_twice(lm: HFLM, texts: Sequence[Document]) -> None:
+    """One warning a run about documents of lm-eval's own reading that begin with the prefix token twice."""
+    twice = sum(list(text.head) == text.tokens[:1] for text in texts)
+    if twice:
+        log.warning(
+            "%d of %d documents begin with %r twice: lm-eval's rolling requests put it before every text, and this "
+            "model's tokenizer (or the text) does too. The second is scored as text, under hf and here alike; "
+            "add_bos_token=False or the kv_ppl tasks, but for protocol=rolling, have it once",
+            twice,
+            len(texts),
+            lm.tokenizer.decode([lm.prefix_token_id]),
+        )
+
+
+def _first(lm: HFLM, text: str, tokens: list[int], most: int | None, own_special: bool) -> tuple[list[int], int]:
+    """At most `most` of a text's tokens, and how many of its characters they stand for.
 
     A cut never falls inside a character that takes several tokens: it moves back to where that begins.
+
+    Args:
+        own_special: whether the tokenizer's special tokens are among them.
     """
-    tokens = lm.tok_encode(text)
     if most is None or len(tokens) <= most:
         return tokens, len(text)
     for keep in range(most, max(0, most - LONGEST_CHARACTER), -1):
-        decoded = lm.tokenizer.decode(tokens[:keep], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        decoded = lm.tokenizer.decode(
+            tokens[:keep], skip_special_tokens=own_special, clean_up_tokenization_spaces=False
+        )
         if text.startswith(decoded):
             return tokens[:keep], len(decoded)
     return _by_offsets(lm, text, tokens, most)
@@ -224,11 +287,11 @@ def _by_offsets(lm: HFLM, text: str, tokens: list[int], most: int) -> tuple[list
 def _stream(
     run: Run,
     reading: Reading,
-    texts: Mapping[int, tuple[list[int], int]],
+    texts: Mapping[int, Document],
     disable_tqdm: bool,
 ) -> tuple[dict[int, DocumentRecord], dict[int, Efficiency]]:
     """One cache across each document, longest first."""
-    documents = {i: tokens for i, (tokens, _) in texts.items()}
+    documents = {i: text.tokens for i, text in texts.items()}
     _check_lengths(run, list(documents.values()))
     every = run.compression.schedule.compress_every or run.engine.rolling_compress_every
     prefill = _prefill_tokens(run, reading)
@@ -322,7 +385,7 @@ def _prefill_tokens(run: Run, reading: Reading) -> int:
 def _windows(
     run: Run,
     reading: Reading,
-    texts: Mapping[int, tuple[list[int], int]],
+    texts: Mapping[int, Document],
     disable_tqdm: bool,
 ) -> tuple[dict[int, DocumentRecord], dict[int, Efficiency]]:
     """Every window one plain forward; under `rolling` the same number as lm-eval's hf model; no rank waits.
@@ -339,7 +402,7 @@ def _windows(
         done["window_length"] = length
     if reading.protocol == "strided":
         done["stride"] = min(reading.stride or max(1, length // 2), length)
-    windows = [(i, window) for i, (tokens, _) in texts.items() for window in _cut(run, done, tokens)]
+    windows = [(i, window) for i, text in texts.items() for window in _cut(done, text)]
     longest = max((len(w.context) + len(w.targets) for _, w in windows), default=0)
     size = 1 if run.alone(longest) else run.batch_size or 1
     hidden = run.hidden(disable_tqdm)
@@ -359,31 +422,39 @@ def _windows(
             reading=done,
             model=run.name,
             settings=run.settings,
-            tokens=np.array(tokens, dtype=np.int32),
-            log_probs=np.full(len(tokens), np.nan, dtype=np.float32),
-            greedy=np.zeros(len(tokens), dtype=bool),
+            tokens=np.array(text.tokens, dtype=np.int32),
+            log_probs=np.full(len(text.tokens), np.nan, dtype=np.float32),
+            greedy=np.zeros(len(text.tokens), dtype=bool),
         )
-        for i, (tokens, _) in texts.items()
+        for i, text in texts.items()
     }
     for (i, window), (log_probs, greedy) in zip(windows, scores, strict=True):
         place = slice(window.start, window.start + len(window.targets))
         records[i].log_probs[place], records[i].greedy[place] = log_probs.numpy(), greedy.numpy()
     members = list(texts)
-    made = run.record_uncached(members, [len(texts[i][0]) for i in members])
+    made = run.record_uncached(members, [len(texts[i].tokens) for i in members])
     return records, {i: r.efficiency() for i, r in zip(members, made, strict=True)}
 
 
-def _cut(run: Run, done: Mapping[str, Any], tokens: list[int]) -> Iterator[Window]:
-    """A document's windows."""
+def _cut(done: Mapping[str, Any], text: Document) -> Iterator[Window]:
+    """A document's windows; their targets are counted from the first token of the text."""
+    row, first = [*text.head, *text.tokens], len(text.head)
     if "recomputed_tokens" in done:
-        for window in windows_of([run.lm.prefix_token_id, *tokens], 1, done["recomputed_tokens"]):
-            yield window._replace(start=window.start - 1)
-        return
-    if done["protocol"] == "strided":
-        yield from strided(tokens, done["window_length"], done["stride"])
-        return
-    start = 0
-    for pair in get_rolling_token_windows(tokens, run.lm.prefix_token_id, done["window_length"], context_len=1):
+        windows = windows_of(row, first, done["recomputed_tokens"])
+    elif done["protocol"] == "strided":
+        windows = strided(row, done["window_length"], done["stride"])
+    else:
+        windows = _disjoint(text, done["window_length"])
+    for context, targets, start in windows:
+        before = max(0, first - start)  # of what stands before the text nothing is scored
+        if len(targets) > before:
+            yield Window([*context, *targets[:before]], targets[before:], start + before - first)
+
+
+def _disjoint(text: Document, length: int) -> Iterator[Window]:
+    """lm-eval's rolling windows, counted with the prefix."""
+    (prefix,), start = text.head, 1
+    for pair in get_rolling_token_windows(text.tokens, prefix, length, context_len=1):
         context, targets = make_disjoint_window(pair)
         yield Window(context, targets, start)
         start += len(targets)

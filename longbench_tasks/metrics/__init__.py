@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kv_lm_eval.errors import UserError, close_names
 
+NEEDS_CLASSES = "NEEDS_CLASSES"  # a scorer's module sets it True where a score without all_classes means nothing
 Scorer = Callable[[str, str, "Sequence[str] | None"], float]
 
 
@@ -34,3 +35,8 @@ def load(name: str) -> Scorer:
             "your own is named as package.module:function"
         )
     return importlib.import_module(f"{__name__}.{name}").score
+
+
+def needs_classes(name: str) -> bool:
+    """Whether a row or prediction scored by this metric must say all_classes."""
+    return bool(getattr(importlib.import_module(load(name).__module__), NEEDS_CLASSES, False))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+NEEDS_CLASSES = True
+
 
 def score(prediction: str, reference: str, all_classes: Sequence[str] | None = None) -> float:
     """Returns 1 / (number of classes named), 0 if the right one is not among them."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from longbench_tasks.metrics.code_sim import similarity
+from .code_sim import similarity
 
 
 def score(prediction: str, reference: str, all_classes: Sequence[str] | None = None) -> float:

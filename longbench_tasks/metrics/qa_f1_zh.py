@@ -9,8 +9,8 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 
-from longbench_tasks.metrics import _jieba
-from longbench_tasks.metrics.qa_f1 import f1
+from . import _jieba
+from .qa_f1 import f1
 
 _CHINESE = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃"
 _CHINESE += "》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."

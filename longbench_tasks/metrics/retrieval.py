@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from longbench_tasks.metrics.count import share
+from .count import share
 
 
 def score(prediction: str, reference: str, all_classes: Sequence[str] | None = None) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from longbench_tasks.metrics import _jieba
+from . import _jieba
 
 
 def score(prediction: str, reference: str, all_classes: Sequence[str] | None = None) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
 
+from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.choices import score_continuations
 
 CONTEXTS = (41, 24, 9)
@@ -162,3 +165,22 @@ def test_the_order_of_contexts_and_of_continuations_makes_no_difference() -> Non
     got = scored(pair, rows, groups, 1, **METHODS["h2o"])
     turned = scored(pair, rows[::-1], [g[::-1] for g in groups[::-1]], 1, **METHODS["h2o"])
     assert_close(got, [g[::-1] for g in turned[::-1]])
+
+
+@pytest.mark.parametrize("chunk", [None, 3, 16])
+def test_logits_of_a_context_are_not_computed_where_one_continuation_follows_it(chunk: int | None) -> None:
+    """A vocabulary of 128k times a context of 128k does not fit anywhere."""
+    pair, columns = tiny.pair("llama"), []
+    hook = pair.model.lm_head.register_forward_hook(lambda module, args, out: columns.append(out.shape[1]))
+    rows, continuations = [tiny.tokens(40), tiny.tokens(23, seed=1)], [[[5, 6, 7, 8, 9]], [[4, 3]]]
+    new_cache = partial(make_cache, tiny.compression(method="full"), pair.facts, chunk)
+    try:
+        got, _ = score_continuations(pair.model, new_cache, rows, continuations, 1)
+    finally:
+        hook.remove()
+    assert max(columns) <= 5
+    for row, (ids,), ((score, greedy),) in zip(rows, continuations, got, strict=True):
+        with torch.inference_mode():
+            log_probs = pair.stock(torch.tensor([row + ids[:-1]])).logits[0].log_softmax(-1)[len(row) - 1 :]
+        assert score == pytest.approx(float(log_probs.gather(1, torch.tensor(ids)[:, None]).sum()), abs=1e-4)
+        assert greedy == bool((log_probs.argmax(-1) == torch.tensor(ids)).all())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,7 @@ import pytest
 import yaml
 
 from kv_lm_eval import tiny
-from kv_lm_eval.experiments import baselines, plan, task_files
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import tune  # noqa: E402
+from kv_lm_eval.experiments import baselines, plan, task_files, tune
 
 METHOD = """
 from kv_lm_eval.methods.base import Method, View
@@ -91,6 +86,7 @@ def tuned(world: Path) -> str:
     arguments += [json.dumps({"text_files": [str(world / "text.txt")]})]
     scores: Any = object.__new__(tune.Scores)
     scores.args, scores._keys = tune._parser().parse_args(arguments), {}
+    scores.args.metadata = tune._metadata(scores.args.metadata)
     base = {"pretrained": str(world / "model"), "method": f"{world / 'method.py'}:Newest", "max_capacity_prompt": 16}
     return str(scores._key(base, "own_task"))
 

@@ -6,8 +6,8 @@ import math
 import pytest
 from longbench.golden import OFFICIAL, needs_official, read_jsonl
 
-from longbench_tasks import aggregate, predictions
-from longbench_tasks.specs import official, official_e
+from kv_lm_eval.tasks.longbench_tasks import aggregate, predictions
+from kv_lm_eval.tasks.longbench_tasks.specs import official, official_e
 
 # LongBench README, Llama2-7B-chat-4k
 ORDER = (

@@ -6,7 +6,7 @@ import zipfile
 import pytest
 
 from kv_lm_eval.errors import UserError
-from longbench_tasks import data
+from kv_lm_eval.tasks.longbench_tasks import data
 
 ROW = {"input": "q", "context": "c", "answers": ["a"], "length": 3, "dataset": "trec", "language": "en",
        "all_classes": ["a", "b"], "_id": "x"}  # fmt: skip

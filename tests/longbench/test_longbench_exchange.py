@@ -8,8 +8,8 @@ import pytest
 from longbench.golden import CHECKOUT, OWN, read_jsonl
 
 from kv_lm_eval.errors import UserError
-from longbench_tasks import predictions, report
-from longbench_tasks.specs import official, official_e
+from kv_lm_eval.tasks.longbench_tasks import predictions, report
+from kv_lm_eval.tasks.longbench_tasks.specs import official, official_e
 
 sys.path.insert(0, str(CHECKOUT / "scripts"))
 import longbench_eval  # noqa: E402

@@ -6,8 +6,8 @@ import json
 import pytest
 from longbench.golden import OFFICIAL, OWN, needs_official, read_jsonl
 
-from longbench_tasks.specs import official, official_e
-from longbench_tasks.truncation import truncate_middle
+from kv_lm_eval.tasks.longbench_tasks.specs import official, official_e
+from kv_lm_eval.tasks.longbench_tasks.truncation import truncate_middle
 
 
 def sha256(text):

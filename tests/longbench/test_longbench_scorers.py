@@ -6,10 +6,10 @@ import pytest
 from longbench.golden import OFFICIAL, OWN, needs_official, read_jsonl
 
 from kv_lm_eval.errors import UserError
-from longbench_tasks import metrics
-from longbench_tasks.metrics import code_sim, code_sim_levenshtein, rouge
-from longbench_tasks.scoring import best_score, first_line
-from longbench_tasks.specs import official
+from kv_lm_eval.tasks.longbench_tasks import metrics
+from kv_lm_eval.tasks.longbench_tasks.metrics import code_sim, code_sim_levenshtein, rouge
+from kv_lm_eval.tasks.longbench_tasks.scoring import best_score, first_line
+from kv_lm_eval.tasks.longbench_tasks.specs import official
 
 
 def differences(rows):
@@ -121,4 +121,4 @@ def test_the_best_reference_counts_and_no_reference_is_zero():
 def test_unknown_metric_names_its_neighbours():
     with pytest.raises(UserError, match="did you mean 'rouge'"):
         metrics.load("rogue")
-    assert metrics.load("longbench_tasks.metrics.count:share")("1 2", "1") == 0.5
+    assert metrics.load("kv_lm_eval.tasks.longbench_tasks.metrics.count:share")("1 2", "1") == 0.5

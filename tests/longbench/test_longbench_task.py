@@ -7,10 +7,10 @@ from transformers import AutoTokenizer
 
 from kv_lm_eval import plugin, tiny
 from kv_lm_eval.errors import UserError
-from longbench_tasks import protocols
-from longbench_tasks.settings import Settings
-from longbench_tasks.specs import Spec, official, official_e
-from longbench_tasks.task import _check_lm_eval
+from kv_lm_eval.tasks.longbench_tasks import protocols
+from kv_lm_eval.tasks.longbench_tasks.settings import Settings
+from kv_lm_eval.tasks.longbench_tasks.specs import Spec, official, official_e
+from kv_lm_eval.tasks.longbench_tasks.task import _check_lm_eval
 
 LONG = "word " * 9000
 
@@ -244,7 +244,8 @@ def test_a_dataset_of_ones_own_is_one_yaml(tmp_path, folder):
     from lm_eval.tasks import TaskManager
 
     (tmp_path / "mine.yaml").write_text(
-        "class: !function longbench_tasks.task.LongBenchTask\ntask: my_task\noutput_type: generate_until\n"
+        "class: !function kv_lm_eval.tasks.longbench_tasks.task.LongBenchTask\n"
+        "task: my_task\noutput_type: generate_until\n"
         "test_split: test\nlongbench:\n  dataset: trec\n  category: mine\n  language: en\n  metric: count\n"
         '  max_gen_toks: 8\n  prompt: "{context} {input} "\n',
         encoding="utf-8",

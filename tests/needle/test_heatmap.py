@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from needle import heatmap, report, scoring
+from kv_lm_eval.tasks.needle import heatmap, report, scoring
 
 LENGTHS, DEPTHS = (256, 512), (0.0, 50.0, 100.0)
 
@@ -180,3 +180,14 @@ def test_the_script_draws_a_folder_and_ends_in_json(folder):
     said = json.loads(done.stdout.splitlines()[-1])["kv_needle_magic"]
     assert said["means"] == {"full cache": 1, "streaming_llm, 208 pairs": 0.5, "knorm, 25% kept": 0.5}
     assert all(Path(file).is_file() for file in said["files"])
+
+
+def test_a_damaged_file_in_a_folder_is_left_out_and_said(folder):
+    (folder / "results_9.json").write_text('{"results": {"kv_needle')
+    script = Path(__file__).parents[2] / "scripts" / "needle_heatmap.py"
+    command = [sys.executable, str(script), str(folder), "--output", str(folder / "all")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    assert "left out: " in done.stderr and str(folder / "results_9.json") in done.stderr
+    assert len(json.loads(done.stdout.splitlines()[-1])["kv_needle_magic"]["means"]) == 3
+    with pytest.raises(ValueError, match="results_9.json"):
+        heatmap.read([folder / "results_9.json"])

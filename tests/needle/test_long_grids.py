@@ -12,7 +12,7 @@ import torch
 from kv_lm_eval import plugin
 from kv_lm_eval.errors import OUT_OF_MEMORY
 from kv_lm_eval.requests import generation
-from needle import heatmap
+from kv_lm_eval.tasks.needle import heatmap
 
 plugin.install()
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kv_lm_eval.errors import OUT_OF_MEMORY
-from needle import scoring
+from kv_lm_eval.tasks.needle import scoring
 
 SANDWICH = "eat a sandwich and sit in Dolores Park on a sunny day."
 

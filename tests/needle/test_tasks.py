@@ -12,8 +12,8 @@ from needle_tokenizers import load
 
 from kv_lm_eval import plugin, tiny
 from kv_lm_eval.errors import UserError
-from needle import functions, tasks
-from needle.haystack import Counter
+from kv_lm_eval.tasks.needle import functions, tasks
+from kv_lm_eval.tasks.needle.haystack import Counter
 
 plugin.install()
 pytestmark = pytest.mark.filterwarnings("ignore")

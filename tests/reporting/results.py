@@ -36,6 +36,8 @@ def run(
     groups: dict[str, dict[str, Any]] | None = None,
     stats: dict[str, Any] | None = None,
     log_samples: bool = True,
+    metadata: dict[str, Any] | None = None,
+    top: dict[str, Any] | None = None,
     **config: Any,
 ) -> Path:
     """One results file and its samples files.
@@ -44,6 +46,7 @@ def run(
         tasks: by name, as mean_task; `docs` numbers the documents (default 0, 1, ...), `answers` and `extra` go into
             the samples.
         groups: by name: {"tasks": [...], "metric": ..., "value": ...}.
+        metadata: --metadata; top: more keys of the file itself, config: of its `config`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stamp = f"2026-01-01T00-00-{date:02d}.000000"
@@ -51,6 +54,8 @@ def run(
     kept = 1.0 if compression in (None, FULL) else 0.25
     share = 0.0 if compression in (None, FULL) else 1.0
     by_task = {}
+    hashes = {}
+    requests = sum(len(t["values"]) for t in tasks.values())
     for task, t in tasks.items():
         stderr = "N/A" if t.get("better") is False else 0.01
         results[task] = {
@@ -58,14 +63,10 @@ def run(
             f"{t['metric']},{t['filter']}": t["value"],
             f"{t['metric']}_stderr,{t['filter']}": stderr,
         }
-        by_task[task] = {
-            "requests": len(t["values"]),
-            "compressed_share": t.get("compressed", share),
-            "kept_fraction_mean": kept,
-            "kv_bytes_prefill_mean": 1024.0 * 100 * kept,
-        }
+        times = {"efficiency": stats["efficiency"]} if "efficiency" in (stats or {}) else {}
+        by_task[task] = {**_stats(len(t["values"]), kept), **times, "compressed_share": t.get("compressed", share)}
         if log_samples:
-            _samples(folder / f"samples_{task}_{stamp}.jsonl", t)
+            hashes[task] = _samples(folder / f"samples_{task}_{stamp}.jsonl", t)
     for group, g in (groups or {}).items():
         results[group] = {"alias": group, f"{g['metric']},none": g["value"]}
     whole = {
@@ -78,13 +79,17 @@ def run(
             **{name: {g["metric"]: True} for name, g in (groups or {}).items()},
         },
         "n-samples": {name: {"effective": len(t["values"])} for name, t in tasks.items()},
-        "task_hashes": {name: str(t.get("docs", len(t["values"]))) for name, t in tasks.items()},
+        "task_hashes": hashes,
+        "configs": {name: {"metadata": {"version": 1.0, **(metadata or {})}} for name in tasks},
         "config": {
             "model": "hf" if compression is None else "kvcompressed",
             "model_args": {"pretrained": "models/toy", "method": (compression or {}).get("method")},
             "model_dtype": "torch.float32",
             **(
-                {"kv_compression": compression, "kv_stats": {"requests": 9, "by_task": by_task, **(stats or {})}}
+                {
+                    "kv_compression": compression,
+                    "kv_stats": {**_stats(requests, kept), "by_task": by_task, **(stats or {})},
+                }
                 if compression
                 else {}
             ),
@@ -94,16 +99,40 @@ def run(
         "lm_eval_version": "0.4.13",
         "model_name": "models/toy",
         "total_evaluation_time_seconds": "12.5",
+        "chat_template": None,
+        "system_instruction": None,
+        "fewshot_as_multiturn": False,
+        **(top or {}),
     }
     file = folder / f"results_{stamp}.json"
     file.write_text(json.dumps(whole), encoding="utf-8")
     return file
 
 
-def _samples(file: Path, t: dict[str, Any]) -> None:
+def _stats(requests: int, kept: float) -> dict[str, Any]:
+    return {
+        "requests": requests,
+        "compressed_share": float(kept < 1),
+        "kept_fraction_mean": kept,
+        "kv_bytes_prefill_mean": 1024.0 * 100 * kept,
+        "kv_bytes_decode_mean": 1024.0 * 110 * kept,
+        "kv_bytes_allocated_mean": 1024.0 * 120 * kept,
+        "overhead_bytes_mean": 64.0,
+    }
+
+
+def efficiency(**measured: dict[str, Any]) -> dict[str, Any]:
+    """kv_stats.efficiency: spreads of what was measured, nothing of the rest."""
+    nothing = {"median": None, "p10": None, "p90": None, "n": 0}
+    names = ("ttft_s", "tpot_s", "tokens_per_s", "prefill_peak_bytes", "decode_peak_bytes")
+    return {"requests": 9, **dict.fromkeys(names, nothing), **measured}
+
+
+def _samples(file: Path, t: dict[str, Any]) -> str:
+    """Writes the answers and returns lm-eval's hash over them."""
     numbers = t.get("docs", range(len(t["values"])))
     answers = t.get("answers", [f"answer {v}" for v in t["values"]])
-    lines = []
+    lines, hashes = [], ""
     for n, value, answer in zip(numbers, t["values"], answers, strict=True):
         record = {
             "doc_id": n,
@@ -113,34 +142,54 @@ def _samples(file: Path, t: dict[str, Any]) -> None:
             "resps": [[answer]],
             "filtered_resps": [answer],
             "filter": t["filter"],
-            "metrics": [t["metric"]],
+            "metrics": [] if value is None else [t["metric"]],  # none of a request that ran out of memory
             "doc_hash": hashlib.sha256(str(n).encode()).hexdigest(),
             "prompt_hash": hashlib.sha256(t.get("prompt", "prompt {}").format(n).encode(errors="replace")).hexdigest(),
             t["metric"]: value,
         }
-        if value is None:  # such as a request that ran out of memory
+        record["target_hash"] = hashlib.sha256(record["target"].encode()).hexdigest()
+        if value is None:
             del record[t["metric"]]
+        hashes += record["doc_hash"] + record["prompt_hash"] + record["target_hash"]
         lines.append(json.dumps(record))
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
-def point(
-    folder: Path, name: str, status: str, settings: dict[str, Any], tasks: list[str], results_file: str | None
-) -> None:
-    """A sweep's record of one point."""
-    folder.mkdir(parents=True, exist_ok=True)
-    method = settings.get("method", "snapkv")
-    record = {
-        "id": folder.name,
+def planned(id_: str, name: str, settings: dict[str, Any], tasks: list[str], **more: Any) -> dict[str, Any]:
+    """A point as a sweep's plan has it."""
+    return {
+        "id": id_,
         "name": name,
         "hash": "0" * 64,
         "model": "kvcompressed",
-        "method": method,
+        "method": settings.get("method", "snapkv"),
         "settings": {k: v for k, v in settings.items() if k != "method"},
-        "model_args": {"pretrained": "models/toy", **settings},
+        "model_args": {"pretrained": "models/toy", "method": settings.get("method")},
         "tasks": tasks,
-        "status": status,
-        "error": None if status == "done" else "OutOfMemoryError: too much",
-        "results_file": results_file,
+        **more,
     }
+
+
+def plan(folder: Path, points: list[dict[str, Any]], name: str = "sweep") -> None:
+    """A sweep's plan."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps({"name": name, "points": points}), encoding="utf-8")
+
+
+def point(
+    folder: Path,
+    name: str,
+    status: str,
+    settings: dict[str, Any],
+    tasks: list[str],
+    results_file: str | None,
+    **more: Any,
+) -> dict[str, Any]:
+    """A sweep's record of one point; returns what its plan has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    what = planned(folder.name, name, settings, tasks, **more)
+    error = "OutOfMemoryError: too much" if status in ("failed", "out_of_memory") else None
+    record = {**what, "status": status, "error": error, "results_file": results_file}
     (folder / "point.json").write_text(json.dumps(record), encoding="utf-8")
+    return what

@@ -7,7 +7,7 @@ import math
 import re
 
 import pytest
-from results import FULL, mean_task, perplexity_task, point, run, snapkv
+from results import FULL, efficiency, mean_task, perplexity_task, plan, planned, point, run, snapkv
 
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.reporting import load, rows, tables
@@ -172,32 +172,83 @@ def test_what_was_not_compressed_is_marked(tmp_path):
     assert "compressed no request" in report.notes[0]
 
 
-def test_a_sweep_shows_its_names_and_what_became_of_each_point(tmp_path):
+@pytest.fixture
+def sweep(tmp_path):
+    """Two points done, one of each other state, one not started."""
     task = {"one": mean_task(ONES)}
-    (tmp_path / "plan.json").write_text(json.dumps({"name": "sweep", "points": [{"id": f"p{i}"} for i in range(4)]}))
+    points = []
     for i, (status, settings) in enumerate(
-        [("done", FULL), ("done", snapkv(64)), ("out_of_memory", snapkv(128)), ("failed", snapkv(256))]
+        [
+            ("done", FULL),
+            ("done", snapkv(64)),
+            ("out_of_memory", snapkv(128)),
+            ("failed", snapkv(256)),
+            ("running", snapkv(512)),
+        ]
     ):
         folder = tmp_path / "points" / f"p{i}"
         file = run(folder / "toy", settings, task, date=i + 1) if status == "done" else None
-        point(folder, f"point {i}", status, settings, ["one", "two"], str(file.relative_to(folder)) if file else None)
-    report = report_of(tmp_path)
-    assert [r.label for r in report.rows] == [f"point {i}" for i in range(4)]
-    assert [v[3].text for v in tables.scores(report).rows] == ["1.000 ± 0.010", "1.000 ± 0.010", "OOM", "failed"]
+        name = str(file.relative_to(folder)) if file else None
+        points.append(point(folder, f"point {i}", status, settings, ["one", "two"], name))
+    plan(tmp_path, [*points, planned("p5", "point 5", snapkv(1024), ["one", "two"])])
+    return tmp_path
+
+
+def test_a_sweep_shows_its_names_and_what_became_of_each_point(sweep):
+    report = report_of(sweep)
+    assert [r.label for r in report.rows] == [f"point {i}" for i in range(6)]
+    states = ["1.000 ± 0.010", "1.000 ± 0.010", "OOM", "failed", "running", "planned"]
+    assert [v[3].text for v in tables.scores(report).rows] == states
+    assert [v[4].text for v in tables.scores(report).rows] == ["-", "-", *states[2:]]  # a task that no point has yet
     assert any("point 2: OOM. OutOfMemoryError: too much" in note for note in report.notes)
+
+
+def test_a_sweep_that_is_not_done_says_so_everywhere(sweep):
+    report = report_of(sweep)
+    counts = "2 done, 1 running (or stopped on the way), 1 failed, 1 out of memory, 1 not started"
+    told = f"Sweep sweep: 6 points planned: {counts}."
+    assert report.notes[0].startswith(told)
+    for table in (tables.progress(report), tables.scores(report), tables.differences(report), tables.speed(report)):
+        assert told in tables.as_markdown(table), table.name
+    for text in (
+        tables.scores_csv(report),
+        *(tables.as_csv(t) for t in (tables.differences(report), tables.speed(report), tables.every_number(report))),
+    ):
+        assert all(
+            any(f"point {i}" in line and state in line for line in text.splitlines())
+            for i, state in ((2, "OOM"), (3, "failed"), (4, "running"), (5, "planned"))
+        )
+    assert tables.as_csv(tables.progress(report)).splitlines() == [
+        "sweep,planned,done,running,failed,OOM,damaged,not started",
+        "sweep,6,2,1,1,1,0,1",
+    ]
+
+
+def test_a_sweep_that_is_done_warns_of_nothing(tmp_path):
+    folder = tmp_path / "points" / "p0"
+    file = run(folder / "toy", FULL, {"one": mean_task(ONES)})
+    plan(tmp_path, [point(folder, "full", "done", FULL, ["one"], str(file.relative_to(folder)))])
+    report = report_of(tmp_path)
+    assert not report.notes and not report.damaged and report.said.sweeps[0].is_done
+
+
+def test_a_sweep_that_has_only_begun_is_a_report_too(tmp_path):
+    plan(tmp_path, [planned(f"p{i}", f"point {i}", snapkv(2**i), ["one"]) for i in range(3)])
+    report = report_of(tmp_path)
+    assert [v[3].text for v in tables.scores(report).rows] == ["planned"] * 3 and "3 not started" in report.notes[0]
 
 
 def test_missing_cells_are_a_dash_and_times_not_measured_are_na(tmp_path):
     run(tmp_path / "a", FULL, {"one": mean_task(ONES), "two": mean_task(ONES)})
     ttft = {"median": 0.25, "p10": 0.2, "p90": 0.3, "n": 20}
-    nothing = {"median": None, "p10": None, "p90": None, "n": 0}
-    stats = {"efficiency": {"ttft_s": ttft, "tpot_s": nothing}}
+    stats = {"efficiency": efficiency(ttft_s=ttft)}
     run(tmp_path / "b", snapkv(), {"one": mean_task(ONES)}, date=2, stats=stats)
     report = report_of(tmp_path)
     assert tables.scores(report).rows[1][4].text == "-"
     speed = tables.speed(report).rows
-    assert [v.text for v in speed[0][1:4]] == ["N/A"] * 3
-    assert [v.text for v in speed[1][1:4]] == ["250.00 (200.00 to 300.00)", "N/A", "N/A"]
+    assert [name for name, _ in tables.speed(report).head[1:3]] == ["TTFT", "KV after prefill"]
+    assert "left out: TPOT, throughput, peak of prefill, peak of decode" in tables.speed(report).notes[0]
+    assert [v[1].text for v in speed] == ["N/A", "250.00 (200.00 to 300.00)"]
     everything = "".join(
         tables.as_markdown(t) for t in (tables.scores(report), tables.differences(report), tables.speed(report))
     )
@@ -238,7 +289,8 @@ def test_two_models_have_their_own_full_cache(tmp_path):
 def test_metrics_can_be_chosen_and_a_wrong_name_lists_the_right_ones(tmp_path):
     file = run(tmp_path / "a", FULL, {"one": mean_task(ONES)})
     results = json.loads(file.read_text())
-    results["results"]["one"]["f1,none"] = 0.25
+    results["results"]["one"] |= {"f1,none": 0.25, "f1_stderr,none": "N/A"}
+    results["higher_is_better"]["one"]["f1"] = True
     file.write_text(json.dumps(results))
     assert [c.metric for c in report_of(tmp_path).columns] == ["acc"]
     assert [c.metric for c in report_of(tmp_path, ["f1"]).columns] == ["f1"]
@@ -252,15 +304,6 @@ def test_a_folder_without_results_says_how_to_get_some(tmp_path):
         load.read(tmp_path)
     with pytest.raises(UserError, match="no folder"):
         load.read(tmp_path / "nowhere")
-
-
-def test_the_command_asks_for_the_same(tmp_path):
-    run(tmp_path, snapkv(), {"one": mean_task(ONES)}, limit=5, batch_size="8", gen_kwargs={"temperature": 0})
-    runs, _ = load.read(tmp_path)
-    assert runs[0].command() == (
-        "kv-lm-eval run --model kvcompressed --model_args pretrained=models/toy,method=snapkv --tasks one "
-        "--batch_size 8 --limit 5 --gen_kwargs temperature=0"
-    )
 
 
 def test_what_a_random_choice_owes_to_its_seed_is_said(tmp_path):

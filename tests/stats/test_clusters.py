@@ -12,7 +12,7 @@ import pytest
 from kv_lm_eval.reporting import load, rows
 from kv_lm_eval.stats import paired
 from kv_lm_eval.stats.clusters import label, texts_of
-from needle import tasks as needle_tasks
+from kv_lm_eval.tasks.needle import tasks as needle_tasks
 
 MEAN = paired.AGGREGATIONS[0]
 STORY = "The ferry had not come for three days, and nobody in the harbour knew why. " * 4

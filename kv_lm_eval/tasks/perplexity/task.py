@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 from lm_eval.api.task import ConfigurableTask
 from packaging.version import Version
+from typing_extensions import TypedDict
 
+from kv_lm_eval import files, quiet
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.metrics import perplexity as metrics
 from kv_lm_eval.metrics.perplexity import count_words
 from kv_lm_eval.requests.documents import DocumentScore, Reading
+from kv_lm_eval.tasks.model_length import model_max_length
 from kv_lm_eval.tasks.perplexity import texts
 
 READING = ("protocol", "max_eval_tokens", "prefill_tokens", "strided_length", "stride")
-SOURCES = ("text_files", "wikitext_dir", "pg19_dir", "books")
 AGGREGATIONS: dict[str, tuple[Any, bool | None]] = {  # name: how documents are put together, whether higher is better
     "perplexity": (metrics.perplexity, False),
     "ppl_after_first_eviction": (metrics.perplexity, False),
@@ -32,6 +35,19 @@ AGGREGATIONS: dict[str, tuple[Any, bool | None]] = {  # name: how documents are 
     "scored_tokens": (metrics.total, None),
     "documents": (metrics.total, None),
 }
+quiet.install()
+
+
+class Sources(TypedDict, total=False):
+    """The keys of --metadata that say where the text is, and their types."""
+
+    text_files: str | list[str] | None
+    wikitext_dir: str | None
+    pg19_dir: str | None
+    books: Annotated[int, pydantic.Field(ge=1)]
+
+
+SOURCES = tuple(Sources.__annotations__)
 
 
 class PerplexityTask(ConfigurableTask):
@@ -57,6 +73,10 @@ class PerplexityTask(ConfigurableTask):
         self._joined = bool(section.pop("joined", False))
         self._given = metadata
         self.reading = _reading(section, metadata)
+        files.check({key: metadata[key] for key in SOURCES if key in metadata}, Sources, "--metadata")
+        length, limit = self.reading.strided_length, model_max_length(metadata)
+        if length is not None and limit is not None and length > limit:
+            raise UserError(f"strided_length={length} passes the model's maximum of {limit} tokens")
         self.ours = "method" in metadata or "compression" in metadata
         if "pretrained" in metadata and not self.ours and not self._stock:
             raise UserError(
@@ -82,6 +102,11 @@ class PerplexityTask(ConfigurableTask):
         super().__init__(config=config)
 
     @property
+    def _answers_only(self) -> bool:
+        """Whether lm-eval runs with --predict_only, under which it takes this one metric's name and nothing else."""
+        return "bypass" in self._metric_fn_list
+
+    @property
     def _stock(self) -> bool:
         """Whether lm-eval's own models answer under this reading too."""
         return self.reading.protocol == "rolling" and self.reading.max_eval_tokens is None
@@ -94,7 +119,7 @@ class PerplexityTask(ConfigurableTask):
         elif self._source == "wikitext":
             rows = texts.wikitext(self._dataset, self._given.get("wikitext_dir"), self._joined)
         else:
-            rows = texts.pg19(self._given.get("pg19_dir"), int(self._given.get("books", 1)))
+            rows = texts.pg19(self._given.get("pg19_dir"), self._given.get("books", 1))
         self.dataset = {"test": Dataset.from_list(rows)}
 
     def doc_to_target(self, doc: dict[str, Any], doc_to_target: Any = None) -> str:
@@ -112,6 +137,8 @@ class PerplexityTask(ConfigurableTask):
         """Sums and counts of one document; `doc` gets the per-token numbers, for --log_samples."""
         (score,) = results
         if not isinstance(score, DocumentScore):
+            if self._answers_only:
+                return {"bypass": 0}
             if not self._stock:
                 raise UserError(
                     f"protocol={self.reading.protocol} was asked for and the model answered with a number of its own "
@@ -126,6 +153,8 @@ class PerplexityTask(ConfigurableTask):
                 "carries one cache across the document. Use protocol=streaming, or method=full"
             )
         doc["per_token"] = record.per_token()
+        if self._answers_only:
+            return {"bypass": 0}
         scored, late = record.scored, record.after_first_eviction()
         log_probs = record.log_probs.astype("float64")
         out: dict[str, Any] = {
@@ -138,8 +167,8 @@ class PerplexityTask(ConfigurableTask):
         if not scored.all():
             return out  # no text whose words and bytes are exactly those scored
         words, size = doc["words"], doc["bytes"]
-        if record.end < len(doc["text"]):
-            part = doc["text"][: record.end]
+        if record.start or record.end < len(doc["text"]):
+            part = doc["text"][record.start : record.end]
             words, size = count_words(part), len(part.encode())
         return out | _text_metrics({"words": (float(score), words), "bytes": (float(score), size)})
 

@@ -1,0 +1,60 @@
+"""All measures relative to the full cache, as a coloured table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from kv_lm_eval.reporting import fit
+from kv_lm_eval.reporting.cells import Report
+from kv_lm_eval.reporting.plots import drawing, relative
+from kv_lm_eval.reporting.plots.drawing import INK, Picture
+
+
+def draw(report: Report) -> Picture | None:
+    """All measures relative to the full cache, as a coloured table."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    measures = relative.relatives(report)
+    rows = [row for row in report.rows if any(row.label in m.ratios for m in measures)]
+    if not measures or len(rows) < 2:
+        return None
+    colours = LinearSegmentedColormap.from_list("change", ["#D9695F", "#F7F7F5", "#5FB58F"])
+    labels = [fit.wrap(row.label, 4.5, 8.5) for row in rows]
+    longest = max(fit.inches(label, 8.5) for label in labels)
+    figure, axes = drawing.new_figure(1.25 * len(measures) + longest + 0.3, 0.36 * len(rows) + 1.5)
+    axis = axes[0, 0]
+    for y, row in enumerate(rows):
+        for x, measure in enumerate(measures):
+            ratio = measure.ratios.get(row.label)
+            if ratio is None:
+                axis.text(x, y, "N/A", ha="center", va="center", fontsize=8, color="#8A929B")
+                continue
+            gain = math.log2(max(ratio, 1e-3)) * (1 if measure.higher_is_better else -1)
+            face = colours(0.5 + max(-1.0, min(1.0, gain / 2)) / 2)
+            axis.add_patch(_rectangle(x, y, face))
+            axis.text(
+                x,
+                y,
+                f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.0f}×",
+                ha="center",
+                va="center",
+                fontsize=8.5,
+                color=INK,
+            )
+    axis.set_xlim(-0.5, len(measures) - 0.5)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xticks(range(len(measures)), [fit.wrap(m.name, 1.15, 7.5) for m in measures], fontsize=7.5)
+    axis.xaxis.tick_top()
+    axis.set_yticks(range(len(rows)), labels, fontsize=8.5)
+    axis.tick_params(length=0)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    caption = "Everything divided by the full cache's. Green is better, red is worse, full colour at a factor of four."
+    return Picture("summary", "Normalised summary", caption + drawing.left_out(report), figure)
+
+
+def _rectangle(x: float, y: float, face: Any) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x - 0.48, y - 0.45), 0.96, 0.9, facecolor=face, linewidth=0)

@@ -1,0 +1,40 @@
+"""The table of scores, to paste where text cannot go."""
+
+from __future__ import annotations
+
+from kv_lm_eval.reporting import fit
+from kv_lm_eval.reporting.plots import drawing
+from kv_lm_eval.reporting.plots.drawing import BAD, GOOD, INK, Picture
+from kv_lm_eval.reporting.tables import Table
+
+SIZE = 8.5  # of the letters, in points
+LINE, GAP = 0.17, 0.13  # inches: of a line of text, and between rows
+WIDEST_HEAD, WIDEST = 1.5, 4.0  # inches, then they are wrapped
+
+
+def draw(table: Table) -> Picture:
+    """Every entry in its place; rows as high as their lines."""
+    heads = [f"{name}\n{unit}" if unit else name for name, unit in table.head]
+    texts = [[fit.wrap(head, WIDEST_HEAD, SIZE, bold=True) for head in heads]]
+    texts += [[fit.wrap(value.text, WIDEST, SIZE) for value in row] for row in table.rows]
+    tones = [["head"] * len(heads), *([value.tone for value in row] for row in table.rows)]
+    columns = list(zip(*texts, strict=True))
+    widths = [max(fit.inches(text, SIZE, bold=i == 0) for i, text in enumerate(column)) + 0.25 for column in columns]
+    heights = [LINE * max(text.count("\n") + 1 for text in line) + GAP for line in texts]
+    figure, axes = drawing.new_figure(sum(widths) + 0.2, sum(heights) + 0.2)
+    axis = axes[0, 0]
+    axis.set_axis_off()
+    axis.set_xlim(0, sum(widths))
+    axis.set_ylim(sum(heights), 0)
+    colours = {"better": GOOD, "worse": BAD, "bad": BAD}
+    for i, (line, tone, height) in enumerate(zip(texts, tones, heights, strict=True)):
+        y = sum(heights[:i])
+        if i and i % 2 == 0:
+            axis.axhspan(y, y + height, color="#F4F6F8", lw=0)
+        for j, text in enumerate(line):
+            x, align = (0.1, "left") if j == 0 else (sum(widths[: j + 1]) - 0.1, "right")
+            look = {"fontsize": SIZE, "fontweight": "bold" if i == 0 else "normal", "color": colours.get(tone[j], INK)}
+            axis.text(x, y + height / 2, text, ha=align, va="center", **look)
+    axis.axhline(heights[0], color=INK, lw=1)
+    caption = "Green and red: outside noise, see the differences. " + table.legend
+    return Picture("table", "The table as a picture", caption, figure)
