@@ -205,6 +205,11 @@ class CompressedCache(Face):
         by_score = self.compression.method.sinks_and_recent is None
         return by_score and self.facts.sliding_windows[layer] is not None and self._is_cut(layer)
 
+    def _most(self, layer: int) -> int | None:
+        """Pairs that a cut of the layer can leave, where its own window shows no more; else None."""
+        window = self.facts.sliding_windows[layer]
+        return window - 1 if window is not None and self._loses_sight(layer) else None
+
     def has_empty(self, layer: int) -> bool:
         """Whether any row of the layer has empty slots, so that a mask is needed."""
         store = self.stores[layer]
@@ -335,12 +340,12 @@ class CompressedCache(Face):
 
     def _keep(self, layer: int, q: int) -> list[float]:
         """Slots each row of the layer keeps after this forward."""
-        held, layers = self.held[layer], self.facts.cut_layers
+        held, layers, most = self.held[layer], self.facts.cut_layers, self._most(layer)
         if self.mode == "prefill":
-            return self.compression.keep(self.seen, held, layer, layers)
+            return self.compression.keep(self.seen, held, layer, layers, most)
         if self.mode not in ("decode", "stream"):
             return held
-        keep = self.compression.after_forward(self.seen, held, self.decoded, self.decoded + q, layer, layers)
+        keep = self.compression.after_forward(self.seen, held, self.decoded, self.decoded + q, layer, layers, most)
         if keep is None:
             return held
         return [k if row else h for k, h, row in zip(keep, held, self._rows_cut(), strict=True)]
@@ -372,7 +377,7 @@ class CompressedCache(Face):
             for i in layers:
                 held = [self.held[i][b] + more for b in growing] or [more]
                 seen = [self.seen[b] + more for b in growing] or [more]
-                keep = compression.keep(seen, held, i, may_be_cut)
+                keep = compression.keep(seen, held, i, may_be_cut, self._most(i))
                 most = max(most, *(h - k for h, k in zip(held, keep, strict=True)))
             return most
 

@@ -32,24 +32,24 @@ class Compression:
     storage: Storage = field(default_factory=Storage)
     layers: Layers = field(default_factory=Layers)
 
-    def keep(self, seen: list[int], held: list[float], layer: int, layers: Sequence[int]) -> list[float]:
+    def keep(
+        self, seen: list[int], held: list[float], layer: int, layers: Sequence[int], most: int | None = None
+    ) -> list[float]:
         """Slots each row may keep: its budget, never less than what the method protects, never more than it holds.
 
         Args:
             layers: those that the model lets be cut; they share the budget, without those of skip_layers.
+            most: pairs that the layer can hold where its own window shows no more; None: all that it has seen.
         """
         if layer in self.schedule.skip_layers or self.method.hides:
             return list(held)
-        return [min(h, k) for h, k in zip(held, self._budget(seen, held, layer, layers), strict=True)]
-
-    def _budget(self, seen: list[int], held: list[float], layer: int, layers: Sequence[int]) -> list[float]:
-        """Slots of each row in a layer, whatever it holds."""
         asked, protected = self.budget.asked(seen, held, layer), self.method.protected
         if self.layers.differ:
             sharing = [i for i in layers if i not in self.schedule.skip_layers]
             place = sharing.index(layer), len(sharing)
-            asked = [self.layers.share(int(a), n, *place, protected) for a, n in zip(asked, seen, strict=True)]
-        return [max(a, protected, self.budget.least) for a in asked]
+            there = seen if most is None else [min(n, most) for n in seen]
+            asked = [self.layers.share(int(a), n, *place, protected) for a, n in zip(asked, there, strict=True)]
+        return [min(h, max(a, protected, self.budget.least)) for a, h in zip(asked, held, strict=True)]
 
     def over_budget(self, tokens: int) -> bool:
         """Whether the slots that always stay are all that a prompt of so many tokens keeps, or more than was asked."""
@@ -110,13 +110,20 @@ class Compression:
         return min(held, self.budget.asked([seen], [held], layer)[0])
 
     def after_forward(
-        self, seen: list[int], held: list[float], before: int, after: int, layer: int, layers: Sequence[int]
+        self,
+        seen: list[int],
+        held: list[float],
+        before: int,
+        after: int,
+        layer: int,
+        layers: Sequence[int],
+        most: int | None = None,
     ) -> list[float] | None:
         """Slots each row has after a forward that took the clock from `before` to `after`; None: no cut is due."""
         schedule = self.schedule
         if not schedule.online or (schedule.trigger == "clock" and not schedule.due(before, after)):
             return None
-        keep = self.keep(seen, held, layer, layers)
+        keep = self.keep(seen, held, layer, layers, most)
         if schedule.trigger == "excess" and layer not in schedule.skip_layers:
             return [schedule.after_cut(h, k) for h, k in zip(held, keep, strict=True)]
         return keep

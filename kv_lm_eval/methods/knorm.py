@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kv_lm_eval.cache.transfer import sum_dtype
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View, setting
 
@@ -74,7 +75,7 @@ def key_norms(view: View) -> Tensor:
 
 def _norms(keys: Tensor) -> Tensor:
     """[B, K, N] from [B, K, N, D], in float64 where the device has it."""
-    return keys.to(torch.float32 if keys.device.type == "mps" else torch.float64).square().sum(-1).sqrt()
+    return keys.to(sum_dtype(keys.device)).square().sum(-1).sqrt()
 
 
 def _marks(values: Tensor) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -56,14 +57,24 @@ def read(run: Run, task: str, prompt_chars: int = 700, answer_chars: int = 1500)
     found: dict[str, dict[SampleKey, Sample]] = {}
     copies: Counter[tuple[str, str]] = Counter()
     hashes = hashlib.sha256()
+    of_documents: dict[bool, str] = {}  # whether one is what was hashed -> where
     for place, record in _lines(file):
+        of_documents.setdefault(_is_hashed(record["doc"], record["doc_hash"]), place)
         sample = _sample(record, place, prompt_chars, answer_chars)
         document = (sample.filter, record["doc_hash"])
         found.setdefault(sample.filter, {})[record["doc_hash"], copies[document]] = sample
         copies[document] += 1
         hashes.update((record["doc_hash"] + record["prompt_hash"] + record["target_hash"]).encode(errors="replace"))
+    if len(of_documents) > 1:  # a task may change all of its documents while it scores them
+        raise UserError(f"{of_documents[False]}: its document is not the one of doc_hash, as other documents are")
     _check_whole(run, task, file, found, hashes.hexdigest())
     return found
+
+
+def _is_hashed(doc: Any, digest: str) -> bool:
+    """Whether a document is the one that lm-eval hashed."""
+    text = json.dumps(doc, indent=2, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest() == digest
 
 
 def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -19,6 +19,7 @@ from transformers import StoppingCriteriaList
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.forward import generate_with, logits_of
 from kv_lm_eval.engine.generate import noting_first_token
+from kv_lm_eval.engine.lent import starting_anew
 from kv_lm_eval.engine.prefill import prefill
 from kv_lm_eval.engine.start import left_padded, start
 from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
@@ -181,7 +182,8 @@ def _generate(run: Run, prompts: Sequence[Prompt]) -> list[Text]:
     fast: AbstractContextManager[None] = nullcontext()
     if cache is not None and run.decoder is not None:
         fast = run.decoder.decoding(cache, most_new)
-    with noting_first_token(run.causal_lm, watch.first_token), fast, run.autocast():
+    anew = starting_anew(run.causal_lm, cache)
+    with noting_first_token(run.causal_lm, watch.first_token), fast, anew, run.autocast():
         out = lm.model.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -164,7 +164,7 @@ def test_failures_are_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypatch:
     output, config = tmp_path / "out", write(tmp_path, methods=methods)
     assert sweep.main([str(config), "--output_path", str(output)]) == 1
     assert [r["status"] for r in read(output)] == ["failed", "out_of_memory", "done"]
-    assert "longer than the model's maximum" in read(output)[0]["error"]
+    assert "100 tokens" in read(output)[0]["error"]
     said = capsys.readouterr().out
     assert "FAILED: full" in said and "OUT_OF_MEMORY: random" in said
     assert "Traceback" in (output / "points" / read(output)[1]["id"] / "log.txt").read_text()

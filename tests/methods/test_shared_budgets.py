@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from methods.test_kept_sets import Stock, best, held_by, ours, snapkv
 
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods.base import View
 from kv_lm_eval.methods.budget import Heads, Layers
 
 MODELS = ("llama", "gpt_neox")
@@ -183,6 +184,15 @@ def test_keydiff_keeps_the_keys_that_differ_most_from_the_mean_direction(name):
             mean = [sum(u[d] for u in units) / len(units) for d in range(len(units[0]))]
             expected[-1].append(best({t: -cosine(k, mean) for t, k in enumerate(head)}, 12))
     assert ours(name, row, method="keydiff", max_capacity_prompt=12) == expected
+
+
+def test_keydiff_keeps_the_older_of_keys_equally_far_from_their_mean_whatever_the_rounding():
+    method = tiny.compression(method="keydiff", max_capacity_prompt=3)
+    noise = torch.randn(1, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    keys = torch.eye(8, dtype=torch.float64).expand(1, 2, 8, 8) + 1e-12 * noise
+    view = View(keys, keys, torch.arange(8).view(1, 1, 8), [8], [3], 0, 1, None, lambda last: keys)
+    kept = method.evicted.cut(method.method, view, method.score(view), torch.tensor([[3, 3]]))
+    assert kept.pos.tolist() == [[[0, 1, 2]] * 2]
 
 
 @pytest.mark.parametrize("name", MODELS)

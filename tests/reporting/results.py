@@ -134,16 +134,18 @@ def _samples(file: Path, t: dict[str, Any]) -> str:
     answers = t.get("answers", [f"answer {v}" for v in t["values"]])
     lines, hashes = [], ""
     for n, value, answer in zip(numbers, t["values"], answers, strict=True):
+        doc = {"question": f"question {n}", **t.get("extra", [{}] * 999)[n]}
+        hashed = {k: v for k, v in doc.items() if k != "per_token"}  # which is added while a text is scored
         record = {
             "doc_id": n,
-            "doc": {"question": f"question {n}", **t.get("extra", [{}] * 999)[n]},
+            "doc": doc,
             "target": f"target {n}",
             "arguments": {"gen_args_0": {"arg_0": t.get("prompt", "prompt {}").format(n), "arg_1": {"until": []}}},
             "resps": [[answer]],
             "filtered_resps": [answer],
             "filter": t["filter"],
             "metrics": [] if value is None else [t["metric"]],  # none of a request that ran out of memory
-            "doc_hash": hashlib.sha256(str(n).encode()).hexdigest(),
+            "doc_hash": hashlib.sha256(json.dumps(hashed, indent=2, ensure_ascii=False).encode()).hexdigest(),
             "prompt_hash": hashlib.sha256(t.get("prompt", "prompt {}").format(n).encode(errors="replace")).hexdigest(),
             t["metric"]: value,
         }

@@ -227,7 +227,9 @@ def test_answers_that_are_not_those_of_the_run_are_named(whole, tmp_path, kind):
     (file,) = folder.glob(KINDS[kind])
     lines = file.read_text().splitlines()
     other = json.dumps({**json.loads(lines[0]), "prompt_hash": "0" * 64})
-    for wrong in (lines[:-1], lines[1:], [*lines, lines[0]], [lines[1], lines[0], *lines[2:]], [other, *lines[1:]]):
+    doc = json.dumps({**json.loads(lines[0]), "doc": {"question": "another"}})
+    swapped = [lines[1], lines[0], *lines[2:]]
+    for wrong in (lines[:-1], lines[1:], [*lines, lines[0]], swapped, [other, *lines[1:]], [doc, *lines[1:]]):
         file.write_text("\n".join(wrong) + "\n")
         assert named(page_of(folder)[0], file)
     file.unlink()
