@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.experiments import run_point
-from kv_lm_eval.metrics.compression import CompressionLog, RequestRecord
+from kv_lm_eval.metrics.compression import CompressionLog, RequestId, RequestRecord, records_of
 from kv_lm_eval.metrics.latency import Timing
 from kv_lm_eval.requests import kept_answers
 from kv_lm_eval.requests.documents import DocumentRecord, DocumentScore
@@ -127,7 +127,7 @@ def record(prompt: str) -> RequestRecord:
     return RequestRecord("task", "generate_until", 7, True, 0.5, 1.0, 2.0, 3.0, 0.0, 4, prompt)
 
 
-def batch(*prompts: str) -> tuple[Any, ...]:
+def batch(*prompts: str) -> list[RequestRecord]:
     n = len(prompts)
     prefill = {"seen": [7] * n, "compressed": [True] * n, "kv_bytes_valid": [np.float64(1.0)] * n}
     end = {
@@ -139,17 +139,17 @@ def batch(*prompts: str) -> tuple[Any, ...]:
         "peak_slots": [4] * n,
         "timing": [Timing(1, False, 0.5, None, None, None, 3, 0.25)] * n,
     }
-    return ["task"] * n, list(prompts), "generate_until", prefill, end
+    return records_of([RequestId("task", "generate_until", 0, 0, prompt) for prompt in prompts], prefill, end)
 
 
 def test_records_survive_and_count_once(tmp_path: Path) -> None:
     file = tmp_path / "requests.jsonl"
     first = run_point.KeptLog.of(CompressionLog(), file)
-    first.add_batch(*batch("a", "b"))
-    first.add_batch(*batch("c"))
+    first.add_batch(batch("a", "b"))
+    first.add_batch(batch("c"))
     again = run_point.KeptLog.of(CompressionLog(), file)
     assert again.records == first.records and isinstance(again.records[0].timing, Timing)
-    again.add_batch(*batch("c", "d"))
+    again.add_batch(batch("c", "d"))
     assert [r.prompt for r in run_point.KeptLog.of(CompressionLog(), file).records] == [r.prompt for r in again.records]
     assert len(again.records) == 4
     assert again.summary()["requests"] == 4
@@ -160,7 +160,7 @@ def test_a_torn_last_line_is_ignored_and_any_other_damage_is_told(keep: int, tmp
     file = tmp_path / "requests.jsonl"
     log = run_point.KeptLog.of(CompressionLog(), file)
     for prompt in "abc":
-        log.add_batch(*batch(prompt))
+        log.add_batch(batch(prompt))
     data = file.read_bytes()
     file.write_bytes(data[: len(data) - keep])
     assert run_point.KeptLog.damage(file) is None

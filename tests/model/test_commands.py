@@ -95,6 +95,8 @@ def test_the_command_writes_a_results_file_that_says_what_was_compressed(tmp_pat
     config = results(tmp_path / "out")["config"]
     assert config["kv_compression"] == {
         "method": "snapkv",
+        "layer_budget": "uniform",
+        "rounding": "exact",
         "window_size": 16,
         "kernel_size": 7,
         "pooling": "max",
