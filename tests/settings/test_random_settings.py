@@ -87,6 +87,8 @@ def taken(has: Any, value: Any) -> bool:
     """Whether a setting is what was written; what is switched off is not listed."""
     if has is None:
         return str(value).lower() in ("none", "0")
+    if has == ():
+        return str(value) in ("", "[]", "()")
     return has == value or str(has) == str(value) or (isinstance(has, tuple) and [*has] == value)
 
 

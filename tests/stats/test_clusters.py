@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from kv_lm_eval.reporting import load, rows
 from kv_lm_eval.stats import paired
 from kv_lm_eval.stats.clusters import label, texts_of
 from kv_lm_eval.tasks.needle import tasks as needle_tasks
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "reporting"))
+import results  # noqa: E402
 
 MEAN = paired.AGGREGATIONS[0]
 STORY = "The ferry had not come for three days, and nobody in the harbour knew why. " * 4
@@ -135,27 +138,11 @@ def test_a_real_difference_is_found() -> None:
 # ---------------------------------------------------------------------------------------------- from files
 
 
-def samples_file(folder: Path, name: str, docs: list[dict[str, Any]], scores: list[float]) -> None:
-    folder.mkdir(parents=True)
-    lines = [
-        {"doc_id": i, "doc": doc, "doc_hash": f"h{i}", "filter": "none", "metrics": ["acc"], "acc": s, "arguments": {}}
-        for i, (doc, s) in enumerate(zip(docs, scores, strict=True))
-    ]
-    (folder / "samples_task_2026.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    method = {"method": "full"} if name == "full" else {"method": "snapkv", "max_capacity_prompt": 9}
-    results = {
-        "results": {"task": {"acc,none": sum(scores) / len(scores), "acc_stderr,none": 0.01}},
-        "config": {"kv_compression": method, "model_args": {"pretrained": "m"}},
-        "higher_is_better": {"task": {"acc": True}},
-    }
-    (folder / "results_2026.json").write_text(json.dumps(results), encoding="utf-8")
-
-
 def test_a_report_knows_the_texts_from_the_samples(tmp_path: Path) -> None:
-    docs = [{"question": i, "passage": f"{i // 5}: {STORY}"} for i in range(40)]
+    docs = [{"passage": f"{i // 5}: {STORY}"} for i in range(40)]
     full, ours = [1.0] * 40, [float(i // 5 not in (2, 3, 6)) for i in range(40)]  # three texts are lost, nothing else
-    samples_file(tmp_path / "a", "full", docs, full)
-    samples_file(tmp_path / "b", "snapkv", docs, ours)
+    results.run(tmp_path / "a", results.FULL, {"task": results.mean_task(full, extra=docs)})
+    results.run(tmp_path / "b", results.snapkv(), {"task": results.mean_task(ours, extra=docs)}, date=2)
     runs, notes = load.read(tmp_path)
     report = rows.report(runs, notes)
     cell = next(row for row in report.rows if row.first.method == "snapkv").cells[report.columns[0]]
