@@ -174,3 +174,13 @@ def test_documents_are_those_of_a_token_at_a_time(twins: Twins, settings: dict[s
             ).logits
             expected.append(float(logits[0, -1].log_softmax(-1)[document[at]]))
     assert whole[0].log_probs.tolist() == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("context", [BORDER, 32768])
+def test_the_border_is_found_to_the_token_however_little_changes_there(context: int, dtype: torch.dtype) -> None:
+    config = tf.LlamaConfig(
+        **{**tiny.LLAMA, "max_position_embeddings": context, "rope_parameters": {**DYNAMIC, "factor": 2.0}}
+    )
+    facts = wrap(made(config).to(dtype), FULL)
+    assert (facts.border, facts.settles) == (context, False)
