@@ -113,6 +113,11 @@ def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads(
         _compare_forwards(kind, expected, got, model.dtype)
         facts.rope = RopeKit(model, facts.modules)
         facts.border, facts.settles = _find_border(model, facts)
+        if roads.compiled and facts.border is not None and not facts.settles:
+            raise UserError(
+                f"compile=True: beyond {facts.border} tokens {kind} rotates by frequencies that every token changes, "
+                "which a compiled step cannot; leave compile out"
+            )
         if compression.moves_keys is not None:
             _check_positions(model, facts, kind, compression)
         compression.check_model(facts)

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 
 from kv_lm_eval.cache.make import make_cache
-from kv_lm_eval.engine.check import FULL, wrap
+from kv_lm_eval.engine.check import FULL, Roads, wrap
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.forward import generate_with
 from kv_lm_eval.engine.lent import starting_anew
@@ -184,3 +184,9 @@ def test_the_border_is_found_to_the_token_however_little_changes_there(context: 
     )
     facts = wrap(made(config).to(dtype), FULL)
     assert (facts.border, facts.settles) == (context, False)
+
+
+def test_frequencies_that_every_token_changes_are_not_compiled() -> None:
+    with pytest.raises(UserError, match="leave compile out"):
+        wrap(dynamic(), FULL, Roads(compiled=True))
+    wrap(longrope(), FULL, Roads(compiled=True))
