@@ -66,6 +66,17 @@ CONFIGS |= {
     "phi3": lambda **o: tf.Phi3Config(**{**LLAMA, "sliding_window": 24, "pad_token_id": 0, **o}),
     "starcoder2": lambda **o: tf.Starcoder2Config(**{**LLAMA, "sliding_window": 24, **o}),
 }
+MIXED = {**LLAMA, "head_dim": 8, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+CONFIGS |= {
+    "olmo3": lambda **o: tf.Olmo3Config(**{**{k: v for k, v in MIXED.items() if k != "head_dim"}, **o}),
+    "gemma3n": lambda **o: tf.Gemma3nTextConfig(
+        **{
+            **MIXED,
+            **{"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "laurel_rank": 8},
+            **{"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0], **o},
+        }
+    ),
+}
 CORE = ("llama", "mistral_sliding", "qwen3", "gpt_neox", "gemma3", "gpt2")
 FULL_ATTENTION = ("llama", "qwen3", "gpt_neox", "gpt2")
 ROPE_FULL_ATTENTION = ("llama", "qwen3", "gpt_neox")  # streaming with in-cache positions is possible and simple

@@ -386,6 +386,8 @@ class CompressedCache(Face):
             slides = any(map(self._loses_sight, layers))  # then a cut has something to leave out
             while step < limit and not slides and not excess(step):  # a cut at which no row loses anything is none
                 step += schedule.compress_every
+            if step > limit and step > schedule.compress_every and excess(limit):
+                step -= schedule.compress_every  # a forward across that tick would cut where no tick is
         else:
             step = 0
             while step < limit and (lacking := schedule.compress_every - excess(step)) > 0:

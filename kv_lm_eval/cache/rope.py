@@ -43,8 +43,19 @@ class RopeKit:
 
     def forget(self, device: torch.device) -> None:
         """Lets frequencies that grew with the last sequence, which the module keeps, be those of a short one again."""
-        for layer in self._modules if self._by_layer_type else list(self._modules)[:1]:
-            self._tables(torch.empty(0, device=device), torch.zeros(1, 1, dtype=torch.long, device=device), layer)
+        self.angles(device, [0])
+
+    def angles(self, device: torch.device, positions: list[int]) -> list[torch.Tensor]:
+        """Cosines and sines [1, n, D] of each kind of layer for one sequence with tokens at these n positions."""
+        like, at = torch.empty(0, device=device), torch.tensor([positions], device=device)
+        layers = list(self._modules) if self._by_layer_type else list(self._modules)[:1]
+        return [table for layer in layers for table in self._tables(like, at, layer)[:2]]
+
+    def _layer_type(self, layer: int) -> str | None:
+        """By what the model calls its table for this layer: the configuration says it, not every module does."""
+        config = getattr(self._modules[layer], "config", None)
+        types = getattr(config, "layer_types", None)
+        return types[layer] if types else getattr(self._modules[layer], "layer_type", None)
 
     def rotate(self, keys: torch.Tensor, delta: torch.Tensor, layer: int, over: int = 1) -> torch.Tensor:
         """Keys [B, K, N, D] at position p -> the same keys at p + delta; delta [B, N] or [B, 1], in tokens.
@@ -70,7 +81,9 @@ class RopeKit:
         work = keys.to(torch.promote_types(keys.dtype, cos.dtype))
         rotated_dim = cos.shape[-1]
         head, tail = work[..., :rotated_dim], work[..., rotated_dim:]
-        turned, _ = self._apply(layer)(head, head, cos, sin)
+        apply = self._apply(layer)
+        alone = list(inspect.signature(apply).parameters).index("cos") == 1  # some turn one tensor, most two
+        turned = apply(head, cos, sin) if alone else apply(head, head, cos, sin)[0]
         return torch.cat([turned, tail], dim=-1).to(keys.dtype)
 
     def _tables(
@@ -81,7 +94,7 @@ class RopeKit:
         # float32 tables even for half-precision keys
         like = torch.empty(1, dtype=torch.promote_types(keys.dtype, torch.float32), device=keys.device)
         if self._by_layer_type:
-            layer_type = getattr(self._modules[layer], "layer_type", None)
+            layer_type = self._layer_type(layer)
             cos, sin = rotary(like, positions, layer_type)
             scaling = getattr(rotary, f"{layer_type}_attention_scaling", 1.0)
         else:

@@ -42,6 +42,7 @@ LENGTHS = (20, 13)  # tokens of the two left-padded rows
 STEPS = (5, 1, 1)  # then a chunk and two single tokens
 CHUNK = 8  # tokens of a chunk, where prompts go in chunks
 TAILS = (6, 3)  # tokens of the two questions, where they come after the compression
+Rotated = tuple[list[torch.Tensor], list[torch.Tensor]]  # rotary tables, keys
 FULL = Compression(Full(), Everything(), Schedule(), Drop())
 
 
@@ -112,6 +113,11 @@ def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads(
         _compare_forwards(kind, expected, got, model.dtype)
         facts.rope = RopeKit(model, facts.modules)
         facts.border, facts.settles = _find_border(model, facts)
+        if roads.compiled and facts.border is not None and not facts.settles:
+            raise UserError(
+                f"compile=True: beyond {facts.border} tokens {kind} rotates by frequencies that every token changes, "
+                "which a compiled step cannot; leave compile out"
+            )
         if compression.moves_keys is not None:
             _check_positions(model, facts, kind, compression)
         compression.check_model(facts)
@@ -350,19 +356,23 @@ def _far(model: PreTrainedModel, facts: ModelFacts) -> int:
 def _find_border(model: PreTrainedModel, facts: ModelFacts) -> tuple[int | None, bool]:
     """Tokens of a sequence from which on one more changes how those before it are rotated, and whether that is all.
 
-    By behaviour: the keys of the first tokens beside one token that stands further and further away.
+    By behaviour: the rotation and the keys of the first tokens beside one token that stands further and further away.
+    The rotation tells a difference of any size: just beyond the border it is too small for keys in half precision.
     """
     rope = facts.rope
     assert rope is not None
     if not any(rope.available(layer) for layer in facts.modules):
         return None, False  # learned positions end somewhere, and a GPU does not forgive a look beyond
 
-    def keys(last: int) -> list[torch.Tensor]:
-        rope.forget(device_of(model))
-        return [k[:, :, :-1] for k in _keys_of(model, facts, [*range(8), last])]
+    def keys(last: int) -> Rotated:
+        device = device_of(model)
+        rope.forget(device)
+        angles = rope.angles(device, [*range(8), last])
+        rope.forget(device)
+        return [a[:, :-1] for a in angles], [k[:, :, :-1] for k in _keys_of(model, facts, [*range(8), last])]
 
-    def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-        return all(_close(x, y) for x, y in zip(a, b, strict=True))
+    def same(a: Rotated, b: Rotated) -> bool:
+        return all(map(torch.equal, a[0], b[0])) and all(map(_close, a[1], b[1]))
 
     near, top = keys(8), _far(model, facts)
     beyond, above = keys(top), 8

@@ -76,11 +76,11 @@ def score_documents(
     done = 0
     while done < longest:
         if done < prefill_tokens and not isinstance(cache, BandCache):
-            cache.mode, step = "prefill", min(prefill_tokens, longest)
+            cache.mode, step = "prefill", cache.facts.until_border(done, min(prefill_tokens, longest))
         else:
             cache.mode = "stream"
-            step = cache.until_due(min(longest - done, most), [len(r) - 1 > done for r in rows])
-        step = cache.facts.until_border(done, step)
+            limit = cache.facts.until_border(done, min(longest - done, most))
+            step = cache.until_due(limit, [len(r) - 1 > done for r in rows])
         if isinstance(cache, BandCache):
             cache.prepare(step)
         segment = [r[done : min(done + step, len(r) - 1)] for r in rows]

@@ -26,6 +26,8 @@ KINDS = {
     "yarn": ("llama", {"rope_parameters": YARN}),
     "a quarter of the head": ("gpt_neox", {"num_attention_heads": 2}),
     "two thetas": ("gemma3", {}),
+    "two thetas by the configuration alone": ("olmo3", {}),
+    "one tensor at a time": ("gemma3n", {}),
 }
 SINKS = tiny.compression(method="streaming_llm", window_size=8)
 

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 
 from kv_lm_eval.cache.make import make_cache
-from kv_lm_eval.engine.check import FULL, wrap
+from kv_lm_eval.engine.check import FULL, Roads, wrap
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.forward import generate_with
 from kv_lm_eval.engine.lent import starting_anew
@@ -174,3 +174,19 @@ def test_documents_are_those_of_a_token_at_a_time(twins: Twins, settings: dict[s
             ).logits
             expected.append(float(logits[0, -1].log_softmax(-1)[document[at]]))
     assert whole[0].log_probs.tolist() == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("context", [BORDER, 32768])
+def test_the_border_is_found_to_the_token_however_little_changes_there(context: int, dtype: torch.dtype) -> None:
+    config = tf.LlamaConfig(
+        **{**tiny.LLAMA, "max_position_embeddings": context, "rope_parameters": {**DYNAMIC, "factor": 2.0}}
+    )
+    facts = wrap(made(config).to(dtype), FULL)
+    assert (facts.border, facts.settles) == (context, False)
+
+
+def test_frequencies_that_every_token_changes_are_not_compiled() -> None:
+    with pytest.raises(UserError, match="leave compile out"):
+        wrap(dynamic(), FULL, Roads(compiled=True))
+    wrap(longrope(), FULL, Roads(compiled=True))
