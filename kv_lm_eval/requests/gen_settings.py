@@ -128,7 +128,7 @@ def _check(run: Run, kwargs: dict[str, Any], beams: int, where: str) -> None:
 
 def _known(model: PreTrainedModel) -> set[str]:
     """Names that generate() of this model takes, or hands to its forward."""
-    cls = type(model)
+    cls: Any = type(model)
     functions = (cls.generate, cls.prepare_inputs_for_generation, cls.forward)
     taken = {name for function in functions for name in inspect.signature(function).parameters}
     return {*vars(GenerationConfig()), *taken} - {"self", "args", "kwargs"}
