@@ -1,10 +1,10 @@
 """Where the question begins in a prompt: with question_in_prompt=False, what stands before it is compressed unseen.
 
 A prompt is one text, few-shot examples, chat template and instructions included. Its question is the text of a field
-of the document, at its last occurrence in the prompt; the question and all that follows it are the tail of the prompt,
-which is fed over the compressed cache. A document whose question is empty (a summary, code to go on with) has the rest
-of the prompt after its context as its tail. A field that holds the whole prompt is no question; what it asks is then
-looked for in the wording of RULER, whose documents are like that.
+of the document, where it last stands in the prompt as words of its own; the question and all that follows it are the
+tail of the prompt, which is fed over the compressed cache. A document whose question is empty (a summary, code to go on
+with) has the rest of the prompt after its context as its tail. A field that holds the whole prompt is no question; what
+it asks is then looked for in the wording of RULER, whose documents are like that.
 
 A boundary that leaves (nearly) nothing before it would compress nothing under the name of this protocol: it is refused.
 """
@@ -79,7 +79,7 @@ def find(prompt: str, doc: Mapping[str, Any], field: str | None, name: str, toke
     texts = {key: doc[key].strip() for key in fields if isinstance(doc.get(key), str)}
     whole, refused = tokens_from(prompt, 0), None
     for key, text in texts.items():
-        if text and (start := prompt.rfind(text)) >= 0:
+        if text and (start := _last(text, prompt)) >= 0:
             tail = max(1, tokens_from(prompt, start))
             if leaves_context(whole, tail):
                 return Boundary(tail, False)
@@ -101,6 +101,13 @@ def find(prompt: str, doc: Mapping[str, Any], field: str | None, name: str, toke
         "Name the field that holds it with question_field=..., or compress the whole prompt with "
         "question_in_prompt=True."
     )
+
+
+def _last(text: str, prompt: str) -> int:
+    """Where a text last begins in a prompt, rather as words of its own than inside others: "A" is not in "Answer:"."""
+    before, after = (r"(?<!\w)" if re.match(r"\w", text) else "", r"(?!\w)" if re.search(r"\w\Z", text) else "")
+    whole = [match.start() for match in re.finditer(before + re.escape(text) + after, prompt)]
+    return whole[-1] if whole else prompt.rfind(text)
 
 
 def leaves_context(tokens: int, tail_tokens: int) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from transformers import GenerationConfig, PreTrainedModel
 
 from kv_lm_eval.engine.generate import check_generation_settings
-from kv_lm_eval.errors import UserError
+from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.requests.run import Run
 
 # Settings of generate() that look at a row's next scores and at its new tokens only. Any other may look at its prompt,
@@ -68,7 +70,7 @@ class GenSettings:
         as_token_only = run.doc(i).get("eos_text_is_no_stop", False)
         no_text = as_token_only or lm.eot_token_id is None
         until = handle_stop_sequences(
-            [str(s) for s in kwargs.pop("until") if s is not None],
+            _stops(kwargs.pop("until"), where),
             None if no_text else lm.tok_decode(lm.eot_token_id, skip_special_tokens=False),
         )
         if most < 1:
@@ -77,6 +79,11 @@ class GenSettings:
             raise UserError(
                 f"max_gen_toks={most} {where} leaves no room for a prompt: the model's maximum is {lm.max_length} "
                 "tokens for both. Set max_length=... if the model can take more, or generate fewer"
+            )
+        if max_length is not None and not 0 < max_length <= lm.max_length:
+            raise UserError(
+                f"max_length={max_length} {where} counts prompt and answer, and the model takes 1 to {lm.max_length} "
+                "tokens for both. Use max_gen_toks, or set max_length=... in --model_args if the model can take more"
             )
         if counts["num_return_sequences"] > 1:
             raise UserError(
@@ -107,6 +114,9 @@ def _check(run: Run, kwargs: dict[str, Any], beams: int, where: str) -> None:
     for name in OURS:
         if name in kwargs:
             raise UserError(f"{name}={kwargs[name]!r} {where}: it is the method's to set; remove the setting")
+    known = _known(run.causal_lm)
+    if unknown := [str(name) for name in kwargs if name not in known]:
+        raise UserError(f"{unknown[0]}={kwargs[unknown[0]]!r} {where}: no such setting{close_names(unknown[0], known)}")
     if run.compression.method.uses_cache:
         check_generation_settings(kwargs)
     if run.decoder is not None and beams > 1:
@@ -114,6 +124,14 @@ def _check(run: Run, kwargs: dict[str, Any], beams: int, where: str) -> None:
             f"num_beams={beams} with compile=True: beams move rows about, which the compiled step does not; leave one "
             "of them out"
         )
+
+
+def _known(model: PreTrainedModel) -> set[str]:
+    """Names that generate() of this model takes, or hands to its forward."""
+    cls: Any = type(model)
+    functions = (cls.generate, cls.prepare_inputs_for_generation, cls.forward)
+    taken = {name for function in functions for name in inspect.signature(function).parameters}
+    return {*vars(GenerationConfig()), *taken} - {"self", "args", "kwargs"}
 
 
 def _greedy_or_sampled(kwargs: dict[str, Any], where: str) -> dict[str, Any]:
@@ -127,6 +145,14 @@ def _greedy_or_sampled(kwargs: dict[str, Any], where: str) -> dict[str, Any]:
             "or leave do_sample out"
         )
     return kwargs
+
+
+def _stops(given: list[Any], where: str) -> list[str]:
+    """Stop strings as texts; lm-eval makes a list of what is none, so that a tuple comes as its only member."""
+    flat = [s for one in given for s in (one if isinstance(one, (tuple, list)) else [one]) if s is not None]
+    if wrong := [s for s in flat if not isinstance(s, (str, int, float))]:
+        raise UserError(f"until={wrong[0]!r} {where}: a stop is a text; as something else it would never be met")
+    return [str(s) for s in flat]
 
 
 def _effective(run: Run, kwargs: dict[str, Any], name: str) -> Any:

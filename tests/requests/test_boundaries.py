@@ -197,3 +197,12 @@ def test_questions_that_are_most_of_their_prompts_are_said(caplog):
         lm.loglikelihood([ask], disable_tqdm=True)
         lm.get_model_info()
         assert ("are over half of its prompts" in caplog.text) is said
+
+
+@pytest.mark.parametrize(("question", "rest"), [("A", "\nAnswer:"), ("assist", "<|im_end|>\n<|im_start|>assistant\n")])
+def test_a_question_is_not_found_inside_a_word_that_follows_it(question, rest):
+    assert find(f"{STORY}\nQuestion: {question}{rest}", {"question": question}) == question + rest
+
+
+def test_a_question_without_borders_of_words_is_where_it_last_stands():
+    assert find(f"{STORY}\n问题什么来了答", {"question": "什么来了"}) == "什么来了答"

@@ -94,6 +94,11 @@ def test_settings_that_look_alike_are_kept_apart(models):
         ({"max_gen_toks": 10**6}, "max_gen_toks=1000000 .*leaves no room for a prompt.*tokens for both"),
         ({"max_gen_toks": float("inf")}, "in the generation settings of document 0 of t"),
         ({"max_length": 20}, "max_length=20 .*counts the prompt.*Use max_gen_toks"),
+        ({"max_length": 0}, "max_length=0 .*takes 1 to [0-9]+ .*Use max_gen_toks"),
+        ({"max_length": -1}, "max_length=-1 .*takes 1 to [0-9]+ tokens for both"),
+        ({"max_length": 10**6}, "max_length=1000000 .*takes 1 to [0-9]+ tokens for both"),
+        ({"until": [{"a": 1}]}, "until={'a': 1} .*a stop is a text"),
+        ({"max_new_token": 5}, "max_new_token=5 .*no such setting.*did you mean.*max_new_tokens"),
         ({"max_length": "long"}, "in the generation settings of document 0 of t: invalid literal"),
         ({"temperature": None}, "in the generation settings of document 0 of t: float"),
         ({"do_sample": True}, "do_sample=True with temperature=0 .*above 0"),
@@ -109,6 +114,13 @@ def test_settings_that_cannot_be_are_refused_in_one_line(settings, message, mode
     with pytest.raises(UserError, match=message) as raised:
         ask(lm, **settings)
     assert "\n" not in str(raised.value)
+
+
+def test_a_tuple_of_stops_is_a_list_of_them(models):
+    (free,) = ask(models["kvcompressed"], max_gen_toks=8)
+    stops = (free[3], "zzz")
+    assert ask(models["kvcompressed"], until=stops, max_gen_toks=8) == [free.split(free[3])[0]]
+    assert ask(models["kvcompressed"], until=list(stops), max_gen_toks=8) == [free.split(free[3])[0]]
 
 
 def test_settings_that_are_no_settings_are_refused(models):
