@@ -34,6 +34,7 @@ usage: kv-lm-eval COMMAND ...
   kv-lm-eval run --model kvcompressed --tasks kv_quickstart_needle \\
       --model_args pretrained=kv-tiny,method=snapkv,max_capacity_prompt=128,window_size=16
 """
+NAMES_A_PLACE = ("config", "tasks", "output_path", "use_cache", "include_path")  # and an empty one is none
 COMMANDS = ("run", "ls", "methods", "quickstart", "sweep", "report", "tune", "validate")
 
 
@@ -188,6 +189,8 @@ def check(asked: dict[str, Any]) -> None:
             f"limit={asked['limit']:g} leaves some of {ranks} processes without a document, which lm-eval cannot do; "
             f"give --limit {ranks} or more, or fewer processes"
         )
+    for folder in _folders(asked):
+        files.check_is_folder(folder)
     _check_tasks(asked)
     if asked.get("output_path"):
         saving.check_output(asked["output_path"])
@@ -200,7 +203,7 @@ def check(asked: dict[str, Any]) -> None:
 
         config.parse(_model_args(asked), pass_through=harness.hf_arguments())
         config.check_pretrained(settings["pretrained"])
-        _check_device(asked.get("device") or settings.get("device"))
+        harness.check_device(asked.get("device") or settings.get("device"))
 
 
 def _check_model(name: Any) -> None:
@@ -236,18 +239,17 @@ def _check_tasks(asked: dict[str, Any]) -> None:
             harness.check_tasks(ours, TaskManager())
 
 
-def _check_device(device: Any) -> None:
-    import torch
-
-    try:
-        torch.device(device if device is not None else "cpu")
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+def _folders(asked: dict[str, Any]) -> list[str]:
+    """Of tasks that are not lm-eval's: one that is not there would be passed over."""
+    given = asked.get("include_path") or []
+    return [given] if isinstance(given, str) else list(given)
 
 
 def _names(asked: dict[str, Any]) -> list[Any]:
+    """The tasks asked for; a blank one is none."""
     tasks = asked.get("tasks") or []
-    return tasks.split(",") if isinstance(tasks, str) else list(tasks)
+    names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
+    return [name for name in names if not isinstance(name, str) or name.strip()]
 
 
 def _model_args(asked: dict[str, Any]) -> dict[str, Any]:
@@ -258,7 +260,15 @@ def _model_args(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `run`, those of its --config file included; a 0 is an answer too."""
+    """The arguments of `run`, those of its --config file included; a 0 is an answer too.
+
+    Raises:
+        UserError: the file cannot be read, or an option that names something is empty: taken for one that is not
+            given, it would lose what it was to keep.
+    """
+    for option in NAMES_A_PLACE:
+        if getattr(args, option, None) == "":
+            raise UserError(f"--{option} is empty; is a variable of the shell not set?")
     config = {}
     if getattr(args, "config", None):
         config = files.read_yaml(args.config, dict[str, Any])

@@ -228,9 +228,20 @@ def parse(
         if pass_through is not None and key not in allowed:
             raise UserError(_unknown(key, cls, known, known | allowed))
     rest.update(args)
+    if rest.get("max_length") is not None:
+        rest["max_length"] = _tokens("max_length", rest["max_length"])
     compression, engine = _build(cls, ours), _dataclass(EngineSettings, ours)
     engine.check(compression.method)
     return compression, engine, rest
+
+
+def _tokens(name: str, value: Any) -> int:
+    """A number of tokens, written as 8192 or as 8e3."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1 <= value < 2**31 or value != int(value):
+        raise UserError(
+            f"{name}={value!r} is no number of tokens: give a whole one from 1 to {2**31 - 1:,}, or leave it out"
+        )
+    return int(value)
 
 
 def _put(ours: dict[str, Any], key: str, value: Any) -> None:

@@ -93,7 +93,8 @@ def parse_json(text: str, place: str) -> Any:
         if not text.strip():
             raise UserError(f"{place}: is empty, JSON was expected") from None
         at = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
-        raise UserError(f"{place}: not whole JSON ({error.msg} at {at}); it may be cut off or not be JSON") from None
+        what = error.msg.removesuffix(" at")  # of some messages of Python's
+        raise UserError(f"{place}: not whole JSON ({what} at {at}); it may be cut off or not be JSON") from None
     except RecursionError:
         raise UserError(f"{place}: JSON nested too deeply") from None
     except ValueError as error:  # a whole number of thousands of digits
@@ -130,11 +131,14 @@ def _adapter(schema: Any) -> pydantic.TypeAdapter[Any]:
     return pydantic.TypeAdapter(schema)
 
 
+TYPES = ("function-", "is-instance", "list[", "dict[", "tuple[")  # where pydantic names one of several types as a place
+
+
 def _in_words(error: pydantic.ValidationError, most: int = 3) -> str:
     found = error.errors(include_url=False, include_context=False)
     parts = []
     for one in found[:most]:
-        where = ".".join(str(p) for p in one["loc"] if not str(p).startswith(("function-", "is-instance")))
+        where = ".".join(str(p) for p in one["loc"] if not str(p).startswith(TYPES))
         got = "" if one["type"] == "missing" else f", got {_short(one['input'])}"
         message = one["msg"][0].lower() + one["msg"][1:]
         parts.append(f"{where}: {message}{got}" if where else f"{message}{got}")

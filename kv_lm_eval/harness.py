@@ -52,6 +52,8 @@ def run(
     from lm_eval.loggers import EvaluationTracker
 
     check_limit(options.get("limit"))
+    if model == plugin.MODEL_NAME:
+        check_device(options.get("device") or model_args.get("device"))
     _look_at_the_machine_once()
     if options.get("use_cache"):
         check_use_cache(options["use_cache"])
@@ -86,7 +88,13 @@ def run(
 def task_manager(
     tasks: Sequence[Any], include_path: str | Path | None = None, metadata: Mapping[str, Any] | None = None
 ) -> Iterator[Any]:
-    """lm-eval's index of tasks, only ours where that will do: it saves seconds a run."""
+    """lm-eval's index of tasks, only ours where that will do: it saves seconds a run.
+
+    Raises:
+        UserError: the folder is not there, which lm-eval would pass over.
+    """
+    if include_path:
+        files.check_is_folder(include_path)
     plugin.install()
     from lm_eval.tasks import TaskManager
 
@@ -129,6 +137,16 @@ def check_limit(limit: Any) -> None:
         raise UserError(
             f"limit={limit} is no number of documents a task: give 1 or more, a share below 1, or leave it out for all"
         )
+
+
+def check_device(device: Any) -> None:
+    """Raises UserError for a --device that torch does not know, for which lm-eval would take another."""
+    import torch
+
+    try:
+        torch.device(device if device is not None else "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device={device}: {str(error).splitlines()[0]}") from None
 
 
 def _look_at_the_machine_once() -> None:

@@ -218,6 +218,17 @@ class KVCompressedLM(HFLM):
         with torch.inference_mode(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             return logits_of(self.model, ids, cache=cache, keep=count)
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        try:
+            return str(super().apply_chat_template(chat_history, add_generation_prompt))
+        except ValueError as error:
+            if getattr(self.tokenizer, "chat_template", None):
+                raise
+            raise UserError(
+                f"the tokenizer {self.tokenizer.name_or_path} has no chat template, as of a base model; leave out "
+                "--apply_chat_template, or give tokenizer=NAME in --model_args with one that has"
+            ) from error
+
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         ids: list[int] = super().tok_encode(string, *args, **kwargs)
         return self._with_embeddings(ids, string)

@@ -64,7 +64,7 @@ def _quickstart(argv: Sequence[str] | None, finished: list[str]) -> int:
     parser = console.Parser(prog="kv-lm-eval quickstart", description=__doc__.split("\n\n")[0])
     parser.add_argument("--budget", type=int, default=128, help="slots kept per KV head and layer (default 128)")
     parser.add_argument("--methods", default="full,snapkv,streaming_llm,window", help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--output_path", default=None, help="folder for the results files (default: none are written)")
+    parser.add_argument("--output_path", type=Path, help="folder for the results files (default: none are written)")
     parser.add_argument("--limit", type=int, default=None, help="samples per task, for a first look")
     args = parser.parse_args(argv)
     names = args.methods.split(",")
@@ -104,14 +104,14 @@ def quietly() -> Iterator[None]:
         raise
 
 
-def run(name: str, model_args: dict[str, Any], output_path: str | None, limit: int | None) -> dict[str, Any]:
+def run(name: str, model_args: dict[str, Any], output_path: Path | None, limit: int | None) -> dict[str, Any]:
     """One method through lm-eval; a row of the table."""
     start = time.perf_counter()
     done = harness.run(
         plugin.MODEL_NAME,
         {"pretrained": "kv-tiny", "dtype": "float32", **model_args},
         TASKS,
-        output_path=Path(output_path) / name if output_path else None,
+        output_path=output_path / name if output_path else None,
         batch_size=8,
         device="cpu",
         limit=limit,

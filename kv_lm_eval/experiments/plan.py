@@ -288,11 +288,14 @@ def check(plan: list[Point]) -> None:
         try:
             config.parse(point["model_args"], pass_through=allowed)
             config.check_pretrained(point["model_args"].get("pretrained"))
+            harness.check_device(point.get("device") or point["model_args"].get("device"))
         except UserError as error:
             wrong.append(f"{point['name']}: {error}")
     for name in sorted({task for point in plan for task in point["tasks"]} - _known_tasks(plan)):
         of_point = next(point["name"] for point in plan if name in point["tasks"])
         wrong.append(f"{of_point}: there is no task {name!r}; `kv-lm-eval ls tasks` and `lm_eval ls tasks` list them")
+    if len(wrong) == 1:
+        raise UserError(f"{wrong[0]}; nothing was started")
     if wrong:
         more = f"\n... and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(f"the plan has {len(wrong)} mistakes, nothing was started:\n" + "\n".join(wrong[:5]) + more)

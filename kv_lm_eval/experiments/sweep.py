@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sweep(argv: Sequence[str] | None, started: list[Job]) -> int:
     args = _parser().parse_args(argv)
+    if args.num_workers is not None and args.num_workers < 1:
+        raise UserError(f"--num_workers {args.num_workers}: give 1 or more, or leave it out for as many as fit")
     overrides = dict(_key_and_value(text) for text in args.set)
     config, points = plan.load(args.config, overrides)
     output = args.output_path or Path("results") / str(config["name"])

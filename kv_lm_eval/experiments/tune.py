@@ -106,6 +106,7 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     if not 0 < args.tolerance < 1 or not 0.5 <= args.confidence < 1:
         raise UserError("--tolerance must lie in (0, 1) and --confidence in [0.5, 1)")
     scores = Scores(args)
+    harness.check_device(args.device)
     scale = scores.range[1] - scores.range[0]
     tolerance = args.tolerance / scale
     budgets, left_out = candidates(args, scores.base)

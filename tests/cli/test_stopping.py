@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from kv_lm_eval import console, progress
 from kv_lm_eval.errors import UserError
@@ -78,6 +79,11 @@ def test_every_other_end_has_its_status(error: BaseException, status: int, capfd
         os.close(stdout)
     said = capfd.readouterr().err
     assert said.startswith("\nx stopped: ") and "Traceback" not in said
+
+
+def test_a_task_file_that_is_no_yaml_is_the_user_s_mistake(capfd: Any) -> None:
+    assert console.command("x", lambda: yaml.safe_load("a: [1\nb: }")) == 2
+    assert "Error:" not in capfd.readouterr().err
 
 
 LOOP = """

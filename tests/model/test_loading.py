@@ -140,6 +140,11 @@ def test_tokens_that_were_added_to_the_tokenizer_alone_stop_the_prompt_that_hold
             getattr(lm, kind)([request(kind, *args)])
 
 
+def test_a_chat_template_that_the_tokenizer_has_not_is_told() -> None:
+    with pytest.raises(UserError, match="has no chat template.*leave out --apply_chat_template"):
+        load("kvcompressed", method="full").apply_chat_template([{"role": "user", "content": "hi"}])
+
+
 def test_padding_without_an_embedding_is_refused(tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.path())
     tokenizer.add_special_tokens({"pad_token": "<padding>"})
