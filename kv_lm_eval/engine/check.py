@@ -1,11 +1,11 @@
 """The self-check at wrap time: does this model, through our attention, still say what it said before?
 
-A few dozen tokens, so it costs next to nothing on a 7B model. It compares logits without compression with the model's
-own attention on every road that the settings will use: forwards with left padding, a chunk, single tokens; generate(),
-after chunks or before the question where these are set, compiled if that is set; choices packed or in forks. So a
-version of transformers whose code is not what ours relies on is refused rather than believed. What cannot be done
-exactly is refused with the reason. A second probe says whether keys can be moved in position, for the methods that need
-it.
+Some twenty forwards of a few dozen tokens at most: seconds on one CPU core for half a billion parameters. It compares
+logits without compression with the model's own attention on every road that the settings will use: forwards with left
+padding, a chunk, single tokens; generate(), after chunks or before the question where these are set, compiled if that is
+set; choices packed or in forks. So a version of transformers whose code is not what ours relies on is refused rather
+than believed. What cannot be done exactly is refused with the reason. A second probe says
+whether keys can be moved in position, for the methods that need it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from kv_lm_eval.methods.schedule import Schedule
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # relative, by dtype
 LENGTHS = (20, 13)  # tokens of the two left-padded rows
 STEPS = (5, 1, 1)  # then a chunk and two single tokens
+GENERATED = 3  # tokens of an answer: from the prompt, from the first step, and from one like all others
 CHUNK = 8  # tokens of a chunk, where prompts go in chunks
 TAILS = (6, 3)  # tokens of the two questions, where they come after the compression
 Rotated = tuple[list[torch.Tensor], list[torch.Tensor]]  # rotary tables, keys
@@ -241,8 +242,8 @@ def _generated(
     tails: Sequence[int] | None,
     decoder: Decoder | None,
 ) -> torch.Tensor:
-    """Logits after the prompts and after all later tokens but the last, [B, all steps, V] float32, from generate()."""
-    count = probe.later.shape[1]
+    """Logits after the prompts and after the next tokens, [B, GENERATED, V] float32, from generate()."""
+    count = min(GENERATED, probe.later.shape[1])
     cache, ids, mask = start(model, new_cache, probe.rows, tails, pad=int(probe.ids[0, 0]))
     config = GenerationConfig(
         max_new_tokens=count,

@@ -99,7 +99,7 @@ def test_mistakes_are_told_in_a_line(
         (analyze.main, ["--text", str(text), "--chunk", "5", *there], "--chunk 5"),
         (analyze.main, ["--text", str(text), "--low_entropy", "9", *there], "low_entropy=9"),
         (analyze.main, ["--text", str(text), "--dtype", "float12", *there], "--dtype float12 is not one of"),
-        (analyze.main, ["--text", str(text), "--model", str(tmp_path), *there], "could not be loaded"),
+        (analyze.main, ["--text", str(text), "--model", str(tmp_path), *there], "it is no model"),
         (analyze.main, ["--text", str(text)], "required: --output_path"),
         (ablate.main, ["--profile", "no.json", "--text", str(text)], "profile=no.json"),
         (ablate.main, ["--profile", str(tmp_path / "cut.json"), "--text", str(text)], "not whole JSON"),
