@@ -2,10 +2,10 @@
 
 Some twenty forwards of a few dozen tokens at most: seconds on one CPU core for half a billion parameters. It compares
 logits without compression with the model's own attention on every road that the settings will use: forwards with left
-padding, a chunk, single tokens; generate(), after chunks or before the question where these are set, compiled if that is
-set; choices packed or in forks. So a version of transformers whose code is not what ours relies on is refused rather
-than believed. What cannot be done exactly is refused with the reason. A second probe says
-whether keys can be moved in position, for the methods that need it.
+padding, a chunk, single tokens; generate(), after chunks or before the question where these are set, compiled if that
+is set; choices packed or in forks. So a version of transformers whose code is not what ours relies on is refused
+rather than believed. What cannot be done exactly is refused with the reason. A second probe says whether keys can be
+moved in position, for the methods that need it.
 """
 
 from __future__ import annotations
