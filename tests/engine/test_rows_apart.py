@@ -7,7 +7,6 @@ random lengths from one token on. Every row of the batch must come out as it doe
 from __future__ import annotations
 
 import functools
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -236,8 +235,7 @@ def test_a_row_depends_on_its_own_tokens_alone(seed: int) -> None:
     check(seed)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("KV_LM_EVAL_DEEP" not in os.environ, reason="500 more cases with KV_LM_EVAL_DEEP=1")
+@pytest.mark.deep
 @pytest.mark.parametrize("seed", range(1000, 1500))
 def test_a_row_depends_on_its_own_tokens_alone_in_500_more_cases(seed: int) -> None:
     check(seed)
