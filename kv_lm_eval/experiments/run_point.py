@@ -243,18 +243,20 @@ def _number(value: Any) -> Any:
 @contextmanager
 def _captured(file: Path) -> Iterator[None]:
     """What a run prints and logs goes into its own file; bars of eighty runs would drown the sweep's own."""
-    root = logging.getLogger()
+    root, theirs = logging.getLogger(), logging.getLogger("lm_eval")
     with file.open("a", encoding="utf-8") as out, redirect_stdout(out), redirect_stderr(out):
         handler = logging.StreamHandler(out)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
-        level, others = root.level, root.handlers[:]
-        root.handlers[:] = [handler]
+        before = [(logger, logger.level, logger.handlers[:], logger.propagate) for logger in (root, theirs)]
+        root.handlers[:], theirs.handlers[:], theirs.propagate = [handler], [], True  # it may have been set up already
         root.setLevel(logging.INFO)
+        theirs.setLevel(logging.INFO)
         try:
             yield
         finally:
-            root.handlers[:] = others
-            root.setLevel(level)
+            for logger, level, handlers, propagate in before:
+                logger.handlers[:], logger.propagate = handlers, propagate
+                logger.setLevel(level)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
