@@ -9,7 +9,7 @@ from packaging.version import Version
 from kv_lm_eval import __version__
 
 # The lowest and the highest version that .ci/run tries (its jobs `floors` and `newest`).
-TRIED = {"transformers": ("5.20.0", "5.24.0"), "lm-eval": ("0.4.10", "0.4.13"), "torch": ("2.13.0", "2.13.0")}
+TRIED = {"transformers": ("5.20.0", "5.24.0"), "lm-eval": ("0.4.12", "0.4.13"), "torch": ("2.13.0", "2.13.0")}
 
 
 def in_use() -> dict[str, str]:
