@@ -42,12 +42,37 @@ def check(called: Any, model: PreTrainedModel, needs_calls_as_made: bool, method
             "layers (LoRA and its kin) work with every method."
         )
     try:
-        called.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, use_cache=False)
+        why = _generates_otherwise(called, ids)
     except Exception as error:
+        why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if why:
         raise UserError(
             f"the adapter ({kind}) {changed} and cannot generate without a cache, which method={method} asks for "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Use --model hf for it."
-        ) from error
+            f"({why}). Use --model hf for it."
+        )
+
+
+def _generates_otherwise(called: Any, ids: torch.Tensor) -> str:
+    """Whether generate() without a cache says something else than plain calls do; empty if it does not."""
+    count = 2
+    out = called.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        use_cache=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    row = torch.cat([ids, out.sequences[:, -count:]], dim=1)
+    for i, logits in enumerate(out.logits):
+        so_far = row[:, : ids.shape[1] + i]
+        plain = called(input_ids=so_far, attention_mask=torch.ones_like(so_far), use_cache=False).logits[:, -1]
+        error = (logits.float() - plain.float()).norm() / plain.float().norm().clamp_min(1e-9)
+        if not error <= 5e-2:
+            return f"its generate() differs from its own calls by {float(error):.1e}"
+    return ""
 
 
 def _changed(called: Any, model: PreTrainedModel, ids: torch.Tensor) -> str:

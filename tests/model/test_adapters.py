@@ -88,6 +88,20 @@ def test_virtual_tokens_are_refused_where_they_would_enter_again(kind: str, sett
         lm(VIRTUAL[kind], **settings)
 
 
+def by_hand(stock: Any) -> list[str]:
+    """The answers of `answers` by plain calls, a token at a time."""
+    texts = []
+    for n in (140, 60):
+        row = stock.tok_encode(TEXT[:n])
+        new: list[int] = []
+        for _ in range(6):
+            with torch.inference_mode():
+                logits = stock.model(input_ids=torch.tensor([row + new]), use_cache=False).logits
+            new.append(int(logits[0, -1].argmax()))
+        texts.append(stock.tok_decode(new))
+    return texts
+
+
 @pytest.mark.parametrize("kind", VIRTUAL)
 def test_without_a_cache_virtual_tokens_are_those_of_lm_evals_own_model_or_refused(kind: str) -> None:
     try:
@@ -95,6 +109,9 @@ def test_without_a_cache_virtual_tokens_are_those_of_lm_evals_own_model_or_refus
     except UserError as error:
         assert kind == "prefix tuning" and "cannot generate without a cache" in str(error)
         return
-    expected = answers(lm(VIRTUAL[kind]))
-    assert got[0] == expected[0]
+    stock = lm(VIRTUAL[kind])
+    expected = answers(stock)
+    assert got[0] == by_hand(
+        stock
+    )  # some versions of peft and transformers do not generate with a cache as they should
     assert got[1] == pytest.approx(expected[1], abs=1e-4) and got[2] == pytest.approx(expected[2], abs=2e-3)
