@@ -154,7 +154,7 @@ class CompressedCache(Face):
     def attend(self, step: Step) -> torch.Tensor:
         """One layer's attention, [B, H, q, D]; the new pairs are stored before it and the layer is cut after it."""
         out = attend_stored(self, step)
-        self.after_attention(step.layer, step.scaling, step.softcap)
+        self.after_attention(step)
         return out
 
     def begin(self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None, batch: int) -> None:
@@ -247,14 +247,15 @@ class CompressedCache(Face):
             return x
         return self.facts.rope.rotate(x, delta, layer, over)
 
-    def after_attention(self, layer: int, scaling: float, softcap: float | None) -> None:
+    def after_attention(self, step: Step) -> None:
         """Cuts the layer if this forward is the end of the prefill or the schedule says so."""
+        layer = step.layer
         last = layer == len(self.stores) - 1
         if self.scattered and self.mode != "score":
             self.stores[layer].compact(self._longest(layer))
         q = self.new_pos.shape[1] if self.new_pos is not None else 0
         if self._is_cut(layer):
-            self._cut_if_due(layer, q, scaling, softcap)
+            self._cut_if_due(step, q)
         elif self.mode != "score":
             self._trim_sliding(layer)
         if self.mode == "prefill" and not self.compression.schedule.online:
@@ -294,32 +295,27 @@ class CompressedCache(Face):
             self.held[layer] = [n - f for n, f in zip(self.seen, first, strict=True)]
             self.stores[layer].compact(int(max(self.held[layer])), first=first)
 
-    def _cut_if_due(self, layer: int, q: int, scaling: float, softcap: float | None) -> None:
+    def _cut_if_due(self, step: Step, q: int) -> None:
         """Cuts the layer to its budget if this forward ends with a cut; what its own window no longer shows goes first:
         it may vote, it is neither counted nor chosen."""
-        store, window = self.stores[layer], self.facts.sliding_windows[layer]
+        layer, store, most = step.layer, self.stores[step.layer], self._most(step.layer)
         first = None
-        if window is not None and self._loses_sight(layer):
+        if most is not None:
             due = self._rows_due(layer)
-            first = [max(0, n - (window - 1)) if row else 0 for n, row in zip(self.seen, due, strict=True)]
+            first = [max(0, n - most) if row else 0 for n, row in zip(self.seen, due, strict=True)]
         if first is None or not any(first):
             keep, in_sight = self._keep(layer, q), None
             if keep == self.held[layer]:
                 return
         else:
             in_sight = (store.pos >= 0) & (store.pos >= to_device(first, store.pos.device).view(-1, 1, 1))
-            self.held[layer] = in_sight.sum(-1).to(sum_dtype(in_sight.device)).mean(1).tolist()
+            self.held[layer] = _counted(in_sight)
             keep = self._keep(layer, q)
             if keep == self.held[layer]:
                 store.compact(int(in_sight.sum(-1).max()), first=first)
                 return
         with self.around_cut():
-            self._cut(layer, keep, scaling, softcap, in_sight)
-
-    def _counted(self, layer: int) -> list[float]:
-        """Pairs of each row of the layer, mean over its heads, as the device counts them."""
-        real = self.stores[layer].pos >= 0
-        return real.sum(-1).to(sum_dtype(real.device)).mean(1).tolist()
+            self._cut(step, keep, in_sight)
 
     def _is_cut(self, layer: int) -> bool:
         """Whether the method ever cuts the layer."""
@@ -394,15 +390,9 @@ class CompressedCache(Face):
                 step += ceil(lacking)  # it grows by one a token at most
         return max(1, min(step, limit))
 
-    def _cut(
-        self,
-        layer: int,
-        keep: list[float],
-        scaling: float,
-        softcap: float | None,
-        in_sight: torch.Tensor | None = None,
-    ) -> None:
-        """Cuts the layer to `keep` slots a row; in_sight: [B, 1 or K, N] slots that may stay, None: all."""
+    def _cut(self, step: Step, keep: list[float], in_sight: torch.Tensor | None = None) -> None:
+        """Cuts the step's layer to `keep` slots a row; in_sight: [B, 1 or K, N] slots that may stay, None: all."""
+        layer = step.layer
         store, held, method = self.stores[layer], self.held[layer], self.compression.method
         moves_keys = self.compression.moves_keys is not None
         view = View(
@@ -417,11 +407,11 @@ class CompressedCache(Face):
             bias=store.bias,
             memory=store.memory,
             _moments=store.moments,
-            scaling=scaling,
+            scaling=step.scaling,
             method=method.name,
             num_queries=method.num_queries,
             _rotate=partial(self._rotate, layer) if moves_keys else None,
-            _attend=lambda last: window_attention(store, last, scaling, softcap, self.facts.sliding_windows[layer]),
+            _attend=lambda last: window_attention(store, last, step.scaling, step.softcap, step.window),
         )
         scores = self.compression.score(view)
         if self.mode == "prefill" and (scores.isnan() & (store.pos >= 0)).any():  # scores of empty slots mean nothing
@@ -436,7 +426,7 @@ class CompressedCache(Face):
         else:
             keep = self._close_ranks(layer, view, scores, keep)
         fresh = [h == s for h, s in zip(held, self.seen, strict=True)]  # rows that lose tokens for the first time
-        self.held[layer] = self._counted(layer) if self._loses_sight(layer) else keep
+        self.held[layer] = _counted(store.pos >= 0) if self._loses_sight(layer) else keep
         if self.compression.method.in_cache_sinks and self.facts.rope_kinds[layer] == "rope":
             self._move_sinks(layer, fresh)
 
@@ -531,3 +521,8 @@ class CompressedCache(Face):
             "peak_slots": list(peaks),
             "over_budget": [self.compression.over_budget(n) for n in seen],
         }
+
+
+def _counted(real: torch.Tensor) -> list[float]:
+    """How many of the slots [B, 1 or K, N] are real, for each row the mean over its heads."""
+    return real.sum(-1).to(sum_dtype(real.device)).mean(1).tolist()

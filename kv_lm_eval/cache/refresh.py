@@ -59,15 +59,9 @@ class RefreshCache(CompressedCache):
     def _lost(self, layer: int) -> list[float]:
         return [lost + s for lost, s in zip(super()._lost(layer), self._shifts[layer], strict=True)]
 
-    def _cut(
-        self,
-        layer: int,
-        keep: list[float],
-        scaling: float,
-        softcap: float | None,
-        in_sight: torch.Tensor | None = None,
-    ) -> None:
-        store, held, method = self.stores[layer], self.held[layer], self.compression.method
+    def _cut(self, step: Step, keep: list[float], in_sight: torch.Tensor | None = None) -> None:
+        layer, method = step.layer, self.compression.method
+        store, held = self.stores[layer], self.held[layer]
         shift = self._shifts.setdefault(layer, [0] * len(held))
         sinks, back = method.in_cache_sinks, method.reinserted
         all_pos = store.pos[:, 0].tolist()

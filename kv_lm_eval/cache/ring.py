@@ -119,16 +119,10 @@ class RingCache(CompressedCache):
             return super().has_empty(layer)
         return min(self.held[layer]) + 1 < store.length  # the new pair fills the one slot that is always free
 
-    def _cut(
-        self,
-        layer: int,
-        keep: list[float],
-        scaling: float,
-        softcap: float | None,
-        in_sight: torch.Tensor | None = None,
-    ) -> None:
+    def _cut(self, step: Step, keep: list[float], in_sight: torch.Tensor | None = None) -> None:
+        layer = step.layer
         if not isinstance(self.stores[layer], RingStore):
-            super()._cut(layer, keep, scaling, softcap, in_sight)
+            super()._cut(step, keep, in_sight)
             return
         self.held[layer] = keep  # the pair that goes is overwritten by the next one
         if self.compression.method.in_cache_sinks and self.facts.rope_kinds[layer] == "rope":

@@ -41,7 +41,8 @@ def score_continuations(
     Returns:
         scores in the order given, and the cache of the contexts (for its numbers).
     """
-    compression, facts = new_cache().compression, new_cache().facts
+    empty = new_cache()
+    compression, facts = empty.compression, empty.facts
     if not compression.lossy and isinstance(tail_tokens, int):
         longest = max(len(c) + max(map(len, group)) for c, group in zip(contexts, continuations, strict=True))
         if facts.beyond(longest):

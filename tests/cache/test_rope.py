@@ -7,6 +7,7 @@ import tiny
 import torch
 import transformers as tf
 
+from kv_lm_eval.cache.attention import Step
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.check import wrap
 
@@ -92,7 +93,7 @@ def test_bfloat16_sinks_are_within_one_rounding_after_4096_evictions() -> None:
         cache.begin(torch.tensor([cache.seen]), None, 1)
         store.append(newest, newest, cache.new_pos)
         cache.appended(0)
-        cache.after_attention(0, 1.0, None)
+        cache.after_attention(Step(0, newest, newest, newest, cache.new_pos, None, 1.0, None, None))
     assert tiny.kept(cache, 0) == [[*range(n_sink), *range(evictions + 4, evictions + 12)]]
     angles = evictions * 10_000.0 ** (-torch.arange(0, 8, 2).double() / 8)
     a, b = pristine[..., :4], pristine[..., 4:]
