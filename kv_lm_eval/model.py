@@ -211,7 +211,7 @@ class KVCompressedLM(HFLM):
         """One plain forward of right-padded rows [B, q] from an empty cache, uncut: the last logits [B, count, V]."""
         cache = self._new_cache() if self.compression.method.uses_cache else None
         if cache is not None:
-            cache.mode = "hold"
+            cache.set(mode="hold")
             if self.facts.border is not None and self.facts.rope is not None:
                 self.facts.rope.forget(self.device)
         dtype = self.mixed_precision_dtype

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         where[0] = "decode"
         with record_function("decode with its cuts"):
             for _ in range(args.new_tokens):
-                token = int(feed(model, cache, [[token]], side="left", logits=1)[0, -1].argmax())
+                token = int(feed(model, cache, [[token]], keep=1)[0].argmax())
             synchronise(device)
         return cache
 

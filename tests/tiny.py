@@ -150,4 +150,5 @@ def forward(
 
 def kept(cache: CompressedCache, layer: int, row: int = 0) -> list[list[int]]:
     """Original positions in a layer's store: one sorted list per KV head (one for all, if all heads hold the same)."""
-    return [sorted(p for p in head if p >= 0) for head in cache.stores[layer].pos[row].tolist()]
+    segment, place = cache.of_row(row)
+    return [sorted(p for p in head if p >= 0) for head in segment.stores[layer].pos[place].tolist()]

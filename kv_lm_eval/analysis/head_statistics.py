@@ -14,17 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from kv_lm_eval.cache.attention import WEIGHT_ELEMENTS, Step, attention_weights, packed_queries, visible
+from kv_lm_eval.cache.attention import WEIGHT_ELEMENTS, Step, Visible, new_weights, visible
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.cache.transfer import sum_dtype
 from kv_lm_eval.engine.check import FULL
 from kv_lm_eval.engine.prefill import feed
+from kv_lm_eval.methods.compression import Compression
 
 SINKS = 4  # first tokens that count as sinks
 LOCAL = 8  # local: the query's own token and so many before it
@@ -81,16 +84,18 @@ def measure(
     assert chunks and all(len(chunk) > 1 for chunk in chunks)
     sums = [LayerSums(*facts.heads[layer]) for layer in range(facts.num_layers)]
     for chunk in chunks:
-        feed(model, _Observer(facts, sums), [chunk], side="left", logits=1)
+        cache = CompressedCache(FULL, facts, partial(_Observer, sums=sums))
+        cache.set(mode="hold")
+        feed(model, cache, [chunk], keep=1)
         progress(len(chunk))
     return [layer_sums.statistics(layer) for layer, layer_sums in enumerate(sums)]
 
 
-class _Observer(CompressedCache):
-    """A full cache whose layers' attention weights are looked at on the way."""
+class _Observer(Segment):
+    """A row whose layers' attention weights are looked at on the way."""
 
-    def __init__(self, facts: ModelFacts, sums: list[LayerSums]) -> None:
-        super().__init__(FULL, facts, mode="hold")
+    def __init__(self, compression: Compression, facts: ModelFacts, sums: list[LayerSums]) -> None:
+        super().__init__(compression, facts)
         self.sums = sums
 
     def attend(self, step: Step) -> torch.Tensor:
@@ -114,17 +119,14 @@ class LayerSums:
 
     def add(self, step: Step) -> None:
         """Adds the queries of one forward over a sequence of its own, from position 0: query, key [1, heads, n, D]."""
-        n, group = step.query.shape[2], self.num_heads // self.num_kv_heads
-        pos = step.position_ids.expand(1, n)
+        n = step.tokens
+        own = Visible(step.key, step.value, step.pos[:, None], old=0, whole=False)
         block = max(1, min(BLOCK, WEIGHT_ELEMENTS // (self.num_heads * n)))
         for first in range(0, n, block):
             last = min(n, first + block)
-            mask = visible(pos[:, first:last], pos[:, None, :last], first, 0, step.window, None)
-            packed = packed_queries(step.query[:, :, first:last], self.num_kv_heads)
-            weights = attention_weights(
-                packed, step.key[:, :, :last], mask.repeat(1, 1, group, 1), step.scaling, step.softcap, None
-            )
-            self._add_weights(weights.view(self.num_heads, last - first, last), mask[0, 0], first)
+            weights = new_weights(step, own, first, last)
+            mask = visible(step, own, first, last)[0, 0, :, :last]
+            self._add_weights(weights.view(self.num_heads, last - first, last), mask, first)
 
     def _add_weights(self, weights: torch.Tensor, mask: torch.Tensor, first: int) -> None:
         """weights [H, x, N] of the queries at positions first .. first + x - 1 over positions 0 .. N - 1; mask [x, N]

@@ -93,7 +93,7 @@ class Bench:
 
     def step(self, cache: CompressedCache, token: int) -> int:
         """One decode step, its token read back as generation must."""
-        return int(feed(self.model, cache, [[token]], side="left", logits=1)[0, -1].argmax())
+        return int(feed(self.model, cache, [[token]], keep=1)[0].argmax())
 
 
 @torch.inference_mode()
@@ -306,12 +306,8 @@ def compiled(bench: Bench, slots: int, steps: int = 16) -> dict[str, Any]:
     start = time.perf_counter()
     decoder = Decoder(bench.model)
     static = decoder.start(prefill(bench.model, ring, [rows])[0], 0)
-    ids = logits.argmax(-1, keepdim=True)
-    apart = float(
-        (decoder.step(static, ids) - feed(bench.model, eager, [ids[0].tolist()], side="left", logits=1)[:, -1])
-        .abs()
-        .max()
-    )
+    ids = logits[0].argmax(-1, keepdim=True)
+    apart = float((decoder.step(static, ids) - feed(bench.model, eager, [ids[0].tolist()], keep=1)[0]).abs().max())
     compile_s = time.perf_counter() - start
 
     def eager_steps(cache: CompressedCache) -> None:

@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 
 from kv_lm_eval.cache.attention import Step, packed_queries
-from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.methods.compression import Compression
 
 BLOCK = 128  # queries attended at a time: memory and work are BLOCK x (window + BLOCK) a head, whatever the chunk
 FAR = 32_768  # positions beyond this are brought back, so that float32 angles stay exact in streams without end
 
 
-class BandCache(CompressedCache):
-    """A cache for right-padded documents from their first token on, under a policy that looks at positions alone.
+class Band(Segment):
+    """Rows of documents from their first token on, under a policy that looks at positions alone.
 
     Args:
         compression: a method whose `sinks_and_recent` is not None, dropping what it evicts from every layer alike.
@@ -46,7 +46,7 @@ class BandCache(CompressedCache):
         cuts: dict[int, int],
         prefill_tokens: int = 0,
     ) -> None:
-        super().__init__(compression, facts, mode="stream")
+        super().__init__(compression, facts)
         sinks = compression.method.sinks_and_recent
         assert sinks is not None
         self.sinks = sinks
@@ -57,15 +57,21 @@ class BandCache(CompressedCache):
 
     # ------------------------------------------------------------------------------------ what the engine asks
 
-    def until_due(self, limit: int, alive: Sequence[bool] | None = None) -> int:
+    def until_due(self, limit: int) -> int:
         return limit
 
     def next_positions(self) -> list[int]:
         return [seen - self.base for seen in self.seen]
 
+    def _counts_of(self, rows: Sequence[int]) -> Segment:
+        new = super()._counts_of(rows)
+        assert isinstance(new, Band)
+        new.firsts = list(self.firsts)
+        return new
+
     def prepare(self, tokens: int) -> None:
         """Before a forward of so many tokens: brings the window's positions back if they would get too large."""
-        start = self._columns
+        start = self.seen[0]
         most = max(FAR, 2 * (int(self.slots.max()) + tokens))
         if not self._turns or start + tokens - self.base <= most:
             return
@@ -97,15 +103,12 @@ class BandCache(CompressedCache):
     def attend(self, step: Step) -> torch.Tensor:
         """[B, H, q, D]; the new pairs are stored, and what no later query sees is let go."""
         q, layer = step.query.shape[2], step.layer
-        if self.new_pos is None:
-            self.begin(step.position_ids, step.attention_mask, step.query.shape[0])
-        assert self.new_pos is not None
-        start, store = self._columns - q, self.stores[layer]
+        start, store = self.seen[0] - q, self.stores[layer]
         cut = self.facts.compressible(layer)
         sinks = self.sinks if cut else 0
         if not self.firsts:
             self.firsts = [self.sinks if self.facts.compressible(i) else 0 for i in range(len(self.stores))]
-        store.append(step.key, step.value, self.new_pos.to(step.key.device))
+        store.append(step.key, step.value, step.pos.to(step.key.device))
         low = self._lowest(start, q + 1, step.window, cut)
         first = self.firsts[layer]
         turned, evicted = None, None

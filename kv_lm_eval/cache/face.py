@@ -14,6 +14,9 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from kv_lm_eval.cache.attention import Step
+from kv_lm_eval.cache.facts import ModelFacts
+
 
 class _Layer(CacheLayerMixin):
     """One layer as transformers sees it."""
@@ -53,11 +56,17 @@ class _Layer(CacheLayerMixin):
 class Face(Cache):
     """A cache whose pairs are our own: `update` only tags the new keys and lets them through to our attention function.
 
-    A subclass says how many tokens it has seen (`get_seq_length`), which is never the number of its slots.
+    A subclass says how many tokens it has seen (`get_seq_length`), which is never the number of its slots, and what the
+    new tokens of a layer are to see (`attend`).
     """
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[_Layer(self, i) for i in range(num_layers)])
+    def __init__(self, facts: ModelFacts) -> None:
+        super().__init__(layers=[_Layer(self, i) for i in range(facts.num_layers)])
+        self.facts = facts
+
+    def attend(self, step: Step, mask: torch.Tensor | None) -> torch.Tensor:
+        """Attention of one layer's new tokens, [B, q, H, D]; mask [B, >= q]: 0 where a token is padding, or None."""
+        raise NotImplementedError
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
         keys = key_states.view_as(key_states)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
-from kv_lm_eval.cache.refresh import RefreshCache
-from kv_lm_eval.cache.ring import RingCache
+from kv_lm_eval.cache.refresh import Refresh
+from kv_lm_eval.cache.ring import Ring
+from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.methods.compression import Compression
 
 
@@ -13,9 +14,8 @@ def make_cache(
     compression: Compression, facts: ModelFacts, prefill_chunk: int | None = None, prefill_evicts: bool = False
 ) -> CompressedCache:
     """An empty cache for one batch; prompts are fed to it in chunks of `prefill_chunk` tokens, None: in one."""
-    if compression.method.ring:
-        cache: CompressedCache = RingCache(compression, facts)
-    else:
-        cache = (RefreshCache if compression.method.reinserted else CompressedCache)(compression, facts)
+    method = compression.method
+    kind = Ring if method.ring else Refresh if method.reinserted else Segment
+    cache = CompressedCache(compression, facts, kind)
     cache.prefill_chunk, cache.prefill_evicts = prefill_chunk, prefill_evicts
     return cache

@@ -222,18 +222,12 @@ class QuantizedStore(LayerStore):
 
     # ------------------------------------------------------------------------------------ writing
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor, counts: Sequence[int] | None = None
-    ) -> None:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor) -> None:
         b, k, q, _ = keys.shape
-        counts = [q] * b if counts is None else counts
         super().append(keys[..., :0], values[..., :0], pos)
-        if min(counts) < q:  # real pairs first
-            order = (pos < 0).to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(1).expand(b, k, q)
-            keys, values = rows_of(keys, order), rows_of(values, order)
         if self._exact_keys is None or self._exact_values is None:
             self._exact_keys, self._exact_values = _own_storage(keys), _own_storage(values)
-            self.exact, self.coded, self._saved = [[n] * k for n in counts], [[0] * k for _ in counts], [0] * b
+            self.exact, self.coded, self._saved = [[q] * k for _ in range(b)], [[0] * k for _ in range(b)], [0] * b
             return
         end = max(map(max, self.exact)) + q
         if end > self._exact_keys.shape[2]:
@@ -242,15 +236,12 @@ class QuantizedStore(LayerStore):
         at = to_device(self.exact, keys.device).unsqueeze(-1) + torch.arange(q, device=keys.device)
         for held, new in ((self._exact_keys, keys), (self._exact_values, values)):
             held.scatter_(2, at.unsqueeze(-1).expand_as(new), new)
-        self.exact = [[e + n for e in row] for row, n in zip(self.exact, counts, strict=True)]
+        self.exact = [[e + q for e in row] for row in self.exact]
 
-    def settle(self, due: Sequence[bool]) -> None:
+    def settle(self) -> None:
         assert self._exact_keys is not None and self._exact_values is not None
         size, spare = self.storage.group_size, self.sinks + self.storage.residual_length
-        leaving = [
-            [max(0, e - spare) // size * size if now else 0 for e in row]
-            for row, now in zip(self.exact, due, strict=True)
-        ]
+        leaving = [[max(0, e - spare) // size * size for e in row] for row in self.exact]
         most = max(map(max, leaving))
         if not most:
             return
@@ -321,17 +312,18 @@ class QuantizedStore(LayerStore):
         assert self._exact_keys is not None and keys.shape[2] == self.sinks
         self._exact_keys[:, :, : self.sinks] = keys  # where a row has fewer, the rest is not in use yet
 
-    def select(self, rows: torch.Tensor) -> QuantizedStore:
-        new = super().select(rows)
+    def select(self, rows: Sequence[int]) -> QuantizedStore:
+        new, chosen = super().select(rows), torch.tensor(rows)
         assert isinstance(new, QuantizedStore)
         for name in ("_exact_keys", "_exact_values"):
             held = getattr(self, name)
-            setattr(new, name, None if held is None else held.index_select(0, rows.to(held.device)))
+            setattr(new, name, None if held is None else held.index_select(0, chosen.to(held.device)))
         for name in ("_coded_keys", "_coded_values"):
             coded = getattr(self, name)
-            setattr(new, name, None if coded is None else coded.select(rows))
+            setattr(new, name, None if coded is None else coded.select(chosen))
         for name in ("exact", "coded", "_saved"):  # lists that are replaced, never written into
-            setattr(new, name, [getattr(self, name)[i] for i in rows.tolist()])
+            if not self.is_empty:
+                setattr(new, name, [getattr(self, name)[i] for i in rows])
         return new
 
     def _blank(self) -> QuantizedStore:
@@ -342,18 +334,19 @@ class QuantizedStore(LayerStore):
     @property
     def bytes_per_slot(self) -> int:
         """Bytes of keys and values of one exact pair of one KV head."""
-        assert self._exact_keys is not None and self._exact_values is not None
-        return sum(x.shape[3] * x.element_size() for x in (self._exact_keys, self._exact_values))
+        return sum(x.shape[3] * x.element_size() for x in (self._exact_keys, self._exact_values) if x is not None)
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes of the codes, the scales and zeros, the groups' numbers and the exact pairs with their headroom."""
-        assert self._exact_keys is not None and self._exact_values is not None
-        exact = sum(x.numel() * x.element_size() for x in (self._exact_keys, self._exact_values))
+        exact = sum(x.numel() * x.element_size() for x in (self._exact_keys, self._exact_values) if x is not None)
         return exact + sum(x.allocated_bytes for x in (self._coded_keys, self._coded_values) if x is not None)
 
     def valid_bytes(self, held: Sequence[float]) -> list[float]:
-        return [plain - saved for plain, saved in zip(super().valid_bytes(held), self._saved, strict=True)]
+        return [
+            plain - saved
+            for plain, saved in zip(super().valid_bytes(held), self._saved or [0] * len(held), strict=True)
+        ]
 
     def _count(self) -> None:
         """Notes what coding saves, so that the numbers of a decode step need nothing of the device."""

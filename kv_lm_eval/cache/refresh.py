@@ -14,46 +14,43 @@ Shapes: B batch rows, K KV heads, M slots kept, D head size.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
 from kv_lm_eval.cache.attention import Step
-from kv_lm_eval.cache.cache import MAX_ROOM, CompressedCache, Mode
+from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.segment import MAX_ROOM, Segment
 from kv_lm_eval.cache.store import Kept, rows_of
 from kv_lm_eval.cache.transfer import to_device
+from kv_lm_eval.methods.compression import Compression
 
 
-class RefreshCache(CompressedCache):
-    """A compressed cache for a method with sinks and a window that reinserts some of what it evicts."""
+class Refresh(Segment):
+    """A segment for a method with sinks and a window that reinserts some of what it evicts."""
 
     serves = ("reinserted",)
 
-    def _start(self, mode: Mode) -> None:
-        super()._start(mode)
-        self._true_pos: torch.Tensor | None = None
+    def __init__(self, compression: Compression, facts: ModelFacts) -> None:
+        super().__init__(compression, facts)
         self._shifts: dict[int, list[int]] = {}  # by layer, how far ahead of itself a row goes on
 
     def attend(self, step: Step) -> torch.Tensor:
         """[B, H, q, D]"""
-        if self.new_pos is None:
-            self.begin(step.position_ids, step.attention_mask, step.query.shape[0])
-            self._true_pos = self.new_pos
-        assert self._true_pos is not None
         shift, rope = self._shifts.get(step.layer), self.facts.rope
-        self.new_pos = self._true_pos
         if shift is not None and any(shift):
             assert rope is not None
             delta = to_device(shift, step.query.device).view(-1, 1)
-            self.new_pos = torch.where(self._true_pos >= 0, self._true_pos + delta.to(self._true_pos.device), -1)
+            query, key = step.query, step.key
             if self.facts.rope_kinds[step.layer] == "rope":
-                query, key = (rope.rotate(x, delta, step.layer) for x in (step.query, step.key))
-                step = dataclasses.replace(step, query=query, key=key)
+                query, key = (rope.rotate(x, delta, step.layer) for x in (query, key))
+            step = dataclasses.replace(step, query=query, key=key, pos=step.pos + delta.to(step.pos.device))
         return super().attend(step)
 
-    def select(self, rows: torch.Tensor) -> CompressedCache:
-        new = super().select(rows)
-        assert isinstance(new, RefreshCache)
-        new._shifts.update({layer: [shift[i] for i in rows.tolist()] for layer, shift in self._shifts.items()})
+    def _counts_of(self, rows: Sequence[int]) -> Segment:
+        new = super()._counts_of(rows)
+        assert isinstance(new, Refresh)
+        new._shifts = {layer: [shift[i] for i in rows] for layer, shift in self._shifts.items()}
         return new
 
     def _lost(self, layer: int) -> list[float]:

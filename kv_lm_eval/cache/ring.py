@@ -10,12 +10,10 @@ Shapes: B batch rows, K KV heads, S sinks, W window, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from kv_lm_eval.cache.attention import Step
-from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.cache.store import LayerStore, rows_of
 from kv_lm_eval.cache.transfer import to_device
 
@@ -44,9 +42,7 @@ class RingStore(LayerStore):
             new.pristine_sinks = torch.where(lost, store.pristine_sinks, new.pristine_sinks)
         return new
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor, counts: Sequence[int] | None = None
-    ) -> None:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor) -> None:
         """One new pair a row: keys, values [B, K, 1, D], pos [B, 1]."""
         self._put(keys, values, pos)
 
@@ -72,26 +68,23 @@ class RingStore(LayerStore):
         return RingStore(self.sinks, self.ring)
 
 
-class RingCache(CompressedCache):
-    """A compressed cache whose layers become rings when single tokens follow the prefill.
+class Ring(Segment):
+    """A segment whose layers become rings when single tokens follow the prefill.
 
-    Any other forward (several tokens at once, rows that have ended) is that of `CompressedCache`, to which the layers
-    return for it.
+    Any other forward, of several tokens at once, is that of `Segment`, to which the layers return for it.
     """
 
     serves = ("ring",)
 
     def attend(self, step: Step) -> torch.Tensor:
         """[B, H, q, D]"""
-        if self.new_pos is None:
-            self.begin(step.position_ids, step.attention_mask, step.query.shape[0])
         layer, store = step.layer, self.stores[step.layer]
-        if self.mode == "decode" and step.query.shape[2] == 1 and not self.padded and self._rolls(layer):
+        if self.mode == "decode" and step.tokens == 1 and self._rolls(layer):
             if not isinstance(store, RingStore):
                 sinks = self.compression.method.sinks_and_recent or 0
                 self.stores[layer] = RingStore.of(store, sinks, self._capacity + 1 - sinks)
         elif isinstance(store, RingStore):
-            self._drop_unseen(layer)
+            self._drop_unseen(layer, step.tokens)
             self.stores[layer] = store.unrolled()
         return super().attend(step)
 
@@ -105,12 +98,12 @@ class RingCache(CompressedCache):
         cut = self.facts.compressible(layer) and not self.stores[layer].is_empty
         return cut and sinks <= min(held) and max(held) <= self._capacity
 
-    def _drop_unseen(self, layer: int) -> None:
+    def _drop_unseen(self, layer: int, new: int) -> None:
         """Empties the slots of pairs that were cut and wait to be overwritten."""
         store, sinks = self.stores[layer], self.compression.method.sinks_and_recent or 0
         seen = to_device(self.seen, store.pos.device).view(-1, 1, 1)
-        new = to_device(self.new_counts, store.pos.device).view(-1, 1, 1) * (self.mode != "score")
-        gone = (store.pos >= sinks) & (store.pos < seen - new - (self._capacity - sinks))
+        before = seen - (0 if self.mode == "score" else new)
+        gone = (store.pos >= sinks) & (store.pos < before - (self._capacity - sinks))
         store.pos.masked_fill_(gone, -1)
 
     def has_empty(self, layer: int) -> bool:

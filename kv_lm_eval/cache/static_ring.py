@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from kv_lm_eval.cache.attention import Step, packed_queries
-from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.face import Face
 from kv_lm_eval.cache.ring import RingStore
+from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.compression import Compression
 
@@ -28,7 +28,7 @@ ROUND = 256  # slots
 
 
 class StaticCache(Face):
-    """The pairs of a prefilled cache in tensors that do not move; single tokens for all rows from there on.
+    """The pairs of a prefilled segment in tensors that do not move; single tokens for all rows from there on.
 
     Attributes:
         seen: [B, 1] int64, tokens fed to each row. next_slot: by layer, int64, where the next pair goes (no ring).
@@ -36,10 +36,9 @@ class StaticCache(Face):
             [B, K, N] float32 or None. pristine: by layer [B, K, S, D] sink keys as the model made them, or None.
     """
 
-    def __init__(self, cache: CompressedCache, room: int) -> None:
-        super().__init__(cache.facts.num_layers)
+    def __init__(self, cache: Segment, room: int) -> None:
+        super().__init__(cache.facts)
         check(cache.compression)
-        self.facts = cache.facts
         self.sinks = cache.compression.method.sinks_and_recent or 0
         self.capacity = int(cache.compression.keep([2**31], [2**31], 0, [0])[0]) if cache.compression.method.ring else 0
         if self.capacity:
@@ -92,8 +91,8 @@ class StaticCache(Face):
 
     # ------------------------------------------------------------------------------------ one layer of one step
 
-    def attend(self, step: Step) -> torch.Tensor:
-        """[B, H, 1, D]; the new pair takes its slot."""
+    def attend(self, step: Step, mask: torch.Tensor | None) -> torch.Tensor:
+        """[B, 1, H, D]; the new pair takes its slot."""
         if step.softcap is not None:
             raise UserError("compile=True: this model caps its attention logits, which the compiled step does not do")
         layer, p = step.layer, self.seen
@@ -117,24 +116,24 @@ class StaticCache(Face):
         visible = pos >= 0
         if step.window is not None:
             visible = visible & (p[:, None] - pos < step.window)
-        mask = visible[:, :, None].expand(-1, -1, group, -1)
+        allowed = visible[:, :, None].expand(-1, -1, group, -1)
         bias = self.bias[layer]
         if bias is not None:
-            mask = torch.where(mask, bias[:, :, None], float("-inf")).to(step.query.dtype)
+            allowed = torch.where(allowed, bias[:, :, None], float("-inf")).to(step.query.dtype)
         out = F.scaled_dot_product_attention(
-            packed_queries(step.query, kv_heads), keys, values, attn_mask=mask, scale=step.scaling
+            packed_queries(step.query, kv_heads), keys, values, attn_mask=allowed, scale=step.scaling
         )
-        return out.reshape(step.query.shape[0], step.query.shape[1], 1, -1)
+        return out.reshape(step.query.shape[0], 1, step.query.shape[1], -1)
 
-    def lend(self, cache: CompressedCache) -> None:
-        """Lets the prefilled cache refer to these tensors instead of its own, which are freed; it counts on."""
+    def lend(self, cache: Segment) -> None:
+        """Lets the prefilled segment refer to these tensors instead of its own, which are freed; it counts on."""
         for layer, store in enumerate(cache.stores):
             store._keys, store._values, store._pos = self.keys[layer], self.values[layer], self.pos[layer]
             store._bias, store.pristine_sinks = self.bias[layer], self.pristine[layer]
 
-    def count(self, cache: CompressedCache) -> None:
-        """Brings the numbers of the prefilled cache up to one step more, all on the host."""
-        cache.seen, cache._columns = [n + 1 for n in cache.seen], cache._columns + 1
+    def count(self, cache: Segment) -> None:
+        """Brings the numbers of the prefilled segment up to one step more, all on the host."""
+        cache.seen = [n + 1 for n in cache.seen]
         cache.mode, cache.decoded = "decode", cache.decoded + 1
         for layer, held in enumerate(cache.held):
             cache.held[layer] = grown = [h + 1 for h in held]
@@ -142,7 +141,7 @@ class StaticCache(Face):
                 cache.peaks = [max(p, h) for p, h in zip(cache.peaks, grown, strict=True)]
             if self.capacity:
                 cache.held[layer] = [min(h, self.capacity) for h in grown]
-        cache.history.append(([list(h) for h in cache.held], list(cache.peaks), cache._valid_bytes()))
+        cache.note()
 
     def advance(self) -> None:
         """After a forward: every row has one token more."""
@@ -168,7 +167,7 @@ def check(compression: Compression) -> None:
         raise UserError(f"compile=True needs a cache whose shapes do not change: {why}")
 
 
-def _check_rows(cache: CompressedCache, sinks: int) -> None:
+def _check_rows(cache: Segment, sinks: int) -> None:
     """Raises UserError where a ring cannot take the place of this cache's layers."""
     if any(not cache.facts.compressible(i) for i in range(len(cache.stores))):
         raise UserError("compile=True: some layers of this model have windows of their own, which a ring does not keep")

@@ -3,9 +3,8 @@
 Shapes: B batch rows, H query heads, K KV heads, N slots, M slots kept, W last queries, D head size.
 
 Slots are in the order in which their tokens came. Where rows or heads hold different numbers of slots, the empty ones
-(pos = -1) come first, as with left padding, so that the slots of a row stand as they do alone: padding is taken out
-(`compact`) after the forward that brought it. A cut of a few pairs may leave empty slots in between, for methods that
-do not look at neighbours, until there is no room for a new pair.
+(pos = -1) come first, so that the slots of a head stand as they do alone. A cut of a few pairs may leave empty slots in
+between, for methods that do not look at neighbours, until there is no room for a new pair.
 """
 
 from __future__ import annotations
@@ -94,11 +93,8 @@ class LayerStore:
     def is_empty(self) -> bool:
         return self._keys is None
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor, counts: Sequence[int] | None = None
-    ) -> None:
-        """Adds q slots: keys, values [B, K, q, D], pos [B, q] (-1: a padded token); counts: real tokens of each row,
-        None: all are."""
+    def append(self, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor) -> None:
+        """Adds q slots: keys, values [B, K, q, D], pos [B, q]."""
         q = keys.shape[2]
         if self._keys is None or self._values is None or self._pos is None:
             self._keys, self._values = _own_storage(keys), _own_storage(values)
@@ -124,14 +120,11 @@ class LayerStore:
             self._mass = mass.new_zeros(*self._keys.shape[:3])
         self._mass[:, :, : self.length] += mass
 
-    def observe(self, queries: torch.Tensor, pos: torch.Tensor, last: int, padded: bool = False) -> None:
-        """Keeps each row's last `last` queries of [B, H, q, D] with their positions [B, q], -1 where padded."""
-        if self.queries is not None and self.query_pos is not None and (padded or queries.shape[2] < last):
+    def observe(self, queries: torch.Tensor, pos: torch.Tensor, last: int) -> None:
+        """Keeps each row's last `last` queries of [B, H, q, D] with their positions [B, q]."""
+        if self.queries is not None and self.query_pos is not None and queries.shape[2] < last:
             queries = torch.cat([self.queries, queries], dim=2)
             pos = torch.cat([self.query_pos, pos], dim=1)
-        if padded:  # the padding first, so that a row with few new queries does not lose its older ones to it
-            pos, order = pos.sort(dim=1, stable=True)
-            queries = queries.gather(2, order[:, None, :, None].expand_as(queries))
         self.queries = queries[:, :, -last:].clone()
         self.query_pos = pos[:, -last:].clone()
 
@@ -194,9 +187,8 @@ class LayerStore:
         keys, values = rows_of(self.keys, index), rows_of(self.values, index)
         self.replace(Kept(keys, values, pos, mass, bias, self.memory, index), room)
 
-    def settle(self, due: Sequence[bool]) -> None:
-        """After a forward and its cut: a store that holds old pairs in another form moves those of the rows that are
-        due."""
+    def settle(self) -> None:
+        """After a forward and its cut, where it is due: a store that holds old pairs in another form moves them."""
 
     def write_sinks(self, index: torch.Tensor, keys: torch.Tensor) -> None:
         """Puts keys [B, K, S, D] in the place of the first S pairs of each row, which are the slots at index."""
@@ -210,15 +202,16 @@ class LayerStore:
                 old[:, :, first : first + self.length - last] = old[:, :, last : self.length].clone()
         self.length -= last - first
 
-    def select(self, rows: torch.Tensor) -> LayerStore:
+    def select(self, rows: Sequence[int]) -> LayerStore:
         """A copy that holds the given batch rows (repeats allowed): everything that belongs to a row moves with it."""
         new = self._blank()
         new.length, new.holes = self.length, self.holes
-        new.moments = None if self.moments is None else self.moments.select(rows)
+        chosen = torch.tensor(rows)
+        new.moments = None if self.moments is None else self.moments.select(chosen)
         for name in ("_keys", "_values", "_pos", "_mass", "_bias", "memory", "queries", "query_pos", "pristine_sinks"):
             old = getattr(self, name)
             if old is not None:
-                setattr(new, name, old.index_select(0, rows.to(old.device)))
+                setattr(new, name, old.index_select(0, chosen.to(old.device)))
         return new
 
     def _blank(self) -> LayerStore:
@@ -236,20 +229,21 @@ class LayerStore:
 
     @property
     def bytes_per_slot(self) -> int:
-        """Bytes of keys and values of one slot of one KV head."""
-        assert self._keys is not None and self._values is not None
+        """Bytes of keys and values of one slot of one KV head; 0 where nothing is known of them yet."""
+        if self._keys is None or self._values is None:
+            return 0
         return self._keys.shape[3] * self._keys.element_size() + self._values.shape[3] * self._values.element_size()
 
     def valid_bytes(self, held: Sequence[float]) -> list[float]:
         """Bytes of keys and values of each row, which holds so many slots per KV head: empty ones left out."""
-        assert self._keys is not None
-        return [slots * self._keys.shape[1] * self.bytes_per_slot for slots in held]
+        heads = 0 if self._keys is None else self._keys.shape[1]
+        return [slots * heads * self.bytes_per_slot for slots in held]
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes of the key and value storage, headroom and empty slots included."""
-        assert self._keys is not None and self._values is not None
-        return self._keys.numel() * self._keys.element_size() + self._values.numel() * self._values.element_size()
+        held = (self._keys, self._values)
+        return sum(x.numel() * x.element_size() for x in held if x is not None)
 
     @property
     def overhead_bytes(self) -> int:
@@ -258,6 +252,33 @@ class LayerStore:
         held = (self._pos, self._mass, self._bias, self.memory, self.queries, self.query_pos, self.pristine_sinks)
         moments = 0 if self.moments is None else self.moments.nbytes
         return sum(t.numel() * t.element_size() for t in held if t is not None) + moments
+
+
+def joined(stores: Sequence[LayerStore]) -> LayerStore:
+    """The rows of all in one store, with empty slots before those that hold fewer; nothing is observed any more."""
+    new, first = LayerStore(), stores[0]
+    if len(stores) == 1 or first.is_empty:
+        return first
+    new.length = max(store.length for store in stores)
+
+    def together(parts: Sequence[torch.Tensor], empty: float) -> torch.Tensor:
+        heads = max(x.shape[1] for x in parts)
+        padded = [x.new_full((x.shape[0], heads, new.length, *x.shape[3:]), empty) for x in parts]
+        for into, x in zip(padded, parts, strict=True):
+            into[:, :, new.length - x.shape[2] :] = x
+        return torch.cat(padded)
+
+    new._keys, new._values = together([s.keys for s in stores], 0), together([s.values for s in stores], 0)
+    new._pos = together([s.pos for s in stores], -1)
+    if any(s.bias is not None for s in stores):
+        none = [s.keys.new_zeros(s.keys.shape[:3], dtype=torch.float32) for s in stores]
+        new._bias = together([n if s.bias is None else s.bias for s, n in zip(stores, none, strict=True)], 0)
+    sinks = [s.pristine_sinks for s in stores]
+    if found := [x.shape[2] for x in sinks if x is not None]:
+        new.pristine_sinks = torch.cat(
+            [s.keys[:, :, : found[0]] if x is None else x for s, x in zip(stores, sinks, strict=True)]
+        )
+    return new
 
 
 def rows_of(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from kv_lm_eval.cache import attention
+from kv_lm_eval.cache import hook
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.make import make_cache
@@ -28,6 +28,7 @@ from kv_lm_eval.engine import sharded
 from kv_lm_eval.engine.choices import score_in_forks, score_packed
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import device_of, generate_with, logits_of
+from kv_lm_eval.engine.generate import by_rows
 from kv_lm_eval.engine.prefill import prefill
 from kv_lm_eval.engine.start import start
 from kv_lm_eval.errors import UserError
@@ -95,7 +96,7 @@ def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads(
         UserError: the model cannot be served exactly; the message says why. The model is left as it was.
     """
     original = model.config._attn_implementation
-    if original == attention.NAME:  # wrapped before, for another method
+    if original == hook.NAME:  # wrapped before, for another method
         original = getattr(model, "_kv_own_attention", "sdpa")
     kind = type(model).__name__
     if not model._can_set_attn_implementation():
@@ -103,14 +104,14 @@ def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads(
             f"{kind} does not let its attention function be chosen (transformers' AttentionInterface), so its KV cache "
             "cannot be compressed exactly. Use method=no_cache or --model hf for it."
         )
-    attention.register()
+    hook.register()
     config = model.config.get_text_config()
     facts = ModelFacts(config.num_hidden_layers, getattr(config, "max_position_embeddings", None))
     try:
         probe = Probe.of(model)
         expected = _logits(model, probe, lambda: DynamicCache(config=config), original)
-        got = _logits(model, probe, lambda: CompressedCache(FULL, facts), attention.ASKING)
-        model.set_attn_implementation(attention.NAME)
+        got = _logits(model, probe, lambda: CompressedCache(FULL, facts), hook.ASKING)
+        model.set_attn_implementation(hook.NAME)
         _compare_forwards(kind, expected, got, model.dtype)
         facts.rope = RopeKit(model, facts.modules)
         facts.border, facts.settles = _find_border(model, facts)
@@ -135,7 +136,7 @@ def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads(
         raise UserError(
             f"{kind} did not pass the self-check, its KV cache cannot be compressed: {type(error).__name__}: {error}"
         ) from error
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(hook.NAME)
     model._kv_own_attention = original
     return facts
 
@@ -254,6 +255,7 @@ def _generated(
         return_dict_in_generate=True,
         output_logits=True,
     )
+    loop = by_rows(cache, compiled=decoder is not None)
     with nullcontext() if decoder is None else decoder.decoding(cache, count):
         out: Any = model.generate(  # type: ignore[operator]
             ids,
@@ -261,6 +263,7 @@ def _generated(
             generation_config=config,
             logits_processor=LogitsProcessorList([_Forced(probe.later, ids.shape[1])]),
             **generate_with(cache),
+            **loop,
         )
     return torch.stack([step.float() for step in out.logits], dim=1)
 
@@ -322,7 +325,7 @@ def probe_positions(model: PreTrainedModel, facts: ModelFacts) -> list[str]:
     Probes a small shift and one beyond the trained context, where frequencies that depend on the length show.
     """
     assert facts.rope is not None
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(hook.NAME)
     base = _keys_at(model, facts, 0)
     kinds = ["rope"] * facts.num_layers
     for shift in (37, _far(model, facts)):

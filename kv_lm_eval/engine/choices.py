@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.engine.forward import device_of, logits_of
-from kv_lm_eval.engine.prefill import NewCache, feed, prefill
+from kv_lm_eval.engine.prefill import Logits, NewCache, feed, feed_between_cuts, forward, prefill
 from kv_lm_eval.engine.question import prefill_before_question
 
 Score = tuple[float, bool]  # sum of log-probabilities in nats; whether greedy decoding would give the same tokens
@@ -49,7 +48,7 @@ def score_continuations(
             return _score_each_alone(model, new_cache, contexts, continuations, tail_tokens, dtype)
     if not isinstance(tail_tokens, int):
         cache = prefill_before_question(model, new_cache, contexts, tail_tokens)
-        first_logits = feed(model, cache, [c[-1:] for c in contexts], side="left", logits=1)[:, -1]
+        first_logits = feed(model, cache, [c[-1:] for c in contexts], keep=1)
     elif not compression.lossy and all(len(group) == 1 for group in continuations):
         return _score_in_one_forward(model, new_cache, contexts, continuations, tail_tokens, dtype)
     else:
@@ -61,40 +60,33 @@ def score_continuations(
 
 def _prefill_and_tail(
     model: PreTrainedModel, new_cache: NewCache, contexts: Sequence[Sequence[int]], tail_tokens: int
-) -> tuple[CompressedCache, torch.Tensor]:
-    """The contexts but for their last `tail_tokens`, cut, and then those; logits after the last token [B, V]."""
+) -> tuple[CompressedCache, Logits]:
+    """The contexts but for their last `tail_tokens`, cut, and then those; logits after each last token, [1, V]."""
     heads = [c[: max(0, len(c) - tail_tokens)] for c in contexts]
     tails = [c[len(h) :] for c, h in zip(contexts, heads, strict=True)]
     if any(heads):
         cache, first_logits = prefill(model, new_cache, heads)
     else:  # contexts of tail_tokens or fewer have nothing to compress before their tail
-        cache = new_cache()
-        cache.mode = "decode"
+        cache, first_logits = new_cache(), {}
+        cache.set(mode="decode")
     if any(tails):
         first_logits = _feed_tail(model, cache, tails, tail_tokens)
     return cache, first_logits
 
 
-def _feed_tail(
-    model: PreTrainedModel, cache: CompressedCache, tails: Sequence[Sequence[int]], width: int
-) -> torch.Tensor:
-    """The tail over the compressed cache, cut where the schedule says; logits after the last token [B, V].
+def _feed_tail(model: PreTrainedModel, cache: CompressedCache, tails: Sequence[Sequence[int]], width: int) -> Logits:
+    """The tail over the compressed cache, cut where the schedule says; logits after each row's last token, [1, V].
 
-    A tail takes `width` ticks of the schedule's clock however short its context is, so that rows do not depend on
-    their neighbours.
+    A tail takes `width` ticks of the schedule's clock however short its context is.
     """
-    most = max(map(len, tails))
-    columns = [[None] * (most - len(t)) + list(t) for t in tails]  # all rows end together
-    cache.decoded += width - most
-    out, done = None, 0
-    while done < most:
-        step = cache.until_due(most - done)
-        part = [[t for t in row[done : done + step] if t is not None] for row in columns]
-        if any(part):
-            out = feed(model, cache, part, side="left", logits=1)[:, -1]
-        done += step
-    assert out is not None
-    return out
+    cache.open(len(tails))
+    cache.part([len(tail) for tail in tails])
+    for segment, rows in zip(cache.segments, cache.members, strict=True):
+        segment.decoded += width - len(tails[rows[0]])
+    last: Logits = {}
+    for _, logits in feed_between_cuts(model, cache, tails, keep=1):
+        last |= logits
+    return last
 
 
 def _score_in_one_forward(
@@ -107,14 +99,12 @@ def _score_in_one_forward(
 ) -> tuple[list[list[Score]], CompressedCache]:
     """Nothing will ever be cut and no context is shared: lm-eval's own single forward.
 
-    Padded on the left, so that logits are computed for as many columns as the longest continuation has.
+    Logits are computed for as many tokens of each row as the longest continuation has.
     """
     cache = new_cache()
     rows = [list(c) + list(group[0])[:-1] for c, group in zip(contexts, continuations, strict=True)]
-    logits = feed(model, cache, rows, side="left", logits=max(len(group[0]) for group in continuations))
-    scores = [
-        [_score(row[-len(group[0]) :], group[0], dtype)] for row, group in zip(logits, continuations, strict=True)
-    ]
+    logits = feed(model, cache, rows, keep=max(len(group[0]) for group in continuations))
+    scores = [[_score(logits[b][-len(group[0]) :], group[0], dtype)] for b, group in enumerate(continuations)]
     cache.count_only([max(0, len(c) - tail_tokens) for c in contexts], [len(c) for c in contexts])
     return scores, cache
 
@@ -145,38 +135,32 @@ def _score_each_alone(
 def score_packed(
     model: PreTrainedModel,
     cache: CompressedCache,
-    first_logits: torch.Tensor,
+    first_logits: Logits,
     continuations: Sequence[Sequence[Sequence[int]]],
     dtype: torch.dtype | None,
 ) -> list[list[Score]]:
     """All continuations of a context in one row; each sees the shared cache and itself. No copies, nothing stored."""
     rows = [[t for c in group for t in c[:-1]] for group in continuations]
-    width = max(map(len, rows))
-    logits = None
-    if width:
-        device = device_of(model)
-        ids, positions, mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
-        branch = torch.full((len(rows), width), -1)
-        for b, group in enumerate(continuations):
-            at = 0
-            for i, c in enumerate(group):
-                n = len(c) - 1
-                ids[b, at : at + n] = torch.tensor(c[:-1], dtype=torch.long)
-                positions[b, at : at + n] = torch.arange(cache.seen[b], cache.seen[b] + n)
-                mask[b, at : at + n], branch[b, at : at + n] = 1, i
-                at += n
-        cache.mode, cache.branch = "score", branch.to(device)
-        cache.next_counts = [len(row) for row in rows]
-        logits = logits_of(model, ids.to(device), positions=positions, mask=mask, cache=cache)
-        cache.mode, cache.branch = "decode", None
+    logits: Logits = {}
+    if any(rows):
+        fill = [most - len(row) for row, most in zip(rows, cache.widest(list(map(len, rows))), strict=True)]
+        places = [
+            [start + i for c in group for i in range(len(c) - 1)]
+            for start, group in zip(cache.seen, continuations, strict=True)
+        ]
+        branches = [[i for i, c in enumerate(group) for _ in c[1:]] for group in continuations]
+        cache.read_only([own + [-1] * n for own, n in zip(branches, fill, strict=True)])
+        rows, places = ([own + [0] * n for own, n in zip(x, fill, strict=True)] for x in (rows, places))
+        logits = forward(model, cache, rows, places=places)
+        cache.set(mode="decode", branch=None)
     scores = []
     for b, group in enumerate(continuations):
         at, own = 0, []
         for c in group:
             n = len(c) - 1
-            part = first_logits[b : b + 1]
-            if n and logits is not None:
-                part = torch.cat([part, logits[b, at : at + n]])
+            part = first_logits[b]
+            if n:
+                part = torch.cat([part, logits[b][at : at + n]])
             at += n
             own.append(_score(part, c, dtype))
         scores.append(own)
@@ -186,7 +170,7 @@ def score_packed(
 def score_in_forks(
     model: PreTrainedModel,
     cache: CompressedCache,
-    first_logits: torch.Tensor,
+    first_logits: Logits,
     continuations: Sequence[Sequence[Sequence[int]]],
     dtype: torch.dtype | None,
 ) -> list[list[Score]]:
@@ -194,26 +178,15 @@ def score_in_forks(
     if sum(map(len, continuations)) > 1 and _beyond(cache, continuations):
         (group,) = continuations  # a row beyond the border comes alone, and so do its continuations
         return [[score_in_forks(model, cache, first_logits, [[c]], dtype)[0][0] for c in group]]
-    rows = [list(c) for group in continuations for c in group]
     owner = [b for b, group in enumerate(continuations) for _ in group]
-    parts = [[first_logits[b : b + 1]] for b in owner]
-    longest = max(len(r) for r in rows) - 1
-    if longest:
-        fork = cache.select(torch.tensor(owner))
-        done = 0
-        while done < longest:
-            step = fork.until_due(longest - done, [len(r) - 1 > done for r in rows])
-            segment = [r[done : min(done + step, len(r) - 1)] for r in rows]
-            logits = feed(model, fork, segment, side="right", logits=0)
-            for i, s in enumerate(segment):
-                parts[i].append(logits[i, : len(s)])
-            done += step
-    flat = [_score(torch.cat(p), r, dtype) for p, r in zip(parts, rows, strict=True)]
-    out, at = [], 0
-    for group in continuations:
-        out.append(flat[at : at + len(group)])
-        at += len(group)
-    return out
+    parts = [[first_logits[b]] for b in owner]
+    rows = [list(c) for group in continuations for c in group]
+    if any(len(row) > 1 for row in rows):
+        for _, logits in feed_between_cuts(model, cache.select(owner), [row[:-1] for row in rows]):
+            for i, own in logits.items():
+                parts[i].append(own)
+    scores = iter([_score(torch.cat(p), r, dtype) for p, r in zip(parts, rows, strict=True)])
+    return [[next(scores) for _ in group] for group in continuations]
 
 
 def _score(logits: torch.Tensor, continuation: Sequence[int], dtype: torch.dtype | None) -> Score:

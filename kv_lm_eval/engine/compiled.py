@@ -57,8 +57,8 @@ class Decoder:
             self.step = torch.compile(step, backend=backend, fullgraph=True, dynamic=False, mode=mode)
 
     def start(self, cache: CompressedCache, room: int) -> StaticCache:
-        """A prefilled cache in fixed shapes, with room for so many tokens more."""
-        new = StaticCache(cache, room)
+        """A prefilled cache in fixed shapes, with room for so many tokens more; its rows are joined in one segment."""
+        new = StaticCache(cache.join(), room)
         if self._static is None or not self._static.load(new):
             self._static = new
         return self._static
@@ -81,9 +81,10 @@ class Decoder:
                 return original(*args, **kwargs)
             if not statics:
                 statics.append(self.start(cache, room))
-                statics[0].lend(cache)
+                statics[0].lend(cache.segments[0])
             logits = self.step(statics[0], kwargs["input_ids"])
-            statics[0].count(cache)
+            statics[0].count(cache.segments[0])
+            cache.advance()
             return output(logits[:, None], cache)
 
         with replaced(self.model, "forward", forward), torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):

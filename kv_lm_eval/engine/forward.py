@@ -27,9 +27,10 @@ def logits_of(
     positions: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     cache: Cache | None = None,
-    keep: int = 0,
+    keep: int | torch.Tensor = 0,
 ) -> torch.Tensor:
-    """Logits of one forward: [B, keep, V] of the last `keep` columns, [B, q, V] of all with keep=0.
+    """Logits of one forward: [B, keep, V] of the last `keep` columns, [B, q, V] of all with keep=0; or of the columns
+    whose numbers `keep` lists, [n].
 
     Args:
         ids: [B, q]. positions: [B, q]. mask: [B, >= q] 0 where a token is padding, None: nowhere.
@@ -40,9 +41,12 @@ def logits_of(
     forward = forward_of(model)
     if cache is not None:
         words[cache_argument(forward)] = cache
-    if keep and "logits_to_keep" in _parameters(forward):
-        words["logits_to_keep"] = keep
+    there = "logits_to_keep" in _parameters(forward)
+    if there and (isinstance(keep, torch.Tensor) or keep):
+        words["logits_to_keep"] = keep.to(ids.device) if isinstance(keep, torch.Tensor) else keep
     out: torch.Tensor = model(input_ids=ids, use_cache=cache is not None, **words).logits
+    if isinstance(keep, torch.Tensor):
+        return out if there else out[:, keep.to(out.device)]
     return out[:, -keep:] if keep else out
 
 
@@ -59,6 +63,12 @@ def cache_argument(function: Callable[..., Any]) -> str:
 def generate_with(cache: Cache | None) -> dict[str, Any]:
     """The arguments with which generate() goes on from a cache; none without one."""
     return {} if cache is None else {cache_argument(CausalLMOutputWithPast): cache}
+
+
+def cache_among(words: dict[str, Any]) -> Cache | None:
+    """The cache among the arguments that generate() has for the model."""
+    cache: Cache | None = words.get(cache_argument(CausalLMOutputWithPast))
+    return cache
 
 
 def output(logits: torch.Tensor, cache: Cache) -> CausalLMOutputWithPast:

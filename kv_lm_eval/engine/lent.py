@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kv_lm_eval.cache import attention
+from kv_lm_eval.cache import hook
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.forward import cache_argument, forward_of
 
@@ -40,9 +40,9 @@ def as_found(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def our_attention(model: PreTrainedModel) -> Iterator[None]:
     """Inside, every forward runs through our attention function and needs a CompressedCache."""
-    attention.register()
+    hook.register()
     with as_found(model):
-        model.set_attn_implementation(attention.NAME)
+        model.set_attn_implementation(hook.NAME)
         yield
 
 

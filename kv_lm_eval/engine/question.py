@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.engine.prefill import NewCache, feed, prefill
+from kv_lm_eval.engine.prefill import NewCache, forward, prefill
 
 
 @torch.no_grad()  # not inference_mode: generate() goes on with the cache outside of it
@@ -30,9 +30,9 @@ def prefill_before_question(
     cache = prefill(model, new_cache, heads)[0] if any(heads) else new_cache()
     online = cache.compression.schedule.online
     if any(middles):
-        cache.mode = "hold" if online else "decode"
-        feed(model, cache, middles, side="left", logits=1)
-    cache.mode, cache.decoded = "decode", 0
+        cache.set(mode="hold" if online else "decode")
+        forward(model, cache, middles, keep=1)
+    cache.set(mode="decode", decoded=0)
     return cache
 
 

@@ -44,7 +44,7 @@ def start(
     else:
         cache = new_cache()
         feed_beginning(model, cache, rows)
-        if cache.facts.border is not None and not cache.seen:  # generate() does all of it
+        if cache.facts.border is not None and not cache.batch:  # generate() does all of it
             assert cache.facts.rope is not None
             cache.facts.rope.forget(device_of(model))
         ids, mask = left_padded(rows, pad)

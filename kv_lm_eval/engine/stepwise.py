@@ -65,7 +65,7 @@ def steps(
         before = largest(cache)
         wait()
         start = time.perf_counter()
-        logits = feed(model, cache, [segment], side="left", logits=0)[0]
+        logits = feed(model, cache, [segment])[0]
         wait()
         seconds = time.perf_counter() - start
         log_probs = logits.float().log_softmax(-1)
@@ -93,5 +93,4 @@ def steps(
 
 def largest(cache: CompressedCache) -> int:
     """Pairs per KV head in the layer that holds most, of those that may be cut."""
-    layers = [i for i in range(len(cache.stores)) if cache.facts.compressible(i)]
-    return max((round(cache.held[i][0]) for i in layers if cache.held[i]), default=0)
+    return max((round(held[0]) for i, held in enumerate(cache.held) if held and cache.facts.compressible(i)), default=0)

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import ceil
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from kv_lm_eval.cache.band import BandCache
+from kv_lm_eval.cache.band import Band
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.engine.prefill import HOLD_TOKENS, NewCache, feed
+from kv_lm_eval.engine.prefill import HOLD_TOKENS, Logits, NewCache, Rows, feed, feed_between_cuts
 from kv_lm_eval.methods.compression import Compression
 
 LOGIT_ELEMENTS = 2**27  # logits held at a time
@@ -67,42 +68,47 @@ def score_documents(
     Returns:
         one ScoredDocument each; and the cache (for its numbers).
     """
-    rows = [[prefix_token, *d] for d in documents]
-    cache = _stream_cache(new_cache(), every, max(map(len, rows)) - 1, prefill_tokens)
+    rows = [[prefix_token, *d][:-1] for d in documents]
+    longest = max(map(len, rows))
+    cache = _stream_cache(new_cache(), every, longest, prefill_tokens)
     parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in rows]
-    longest = max(map(len, rows)) - 1
     vocab = model.config.get_text_config().vocab_size
     most = max(MIN_CHUNK, min(HOLD_TOKENS, LOGIT_ELEMENTS // (len(rows) * vocab)))
-    done = 0
-    while done < longest:
-        if done < prefill_tokens and not isinstance(cache, BandCache):
-            cache.mode, step = "prefill", cache.facts.until_border(done, min(prefill_tokens, longest))
-        else:
-            cache.mode = "stream"
-            limit = cache.facts.until_border(done, min(longest - done, most))
-            step = cache.until_due(limit, [len(r) - 1 > done for r in rows])
-        if isinstance(cache, BandCache):
-            cache.prepare(step)
-        segment = [r[done : min(done + step, len(r) - 1)] for r in rows]
-        logits = feed(model, cache, segment, side="right", logits=0)
-        for b, s in enumerate(segment):
-            if s:
-                targets = torch.tensor(rows[b][done + 1 : done + 1 + len(s)], device=logits.device)
-                parts[b].append(_scored(logits[b, : len(s)], targets, dtype))
-        done += step
-        progress(sum(map(len, segment)))
+    for fed, logits in _forwards(model, cache, rows, prefill_tokens, most):
+        for b, own in logits.items():
+            targets = torch.tensor(documents[b][fed[b] : fed[b] + len(own)], device=own.device)
+            parts[b].append(_scored(own, targets, dtype))
+        progress(sum(map(len, logits.values())))
     return [_document(p, len(d), prefill_tokens, cache) for p, d in zip(parts, documents, strict=True)], cache
+
+
+def _forwards(
+    model: PreTrainedModel, cache: CompressedCache, rows: Rows, prefill_tokens: int, most: int
+) -> Iterator[tuple[list[int], Logits]]:
+    """Tokens of each row fed before, and the logits of all that are fed, for each forward of at most `most` tokens a
+    row, of the first `prefill_tokens` in one."""
+    at = 0
+    if prefill_tokens and not isinstance(cache.segments[0], Band):
+        at = cache.facts.until_border(0, prefill_tokens)
+        yield [0] * len(rows), feed(model, cache, [row[:at] for row in rows])
+    cache.set(mode="decode")
+    rest, facts = [row[at:] for row in rows], cache.facts
+    for fed, logits in feed_between_cuts(model, cache, rest, limit=lambda n: facts.until_border(at + n, most)):
+        yield [at + n for n in fed], logits
 
 
 def _stream_cache(cache: CompressedCache, every: int, tokens: int, prefill_tokens: int) -> CompressedCache:
     """The cache for documents of up to `tokens` tokens: the one given, or one that needs no segments."""
     schedule = dataclasses.replace(cache.compression.schedule, compress_every=every)
     compression = dataclasses.replace(cache.compression, schedule=schedule)
-    cache.compression = compression
+    cache.set(compression=compression)
+    cache.prefill_evicts = False  # a document's first tokens are read whole
     if not compression.method.compresses or not compression.banded or tokens < 1:
         return cache
     slots, cuts = visible_slots(compression, tokens, prefill_tokens, [0])
-    return BandCache(compression, cache.facts, slots, dict(cuts), prefill_tokens)
+    return CompressedCache(
+        compression, cache.facts, partial(Band, slots=slots, cuts=dict(cuts), prefill_tokens=prefill_tokens)
+    )
 
 
 def _scored(

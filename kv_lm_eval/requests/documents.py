@@ -333,7 +333,7 @@ def _stream(
                 slots=one.slots.cpu().numpy(),
                 evictions=[(int(fed), int(dropped)) for fed, dropped in one.evictions],
             )
-        if cache.seen:
+        if cache.batch:
             end = cache.snapshot()
             end["timing"] = watch.timings(len(batch), run.first_of_its_kind())
             known.update((i, r.efficiency()) for i, r in zip(batch, run.record(batch, end, end), strict=True))

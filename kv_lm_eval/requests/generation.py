@@ -18,7 +18,7 @@ from transformers import StoppingCriteriaList
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.forward import generate_with, logits_of
-from kv_lm_eval.engine.generate import noting_first_token
+from kv_lm_eval.engine.generate import by_rows, noting_first_token
 from kv_lm_eval.engine.lent import starting_anew
 from kv_lm_eval.engine.prefill import prefill
 from kv_lm_eval.engine.start import left_padded, start
@@ -173,12 +173,12 @@ def _generate(run: Run, prompts: Sequence[Prompt]) -> list[Text]:
         tails = [p.tail for p in prompts] if run.question_first else None
         with run.autocast():
             cache, ids, mask = start(lm.model, run.caches(watch), rows, tails, pad)
-        if settings.beams > 1 and cache.seen:
+        if settings.beams > 1 and cache.batch:
             cache.batch_repeat_interleave(settings.beams)
     ids = torch.where(mask.bool(), ids, ids.new_tensor([row[0] for row in rows])[:, None])
     width, most_new = ids.shape[1], prompts[0].most_tokens - len(rows[0])
     stops = Stops(lm.tokenizer, settings.until, settings.end_tokens, width, len(rows), settings.beams)
-    steps_before = len(cache.history) if cache is not None else 0
+    loop = {} if cache is None else by_rows(cache, settings.beams, run.decoder is not None)
     fast: AbstractContextManager[None] = nullcontext()
     if cache is not None and run.decoder is not None:
         fast = run.decoder.decoding(cache, most_new)
@@ -191,13 +191,14 @@ def _generate(run: Run, prompts: Sequence[Prompt]) -> list[Text]:
             stopping_criteria=StoppingCriteriaList([stops]),
             use_cache=cache is not None,
             **generate_with(cache),
+            **loop,
             **{"pad_token_id": pad, **settings.of_generate},
         )
     watch.end()
     new = [stops.own(b, row) for b, row in enumerate(out[:, width:].tolist())]
     timings = watch.timings(len(rows), run.first_of_its_kind(), [max(1, len(row)) for row in new], out.shape[1] - width)
     steps = [max(0, len(row) - 1) for row in new]
-    efficiency = _record(run, prompts, cache, steps_before, steps, timings)
+    efficiency = _record(run, prompts, cache, steps, timings)
     return [Text(_text(run, row, settings), known) for row, known in zip(new, efficiency, strict=True)]
 
 
@@ -205,7 +206,6 @@ def _record(
     run: Run,
     prompts: Sequence[Prompt],
     cache: CompressedCache | None,
-    steps_before: int,
     steps: Sequence[int],
     timings: list[Timing],
 ) -> list[dict[str, Any]]:
@@ -217,8 +217,8 @@ def _record(
     members, lengths = [p.i for p in prompts], [len(p.ids) for p in prompts]
     if cache is None:
         return [r.efficiency() for r in run.record_uncached(members, lengths, timings)]
-    beams = len(cache.seen) // len(prompts)
-    end = _every_row(cache.snapshot([steps_before + n for n in steps for _ in range(beams)]), beams)
+    beams = cache.batch // len(prompts)
+    end = _every_row(cache.snapshot([n for n in steps for _ in range(beams)]), beams)
     found = [p.boundary for p in prompts if p.boundary is not None]
     before = cache.prefill_end or ({**end, "compressed": [False] * len(prompts)} if found else end)
     before = {**_every_row(before, len(before["seen"]) // len(prompts)), "seen": lengths}

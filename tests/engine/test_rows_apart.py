@@ -17,12 +17,13 @@ import pytest
 import tiny
 import torch
 
-from kv_lm_eval.cache.band import BandCache
+from kv_lm_eval.cache.band import Band
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.check import FULL, wrap
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.forward import generate_with
+from kv_lm_eval.engine.generate import by_rows
 from kv_lm_eval.engine.start import start
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.errors import UserError
@@ -106,6 +107,7 @@ class Case:
     continuations: list[list[list[int]]]
     tail_tokens: int
     prefill_tokens: int
+    stock: bool  # generate()'s own loop over left-padded prompts, or ours over packed ones
     words: str
 
 
@@ -145,6 +147,7 @@ def draw(rng: random.Random) -> Case:
             ],
             tail_tokens=rng.choice((0, 1, 1, 4)),
             prefill_tokens=rng.choice((0, 7)),
+            stock=rng.random() < 0.3,
             words=f"{name} {kind} {settings} lengths={lengths}",
         )
 
@@ -163,6 +166,7 @@ def generated(m: Any, new_cache: Callable[[], CompressedCache], case: Case, some
             output_logits=True,
             return_dict_in_generate=True,
             **generate_with(cache),
+            **({} if case.stock else by_rows(cache)),
         )
     return torch.stack(out.logits, dim=1), cache
 
@@ -188,18 +192,18 @@ def outcome(case: Case, some: list[int]) -> list[dict[str, Any]]:
     m, facts = model(case.name)
     new_cache = partial(make_cache, case.compression, facts, case.chunk)
     numbers, cache = ROADS[case.kind](m, new_cache, case, some)
-    snapshot = cache.snapshot() if cache.seen else {}
-    stores = [] if not cache.seen or isinstance(cache, BandCache) else cache.stores  # a band holds the longest row's
+    snapshot = cache.snapshot() if cache.batch else {}
     found = []
     for b in range(len(some)):
         held = []
-        for store in stores:
-            pos = store.pos[b]
+        segment, row = cache.of_row(b) if cache.batch else (None, 0)
+        for store in [] if segment is None or isinstance(segment, Band) or not segment.seen[row] else segment.stores:
+            pos = store.pos[row]
             for head in range(store.keys.shape[1]):
                 at = pos[head if pos.shape[0] > 1 else 0]
                 order = at.argsort(stable=True)
                 order = order[(at[order] >= 0) & (at[order] < cache.seen[b])]  # a continuation may stand behind
-                held.append((at[order].tolist(), store.keys[b, head, order], store.values[b, head, order]))
+                held.append((at[order].tolist(), store.keys[row, head, order], store.values[row, head, order]))
         statistics = {
             k: v[b] for k, v in snapshot.items() if isinstance(v, list)
         }  # what is not by row is of the whole batch
@@ -223,7 +227,7 @@ def check(seed: int) -> None:
     everyone = list(range(len(case.rows)))
     words = (
         f"seed {seed}: {case.words} chunk={case.chunk} question={case.question} tails={case.tails} "
-        f"tail_tokens={case.tail_tokens} prefill_tokens={case.prefill_tokens}"
+        f"tail_tokens={case.tail_tokens} prefill_tokens={case.prefill_tokens} stock={case.stock}"
     )
     together = outcome(case, everyone)
     for i in everyone:
