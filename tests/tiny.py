@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.config import parse
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.forward import cache_argument, logits_of
+from kv_lm_eval.engine.prefill import prefill as engine_prefill
 from kv_lm_eval.methods.compression import Compression
 
 VOCAB = 97
@@ -148,7 +149,17 @@ def forward(
     return logits_of(model, ids, positions=positions, mask=padding, cache=cache)
 
 
+def prefill(
+    model: tf.PreTrainedModel, new_cache: Callable[[], CompressedCache], rows: list[list[int]]
+) -> tuple[CompressedCache, torch.Tensor]:
+    """The cache of the prompts and the logits after them, [B, V]."""
+    cache, logits = engine_prefill(model, new_cache, rows)
+    return cache, torch.cat([logits[b] for b in range(len(rows))])
+
+
 def kept(cache: CompressedCache, layer: int, row: int = 0) -> list[list[int]]:
-    """Original positions in a layer's store: one sorted list per KV head (one for all, if all heads hold the same)."""
+    """Original positions in a layer's store: one sorted list per KV head (one for all, if all heads of all rows hold the
+    same)."""
     segment, place = cache.of_row(row)
-    return [sorted(p for p in head if p >= 0) for head in segment.stores[layer].pos[place].tolist()]
+    heads = max(s.stores[layer].pos.shape[1] for s in cache.segments)
+    return [sorted(p for p in head if p >= 0) for head in segment.stores[layer].pos[place].expand(heads, -1).tolist()]

@@ -242,6 +242,10 @@ class CompressedCache(Face):
         """What the next forward is, see `Segment`."""
         return self.segments[0].mode
 
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self.set(mode=mode)
+
     def set(self, **state: Any) -> None:
         """Sets attributes of all segments: `mode`, `compression`, `decoded`."""
         for segment in self.segments:
@@ -283,14 +287,19 @@ class CompressedCache(Face):
 
     @property
     def stores(self) -> list[Any]:
-        """The stores of a batch that is one segment, by layer."""
-        (segment,) = self.segments
-        return segment.stores
+        """The stores of a batch that is one segment, by layer; of several, a picture of keys, values and positions with
+        empty slots before those of rows that hold fewer."""
+        return self.segments[0].stores if len(self.segments) == 1 else self.select(range(self.batch)).join().stores
 
     @property
     def held(self) -> list[list[float]]:
         """Slots in use by layer and row."""
         return [self.by_row(lambda segment, i=i: segment.held[i]) for i in range(self.facts.num_layers)]  # type: ignore[misc]
+
+    @property
+    def peaks(self) -> list[float]:
+        """Most slots that any layer that may be cut ever held, by row."""
+        return self.by_row(lambda segment: segment.peaks)
 
     @property
     def prefill_end(self) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.transfer import to_device
@@ -273,11 +274,11 @@ def joined(stores: Sequence[LayerStore]) -> LayerStore:
     if any(s.bias is not None for s in stores):
         none = [s.keys.new_zeros(s.keys.shape[:3], dtype=torch.float32) for s in stores]
         new._bias = together([n if s.bias is None else s.bias for s, n in zip(stores, none, strict=True)], 0)
-    sinks = [s.pristine_sinks for s in stores]
-    if found := [x.shape[2] for x in sinks if x is not None]:
-        new.pristine_sinks = torch.cat(
-            [s.keys[:, :, : found[0]] if x is None else x for s, x in zip(stores, sinks, strict=True)]
-        )
+    sinks = [store.pristine_sinks for store in stores]
+    if any(x is not None for x in sinks):
+        most = max(x.shape[2] for x in sinks if x is not None)
+        own = [s.keys[:, :, :most] if x is None else x for s, x in zip(stores, sinks, strict=True)]
+        new.pristine_sinks = torch.cat([F.pad(x, (0, 0, 0, most - x.shape[2])) for x in own])
     return new
 
 

@@ -66,6 +66,7 @@ def _prefill_and_tail(
     tails = [c[len(h) :] for c, h in zip(contexts, heads, strict=True)]
     if any(heads):
         cache, first_logits = prefill(model, new_cache, heads)
+        cache.set(mode="decode")  # of contexts that are all tail, too
     else:  # contexts of tail_tokens or fewer have nothing to compress before their tail
         cache, first_logits = new_cache(), {}
         cache.set(mode="decode")

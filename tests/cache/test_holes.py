@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_lm_eval.cache import cache as cache_module
+from kv_lm_eval.cache import segment
 from kv_lm_eval.cache.store import MIN_HEADROOM
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.streaming import score_documents
@@ -83,7 +83,7 @@ def test_holes_change_nothing_but_the_work(
     rows = [tiny.tokens(n + steps, seed=n) for n in lengths]
 
     def run(few: int) -> tuple[list[torch.Tensor], list[object], int, int]:
-        monkeypatch.setattr(cache_module, "FEW", few)
+        monkeypatch.setattr(segment, "FEW", few)
         cache, logits, kept = pair.cache(**settings(name)), [], []
         holes = most = 0
         for step in range(steps):
@@ -96,7 +96,7 @@ def test_holes_change_nothing_but_the_work(
             most = max(most, store.keys.untyped_storage().nbytes() // (store.keys[:, :, :1].numel() * 4))
         return logits, kept, holes, most
 
-    got, kept, holes, most = run(cache_module.FEW)
+    got, kept, holes, most = run(segment.FEW)
     expected, expected_kept, none, _ = run(0)
     assert kept == expected_kept
     for step, (a, b) in enumerate(zip(got, expected, strict=True)):
@@ -113,12 +113,12 @@ def test_forks_and_documents_with_holes(name: str, monkeypatch: pytest.MonkeyPat
     groups = [[tiny.tokens(n, seed=n) for n in lengths] for lengths in ((1, 7), (4, 2, 6), (3,))]
 
     def run(few: int) -> tuple[list[float], list[torch.Tensor]]:
-        monkeypatch.setattr(cache_module, "FEW", few)
+        monkeypatch.setattr(segment, "FEW", few)
         scored = score_continuations(pair.model, lambda: pair.cache(**settings(name)), contexts, groups, 20)[0]
         streamed = score_documents(pair.model, lambda: pair.cache(**settings(name)), 5, documents, 2)[0]
         return [c[0] for group in scored for c in group], [d.log_probs for d in streamed]
 
-    got, expected = run(cache_module.FEW), run(0)
+    got, expected = run(segment.FEW), run(0)
     assert got[0] == pytest.approx(expected[0], abs=1e-4)
     for a, b in zip(got[1], expected[1], strict=True):
         assert (a - b).abs().max() <= 1e-4

@@ -25,7 +25,7 @@ class Watching(Method):
 def test_lower_layers_are_cut_before_upper_ones_are_read():
     pair = tiny.pair("llama")
     cache = pair.cache(method="window", max_capacity_prompt=BUDGET)
-    cache.compression = dataclasses.replace(cache.compression, method=Watching())
+    cache.set(compression=dataclasses.replace(cache.compression, method=Watching()))
     lengths.clear()
     stores[:] = cache.stores
     tiny.forward(pair.model, cache, [tiny.tokens(50)])

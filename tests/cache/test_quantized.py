@@ -98,20 +98,15 @@ class Twins:
     def numbers(self, *shape: int) -> torch.Tensor:
         return (torch.randn(*shape, generator=self.generator) * 3 + 1).to(self.dtype)
 
-    def feed(self, counts: list[int], side: str) -> None:
-        """Tokens of each row, padded on the given side."""
-        rows, q = len(counts), max(counts)
-        keys, values = self.numbers(rows, HEADS, q, SIZE), self.numbers(rows, HEADS, q, VALUE_SIZE)
-        pos = torch.full((rows, q), -1)
-        for b, n in enumerate(counts):
-            first = q - n if side == "left" else 0
-            for i in range(n):
-                pos[b, first + i] = self.seen[b] + i
-                for h in range(HEADS):
-                    key, value = keys[b, h, first + i].tolist(), values[b, h, first + i].tolist()
-                    self.heads[b][h].add(self.seen[b] + i, key, value)
-            self.seen[b] += n
-        self.store.append(keys, values, pos, counts)
+    def feed(self, count: int) -> None:
+        """So many tokens of each row."""
+        rows = len(self.heads)
+        keys, values = self.numbers(rows, HEADS, count, SIZE), self.numbers(rows, HEADS, count, VALUE_SIZE)
+        pos = torch.tensor(self.seen)[:, None] + torch.arange(count)
+        for b, h, i in itertools.product(range(rows), range(HEADS), range(count)):
+            self.heads[b][h].add(self.seen[b] + i, keys[b, h, i].tolist(), values[b, h, i].tolist())
+        self.seen = [n + count for n in self.seen]
+        self.store.append(keys, values, pos)
 
     def cut(self, share: float, change: float = 0.0) -> None:
         """Keeps a random share of each head's pairs, the sinks among them, and changes some values."""
@@ -142,16 +137,16 @@ class Twins:
         )
         self.store.replace(kept, room=1)
 
-    def settle(self, due: list[bool]) -> None:
-        self.store.settle(due)
-        for row, now in zip(self.heads, due, strict=True):
-            for head in row if now else ():
-                head.settle()
+    def settle(self) -> None:
+        self.store.settle()
+        for head in itertools.chain(*self.heads):
+            head.settle()
 
-    def step(self, counts: list[int], side: str) -> None:
-        before = list(self.seen)
-        self.feed(counts, side)
-        self.settle([self.storage.due(a, b) for a, b in zip(before, self.seen, strict=True)])
+    def step(self, count: int) -> None:
+        before = self.seen[0]
+        self.feed(count)
+        if self.storage.due(before, self.seen[0]):
+            self.settle()
 
     def check(self) -> None:
         keys, values = self.store.keys, self.store.values
@@ -186,18 +181,17 @@ CASES = [
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("storage", "sinks", "share"), CASES)
-def test_any_course_of_padded_prompts_cuts_and_tokens_reads_back_as_the_loops_do(
+def test_any_course_of_prompts_cuts_and_tokens_reads_back_as_the_loops_do(
     storage: Storage, sinks: int, share: float, seed: int
 ) -> None:
     twins = Twins(storage, sinks, rows=3, seed=seed)
-    twins.feed([23, 11, 2], "left")
+    twins.feed(23)
     twins.check()
     twins.cut(share)
-    twins.settle([True] * 3)
+    twins.settle()
     twins.check()
     for turn in range(14):
-        counts = [1, 1, 1] if turn % 3 else [turn % 4, 3, 1]
-        twins.step(counts, "left" if turn % 2 else "right")
+        twins.step(1 if turn % 3 else 1 + turn % 4)
         if turn % 4 == 3:
             twins.cut(share, change=0.2 if turn == 7 else 0.0)
         twins.check()
@@ -206,39 +200,39 @@ def test_any_course_of_padded_prompts_cuts_and_tokens_reads_back_as_the_loops_do
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_reads_back_in_its_own_format(dtype: torch.dtype) -> None:
     twins = Twins(CASES[0][0], 1, rows=2, seed=5, dtype=dtype)
-    twins.feed([19, 9], "left")
-    twins.settle([True, True])
+    twins.feed(19)
+    twins.settle()
     twins.check()
     twins.cut(0.7)
-    twins.step([2, 1], "left")
+    twins.step(2)
     twins.check()
 
 
 def test_a_fork_goes_its_own_way() -> None:
     twins = Twins(CASES[2][0], 2, rows=3, seed=1)
-    twins.feed([21, 16, 5], "left")
-    twins.settle([True] * 3)
+    twins.feed(21)
+    twins.settle()
     fork = Twins(CASES[2][0], 2, rows=0, seed=2)
-    fork.store = twins.store.select(torch.tensor([2, 0, 0]))
+    fork.store = twins.store.select([2, 0, 0])
     fork.seen = [twins.seen[i] for i in (2, 0, 0)]
     for i in (2, 0, 0):
         fork.heads.append([Head(head.storage, head.sinks) for head in twins.heads[i]])
         for new, old in zip(fork.heads[-1], twins.heads[i], strict=True):
             new.pairs, new.serial = [list(p) for p in old.pairs], itertools.count(1000)
     for _ in range(5):
-        fork.step([2, 1, 0], "right")
+        fork.step(2)
         fork.cut(0.9)
         fork.check()
     twins.check()
-    twins.step([1, 1, 1], "left")
+    twins.step(1)
     twins.check()
 
 
 def test_a_sliding_layer_drops_its_oldest_pairs_and_codes_no_other_anew() -> None:
     twins = Twins(CASES[0][0], 0, rows=2, seed=3)
-    twins.feed([30, 17], "left")
-    twins.settle([True, True])
-    twins.store.compact(20, first=[10, 0])
+    twins.feed(30)
+    twins.settle()
+    twins.store.compact(20, first=[10, 10])
     for row in twins.heads:
         for head in row:
             head.pairs = head.pairs[-20:]
@@ -247,8 +241,8 @@ def test_a_sliding_layer_drops_its_oldest_pairs_and_codes_no_other_anew() -> Non
 
 def test_sinks_can_be_rewritten_and_stay_exact() -> None:
     twins = Twins(CASES[1][0], 3, rows=2, seed=4)
-    twins.feed([20, 9], "left")
-    twins.settle([True, True])
+    twins.feed(20)
+    twins.settle()
     new = twins.numbers(2, HEADS, 3, SIZE)
     first = torch.tensor([0, 11])[:, None] + torch.arange(3)
     twins.store.write_sinks(first[:, None, :, None].expand(2, HEADS, 3, SIZE), new)
@@ -310,8 +304,8 @@ def test_a_thousand_cuts_leave_a_survivor_as_it_was() -> None:
     storage = Storage(nbits=2, group_size=4, residual_length=4)
     twins = Twins(storage, 0, rows=1, seed=0)
     store = twins.store
-    twins.feed([40], "left")
-    store.settle([True])
+    twins.feed(40)
+    store.settle()
     survivor = store.keys[0, 0, 5].clone()
     kept = [5, *range(20, 40)]
     for token in range(40, 1040):
@@ -320,7 +314,8 @@ def test_a_thousand_cuts_leave_a_survivor_as_it_was() -> None:
         store.replace(Kept(keys, values, pos, None, slots=slots), room=1)
         keys, values = twins.numbers(1, HEADS, 1, SIZE), twins.numbers(1, HEADS, 1, VALUE_SIZE)
         store.append(keys, values, torch.tensor([[token]]))
-        store.settle([storage.due(token, token + 1)])
+        if storage.due(token, token + 1):
+            store.settle()
         kept = [0, *range(2, 22)]
     assert torch.equal(store.keys[0, 0, 0], survivor)
     assert store.pos[0, 0].tolist() == [5, *range(1019, 1040)]
@@ -331,8 +326,8 @@ def test_of_two_pairs_with_one_position_each_keeps_its_own_codes() -> None:
     storage = Storage(nbits=4, group_size=4, residual_length=0)
     twins = Twins(storage, 0, rows=1, seed=1)
     store = twins.store
-    twins.feed([16], "left")
-    store.settle([True])
+    twins.feed(16)
+    store.settle()
     average = twins.numbers(1, HEADS, 1, SIZE), twins.numbers(1, HEADS, 1, VALUE_SIZE)
     slots = torch.tensor([[[0, 1, 3, 3, 4, 5]]]).expand(1, HEADS, -1)  # the second of the two 3s is an average
     pos = store.pos[:, :, slots[0, 0]]

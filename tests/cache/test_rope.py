@@ -90,10 +90,11 @@ def test_bfloat16_sinks_are_within_one_rounding_after_4096_evictions() -> None:
     newest = store.keys[:, :, -1:].clone()
     for _ in range(evictions):  # the cache's own steps, without the model around them
         cache.mode = "decode"
-        cache.begin(torch.tensor([cache.seen]), None, 1)
-        store.append(newest, newest, cache.new_pos)
-        cache.appended(0)
-        cache.after_attention(Step(0, newest, newest, newest, cache.new_pos, None, 1.0, None, None))
+        (segment,), pos = cache.segments, torch.tensor([cache.seen])
+        segment.begin(pos)
+        step = Step(0, newest, newest, newest, pos, 1.0)
+        segment._stored(step)
+        segment._after_attention(step)
     assert tiny.kept(cache, 0) == [[*range(n_sink), *range(evictions + 4, evictions + 12)]]
     angles = evictions * 10_000.0 ** (-torch.arange(0, 8, 2).double() / 8)
     a, b = pristine[..., :4], pristine[..., 4:]
@@ -110,7 +111,7 @@ def test_keys_have_not_drifted_after_4096_evictions(name: str, dtype: torch.dtyp
     facts = wrap(model, tiny.compression(method="streaming_llm", window_size=8))
     compression = tiny.compression(method="streaming_llm", n_sink=4, window_size=28, compress_every=32)
     cache, row = make_cache(compression, facts), tiny.tokens(32 + 4096)
-    cache.mode = "stream"
+    cache.mode = "decode"
     for start in range(0, len(row), 32):
         tiny.forward(model, cache, [row[start : start + 32]], [start])
     fresh = make_cache(tiny.compression(method="full"), facts)

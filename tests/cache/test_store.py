@@ -48,7 +48,11 @@ def test_valid_bytes_are_those_of_kept_tokens_and_allocated_bytes_those_of_the_s
     slot = 2 * 8 * 4  # key and value, head size 8, float32
     numbers = cache.snapshot()
     assert numbers["kv_bytes_valid"] == [2 * 2 * 12 * slot, 2 * 2 * 7 * slot]  # layers, KV heads, slots
-    held = sum(s._keys.untyped_storage().nbytes() + s._values.untyped_storage().nbytes() for s in cache.stores)
+    held = sum(
+        s._keys.untyped_storage().nbytes() + s._values.untyped_storage().nbytes()
+        for part in cache.segments
+        for s in part.stores
+    )
     assert numbers["kv_bytes_allocated"] == held / 2
     assert held <= 2 * 2 * 2 * (12 + MIN_HEADROOM) * slot, "the prompt's storage is given back"
 
@@ -148,13 +152,14 @@ def test_a_fork_goes_its_own_way_and_its_origin_notices_nothing(settings: dict[s
     pair = tiny.pair("llama")
     cache = pair.cache(**settings)
     tiny.forward(pair.model, cache, [tiny.tokens(30, seed=1), tiny.tokens(20, seed=2)])
-    before = [state(store) for store in cache.stores]
-    fork = cache.select(torch.tensor([1, 0, 1]))
+    before = [state(store) for segment in cache.segments for store in segment.stores]
+    fork = cache.select([1, 0, 1])
     for i in range(9):
         tiny.forward(pair.model, fork, [[i], [i + 1], [i + 2]], starts=[20 + i, 30 + i, 20 + i])
     assert (fork.seen, cache.seen) == ([29, 39, 29], [30, 20])
-    assert (fork.decoded, cache.decoded) == (9, 0)
-    for store, old in zip(cache.stores, before, strict=True):
+    assert ({s.decoded for s in fork.segments}, {s.decoded for s in cache.segments}) == ({9}, {0})
+    stores = [store for segment in cache.segments for store in segment.stores]
+    for store, old in zip(stores, before, strict=True):
         assert state(store).keys() == old.keys()
         assert all(torch.equal(now, old[name]) for name, now in state(store).items())
 
@@ -165,14 +170,16 @@ def test_reordering_moves_everything_that_belongs_to_a_row(settings: dict[str, o
     pair, rows, order = tiny.pair("llama"), [tiny.tokens(n, seed=n) for n in (30, 20, 25)], [2, 0, 0]
     cache = pair.cache(**settings)
     tiny.forward(pair.model, cache, rows)
-    before = [state(store) for store in cache.stores]
+    before = [[state(store) for store in cache.of_row(row)[0].stores] for row in range(3)]
     expected = {"method": {"queries", "query_pos"} if settings is OBSERVING else {"mass"}}["method"]
     if settings is not IN_CACHE:
-        assert expected <= before[0].keys()
+        assert expected <= before[0][0].keys()
     getattr(cache, how)(torch.tensor(order))
     assert cache.seen == [25, 30, 30] and cache.held == [[12, 12, 12]] * 2
-    for store, old in zip(cache.stores, before, strict=True):
-        assert all(torch.equal(now, old[name][order]) for name, now in state(store).items())
+    for row, origin in enumerate(order):
+        segment, at = cache.of_row(row)
+        for store, old in zip(segment.stores, before[origin], strict=True):
+            assert all(torch.equal(now[at], old[name][0]) for name, now in state(store).items())
 
 
 @pytest.mark.parametrize("settings", [OBSERVING, ACCUMULATING, IN_CACHE], ids=lambda s: s["method"])

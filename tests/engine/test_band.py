@@ -121,7 +121,7 @@ def reference(
 def scored(pair: tiny.Pair, documents: list[list[int]], **values: object) -> list[streaming.ScoredDocument]:
     cache = lambda: pair.cache(method="streaming_llm", **values)  # noqa: E731
     out, used = score_documents(pair.model, cache, PREFIX, documents, int(values["compress_every"]), torch.float64)
-    assert isinstance(used, band.BandCache)
+    assert isinstance(used.segments[0], band.Band)
     return out
 
 
@@ -174,13 +174,13 @@ def test_positions_brought_back_in_an_endless_stream_change_nothing(name: str, m
     monkeypatch.setattr(streaming, "MIN_CHUNK", 1)
     pair, document = doubled(name), tiny.tokens(150, seed=3)
     bases = []
-    prepare = band.BandCache.prepare
+    prepare = band.Band.prepare
 
-    def watched(self: band.BandCache, tokens: int) -> None:
+    def watched(self: band.Band, tokens: int) -> None:
         prepare(self, tokens)
         bases.append(self.base)
 
-    monkeypatch.setattr(band.BandCache, "prepare", watched)
+    monkeypatch.setattr(band.Band, "prepare", watched)
     (got,) = scored(pair, [document], n_sink=4, window_size=12, compress_every=1)
     assert len(set(bases)) > 2, "the positions were brought back more than once"
     assert (got.log_probs - expected_scores(name, (4, 12, 1, 0, 0))).abs().max() <= 1e-10

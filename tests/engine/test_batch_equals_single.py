@@ -85,11 +85,14 @@ def test_a_row_with_few_new_queries_keeps_its_older_ones(name: str) -> None:
     for values in (settings, windowed):
         together = pair.cache(**values)
         tiny.forward(pair.model, together, [r[:n] for r, n in zip(rows, lengths, strict=True)])
+        together.part(more)
+        for segment, n in zip(together.segments, more, strict=True):
+            segment.decoded = 20 - n
         tiny.forward(pair.model, together, [r[n:] for r, n in zip(rows, lengths, strict=True)], list(lengths))
         for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
             alone = pair.cache(**values)
             tiny.forward(pair.model, alone, [row[:n]])
-            alone.decoded = 20 - more[b]  # the clock of a tail that takes as many ticks as its longest neighbour
+            alone.set(decoded=20 - more[b])
             tiny.forward(pair.model, alone, [row[n:]], [n])
             for layer in range(2):
                 assert tiny.kept(together, layer, b) == tiny.kept(alone, layer)

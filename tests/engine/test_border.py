@@ -162,10 +162,9 @@ def test_documents_are_those_of_a_token_at_a_time(twins: Twins, settings: dict[s
     document = tiny.tokens(90)
     whole, _ = score_documents(twins.model, twins.cache(**settings), 1, [document], 8)
     cache = twins.cache(**settings)()
-    cache.mode = "stream"
-    cache.compression = cache.compression.__class__(
-        **{**vars(cache.compression), "schedule": type(cache.compression.schedule)(compress_every=8)}
-    )
+    cache.mode = "decode"
+    schedule = type(cache.compression.schedule)(compress_every=8)
+    cache.set(compression=cache.compression.__class__(**{**vars(cache.compression), "schedule": schedule}))
     expected = []
     with torch.inference_mode():
         for at, token in enumerate([1, *document[:-1]]):

@@ -15,7 +15,7 @@ import torch
 
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.compiled import Decoder
-from kv_lm_eval.engine.prefill import feed_beginning, prefill
+from kv_lm_eval.engine.prefill import feed_beginning
 from kv_lm_eval.errors import UserError
 
 RING = {"method": "streaming_ring", "n_sink": 3, "window_size": 9}
@@ -33,7 +33,7 @@ def fresh_graphs() -> Iterator[None]:
 def prefilled(name: str, settings: dict[str, object], lengths: tuple[int, ...]):
     pair, rows = tiny.pair(name), [tiny.tokens(n, seed=n) for n in lengths]
     with torch.inference_mode():
-        return prefill(pair.model, lambda: pair.cache(**settings), rows)
+        return tiny.prefill(pair.model, lambda: pair.cache(**settings), rows)
 
 
 @torch.inference_mode()
@@ -116,6 +116,7 @@ def test_generate_over_the_compiled_step_is_generate(settings: dict[str, object]
     for compiled in (False, True):
         cache = make_cache(tiny.compression(**settings), pair.facts, prefill_chunk=16)
         feed_beginning(pair.model, cache, rows)
+        cache.keep_history(True)
         torch.manual_seed(0)
         with decoder.decoding(cache, 30) if compiled else nullcontext():
             out.append(
@@ -124,7 +125,8 @@ def test_generate_over_the_compiled_step_is_generate(settings: dict[str, object]
                     eos_token_id=[3, 4, 5, 6, 7], **more,
                 )
             )  # fmt: skip
-        numbers.append((cache.seen, cache.held, cache.peaks, cache.history, cache.snapshot()["kv_bytes_valid"]))
+        history = cache.join().history
+        numbers.append((cache.seen, cache.held, cache.peaks, history, cache.snapshot()["kv_bytes_valid"]))
     assert torch.equal(out[0], out[1])
     assert numbers[0] == numbers[1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

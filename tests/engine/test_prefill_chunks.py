@@ -9,7 +9,7 @@ import torch
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.config import parse
 from kv_lm_eval.engine.choices import score_continuations
-from kv_lm_eval.engine.prefill import chunks, feed_beginning, prefill
+from kv_lm_eval.engine.prefill import chunks, feed_beginning
 from kv_lm_eval.engine.question import prefill_before_question
 from kv_lm_eval.errors import UserError
 
@@ -57,16 +57,15 @@ def test_chunks_on_layers_with_windows_of_their_own(name: str, method: str) -> N
 def same_as_one_forward(name: str, settings: dict[str, object], chunk: int) -> None:
     pair, rows = tiny.pair(name), [tiny.tokens(n, seed=n) for n in LENGTHS]
     with torch.inference_mode():
-        whole, expected = prefill(pair.model, lambda: new_cache(pair, settings), rows)
-        cut_up, got = prefill(pair.model, lambda: new_cache(pair, settings, chunk), rows)
+        whole, expected = tiny.prefill(pair.model, lambda: new_cache(pair, settings), rows)
+        cut_up, got = tiny.prefill(pair.model, lambda: new_cache(pair, settings, chunk), rows)
     assert (got - expected).abs().max() <= 1e-5
-    assert (cut_up.seen, cut_up.held, cut_up.peaks, cut_up.decoded) == (
+    assert (cut_up.seen, cut_up.held, cut_up.peaks) == (
         whole.seen,
         whole.held,
         whole.peaks,
-        whole.decoded,
     )
-    assert len(cut_up.history) == len(whole.history) == 1
+    assert [s.decoded for s in (*cut_up.segments, *whole.segments)] == [0] * 2 * len(rows)
     for layer in range(pair.facts.num_layers):
         for row in range(len(rows)):
             assert tiny.kept(cut_up, layer, row) == tiny.kept(whole, layer, row)
@@ -85,7 +84,8 @@ def test_generate_goes_on_from_the_last_chunk(method: str, rows_of: tuple[int, .
     for chunk in (None, 8):
         cache = new_cache(pair, METHODS[method], chunk)
         feed_beginning(pair.model, cache, rows)
-        assert len(cache.seen) == (0 if chunk is None else len(rows))
+        assert cache.batch == (0 if chunk is None else len(rows))
+        cache.keep_history(True)
         out.append(
             pair.model.generate(
                 ids, attention_mask=mask, **tiny.given(cache), max_new_tokens=9, do_sample=False, pad_token_id=0
@@ -93,7 +93,7 @@ def test_generate_goes_on_from_the_last_chunk(method: str, rows_of: tuple[int, .
         )
         assert cache.prefill_end is not None
         assert cache.prefill_end["seen"] == list(rows_of)
-        steps.append(len(cache.history))
+        steps.append(len(cache.segments[0].history))
     assert torch.equal(out[0], out[1])
     assert steps[0] == steps[1] == out[0].shape[1] - ids.shape[1]
 
@@ -136,7 +136,7 @@ def test_sinks_and_window_evicted_between_chunks_are_those_of_a_masked_full_forw
     pair, row, sinks, window = tiny.pair(name), tiny.tokens(45), 2, 9
     settings = {"method": "streaming_llm", "n_sink": sinks, "window_size": window, "positions": "absolute"}
     with torch.inference_mode():
-        cache, got = prefill(pair.model, lambda: new_cache(pair, settings, chunk, True), [row])
+        cache, got = tiny.prefill(pair.model, lambda: new_cache(pair, settings, chunk, True), [row])
         first = (len(row) - 1) % chunk + 1
         begins = [0, *range(first, len(row), chunk)]
         visible = torch.zeros(len(row), len(row), dtype=torch.bool)
@@ -148,8 +148,7 @@ def test_sinks_and_window_evicted_between_chunks_are_those_of_a_masked_full_forw
         expected = pair.stock(torch.tensor([row]), attention_mask=mask, use_cache=False).logits[:, -1]
     assert (got - expected).abs().max() <= 1e-5
     assert tiny.kept(cache, 0) == [[*range(sinks), *range(len(row) - window, len(row))]]
-    assert cache.decoded == 0
-    assert len(cache.history) == 1
+    assert cache.segments[0].decoded == 0
     assert max(cache.peaks) == min(len(row), max(chunk, sinks + window + chunk))
 
 
@@ -158,9 +157,9 @@ def test_sinks_and_window_evicted_between_chunks_are_those_of_a_masked_full_forw
 def test_rows_evicted_between_chunks_do_not_depend_on_their_neighbours(method: str, chunk: int) -> None:
     pair, rows = tiny.pair("llama"), [tiny.tokens(n, seed=n) for n in LENGTHS]
     with torch.inference_mode():
-        batch, together = prefill(pair.model, lambda: new_cache(pair, METHODS[method], chunk, True), rows)
+        batch, together = tiny.prefill(pair.model, lambda: new_cache(pair, METHODS[method], chunk, True), rows)
         for b, row in enumerate(rows):
-            single, alone = prefill(pair.model, lambda: new_cache(pair, METHODS[method], chunk, True), [row])
+            single, alone = tiny.prefill(pair.model, lambda: new_cache(pair, METHODS[method], chunk, True), [row])
             assert (together[b] - alone[0]).abs().max() <= 1e-5
             assert [held[b] for held in batch.held] == [held[0] for held in single.held]
             assert batch.peaks[b] == single.peaks[0]
@@ -175,7 +174,7 @@ def test_h2o_evicted_at_every_token_is_the_papers_algorithm_token_by_token() -> 
     pair, row, budget = tiny.pair("llama"), tiny.tokens(30), 8
     settings = {"method": "h2o", "max_capacity_prompt": budget}
     with torch.inference_mode():
-        cache, got = prefill(pair.model, lambda: new_cache(pair, settings, 1, True), [row])
+        cache, got = tiny.prefill(pair.model, lambda: new_cache(pair, settings, 1, True), [row])
     stepwise = pair.cache(**settings)
     for t, token in enumerate(row):
         expected = tiny.forward(pair.model, stepwise, [[token]], [t])[:, -1]
@@ -188,7 +187,7 @@ def test_memory_stays_the_same_whatever_the_length() -> None:
     held = []
     for length in (100, 400):
         with torch.inference_mode():
-            cache, _ = prefill(pair.model, lambda: new_cache(pair, settings, 10, True), [tiny.tokens(length)])
+            cache, _ = tiny.prefill(pair.model, lambda: new_cache(pair, settings, 10, True), [tiny.tokens(length)])
         held.append((cache.peaks, [store.allocated_bytes for store in cache.stores]))
     assert held[0] == held[1]
     assert held[0][0] == [3 + 9 + 10]
@@ -201,10 +200,9 @@ def test_chunks_are_counted_from_the_end_and_only_for_prompts() -> None:
     pair = tiny.pair("llama")
     cache = new_cache(pair, METHODS["full"], 3)
     rows = [[1, 2, 3, 4, 5, 6, 7], [8, 9], []]
-    assert chunks(cache, rows, "left") == [[[1], [], []], [[2, 3, 4], [], []], [[5, 6, 7], [8, 9], []]]
-    assert chunks(cache, rows, "right") == [[[1], [8], []], [[2, 3, 4], [9], []], [[5, 6, 7], [], []]]
+    assert chunks(cache, rows) == [[[1], [], []], [[2, 3, 4], [], []], [[5, 6, 7], [8, 9], []]]
     cache.mode = "decode"
-    assert chunks(cache, rows, "left") == [rows]
+    assert chunks(cache, rows) == [rows]
 
 
 @pytest.mark.parametrize(

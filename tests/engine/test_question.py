@@ -46,7 +46,7 @@ def fed_alone(pair: tiny.Pair, row: list[int], tail: int, **settings: object) ->
     cache.mode = "hold" if cache.compression.schedule.online else "decode"
     for i in range(start, len(row) - 1):
         tiny.forward(pair.model, cache, [[row[i]]], starts=[i])
-    cache.mode, cache.decoded = "decode", 0
+    cache.set(mode="decode", decoded=0)
     return cache
 
 

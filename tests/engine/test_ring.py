@@ -30,10 +30,11 @@ def test_every_step_is_that_of_streaming_llm(name: str, more: dict[str, str], le
         assert (got - expected).abs().max() <= 1e-5, f"step {step}"
         assert (ring.held, ring.peaks) == (other.held, other.peaks)
         if step > 12:
-            storage.add((ring.stores[-1].keys.data_ptr(), tuple(ring.stores[-1].keys.shape)))
-    assert isinstance(ring.stores[-1], RingStore)
+            stores = [segment.stores[-1] for segment in ring.segments]
+            storage.add(tuple((store.keys.data_ptr(), tuple(store.keys.shape)) for store in stores))
+    assert all(isinstance(segment.stores[-1], RingStore) for segment in ring.segments)
     assert len(storage) == 1, "the ring stays where it is"
-    assert ring.stores[-1].keys.shape[2] == 3 + 9 + 1
+    assert {segment.stores[-1].keys.shape[2] for segment in ring.segments} == {3 + 9 + 1}
 
 
 @pytest.mark.parametrize("tail", [1, 4])
@@ -66,7 +67,7 @@ def test_rows_move_with_their_rings() -> None:
     cache = pair.cache(method="streaming_ring", **BUDGET)
     tiny.forward(pair.model, cache, rows)
     tiny.forward(pair.model, cache, [[7], [8]], [25, 20])
-    fork = cache.select(torch.tensor([1, 0, 1]))
+    fork = cache.select([1, 0, 1])
     expected = tiny.forward(pair.model, cache, [[9], [9]], [26, 21])[:, -1]
     got = tiny.forward(pair.model, fork, [[9], [9], [9]], [21, 26, 21])[:, -1]
     assert (got - expected[[1, 0, 1]]).abs().max() <= 1e-5

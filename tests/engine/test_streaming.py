@@ -42,7 +42,7 @@ def token_loop(pair: tiny.Pair, document: list[int], every: int, **settings: obj
     for i, (token, target) in enumerate(zip([PREFIX, *document[:-1]], document, strict=True)):
         held += 1
         due = held == 14 + every if settings["method"] == "streaming_llm" else (i + 1) % every == 0
-        cache.mode, cache.prefill_end = "prefill" if due else "hold", None
+        cache.set(mode="prefill" if due else "hold", prefill_end=None)
         logits = tiny.forward(pair.model, cache, [[token]], starts=[i])[0, -1]
         out.append(logits.log_softmax(-1)[target])
         held = 14 if due else held

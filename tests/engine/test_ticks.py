@@ -11,6 +11,7 @@ import torch
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.engine import streaming
 from kv_lm_eval.engine.check import FULL, wrap
 from kv_lm_eval.engine.choices import score_continuations
@@ -39,7 +40,7 @@ def test_documents_are_cut_as_token_by_token(
     monkeypatch.setattr(streaming, "MIN_CHUNK", 1)
     monkeypatch.setattr(streaming, "HOLD_TOKENS", most)
     (got,), cache = score_documents(model, new_cache, 1, [tiny.tokens(length)], 5)
-    monkeypatch.setattr(CompressedCache, "until_due", lambda *_: 1)
+    monkeypatch.setattr(Segment, "until_due", lambda *_: 1)
     (expected,), one_by_one = score_documents(model, new_cache, 1, [tiny.tokens(length)], 5)
     assert held(cache) == held(one_by_one)
     assert torch.allclose(got.log_probs, expected.log_probs, rtol=0, atol=1e-10)
@@ -52,7 +53,7 @@ def test_choices_are_cut_as_token_by_token(
     model, new_cache = made
     contexts, groups = [tiny.tokens(30)[: tail + 1]], [[tiny.tokens(7, seed=1), tiny.tokens(3, seed=2)]]
     (got,), cache = score_continuations(model, new_cache, contexts, groups, tail)
-    monkeypatch.setattr(CompressedCache, "until_due", lambda *_: 1)
+    monkeypatch.setattr(Segment, "until_due", lambda *_: 1)
     (expected,), one_by_one = score_continuations(model, new_cache, contexts, groups, tail)
     assert held(cache) == held(one_by_one)
     assert [s for s, _ in got] == pytest.approx([s for s, _ in expected], abs=1e-10)

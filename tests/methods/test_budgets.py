@@ -87,7 +87,8 @@ def test_layers_hold_the_budget_and_the_tokens_since_the_last_cut(name: str, met
         if step < 10:
             part = [r[n + step : n + step + 1] for r, n in zip(rows, lengths, strict=True)]
             tiny.forward(pair.model, cache, part, starts=[n + step for n in lengths])
-    cache.peaks = [0] * len(rows)
+    for segment in cache.segments:
+        segment.peaks = [0] * segment.rows
     tiny.forward(pair.model, cache, [[1], [1], [1]], starts=cache.seen)
     if len(layers) == pair.facts.num_layers:
         assert max(cache.peaks) <= budget + every

@@ -151,9 +151,10 @@ def steps(cache: CompressedCache, key, value, softcap=None):
     def step(count: int, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
         query = torch.randn(1, 4, count, 8, generator=generator)
         part = slice(done[0], done[0] + count)
-        cache.mode, cache.new_pos = mode, None
+        cache.mode, cache._fed = mode, None
         positions = torch.arange(part.start, part.stop)[None]
-        out = cache.attend(Step(0, query, key[:, :, part], value[:, :, part], positions, None, 8**-0.5, None, softcap))
+        new = Step(0, query, key[:, :, part], value[:, :, part], positions, 8**-0.5, None, softcap)
+        out = cache.attend(new, None).transpose(1, 2)
         done[0] += count if mode != "score" else 0
         return query, out
 
@@ -201,7 +202,9 @@ def test_where_the_pairs_of_a_block_are_the_same_nothing_is_lost(softcap, weight
         assert (out - expected).abs().max() <= 1e-6, (count, mode)
         seen -= count if mode == "score" else 0
     store.observe(query, torch.arange(seen - 3, seen)[None], 3)
-    seen_by_window = window_attention(store, 3, 8**-0.5, softcap, None).flatten(1, 2)  # [B, H, last, N]
+    seen_by_window = window_attention(store, 3, Step(0, query, key, value, query, 8**-0.5, None, softcap)).flatten(
+        1, 2
+    )  # [B, H, last, N]
     together = 1 - seen_by_window[..., store.length - WINDOW - 8 :].sum(-1)
     assert torch.allclose(together, 1 - weights[..., n - WINDOW :].sum(-1).float(), atol=1e-5)
 

@@ -128,7 +128,7 @@ def test_h2o_sums_attention_in_float32_whatever_the_models_precision(dtype: torc
     keys[:], query[:] = torch.randn(keys.shape, generator=generator), torch.randn(query.shape, generator=generator)
     keys[:, :, 0] *= 3  # a heavy token: its sum is beyond what half precision counts in ones
     cache = tiny.pair("llama").cache(method="h2o", max_capacity_prompt=capacity)
-    cache.attend(Step(0, query, keys, keys, torch.arange(length)[None], None, 8**-0.5, None, None))
+    cache.attend(Step(0, query, keys, keys, torch.arange(length)[None], 8**-0.5), None)
     logits = query.double() @ keys.double().repeat_interleave(2, dim=1).transpose(2, 3) * 8**-0.5
     weights = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf).softmax(-1)
     mass = weights.sum(2).view(1, 2, 2, length).mean(2)[0]

@@ -88,12 +88,12 @@ def test_moments_are_those_of_all_queries_so_far_and_cost_nothing_elsewhere() ->
     tiny.forward(pair.model, cache, [row[50:55], row[30:35]], starts=[50, 30])
     for i, n in enumerate((55, 35)):
         queries = unrotated_queries(tiny.build("llama"), row[:n])[0][:, SINKS:]
-        moments = cache.stores[0].moments
-        assert moments is not None and moments.count[i] == n - SINKS
-        assert (moments.mean[i] - queries.mean(1)).abs().max() < 1e-5
+        moments = cache.segments[i].stores[0].moments
+        assert moments is not None and moments.count[0] == n - SINKS
+        assert (moments.mean[0] - queries.mean(1)).abs().max() < 1e-5
         for head in range(4):
-            assert (moments.covariance[i, head] - queries[head].T.cov(correction=0)).abs().max() < 1e-4
-    assert cache.select(torch.tensor([1])).stores[0].moments.count.tolist() == [35 - SINKS]
+            assert (moments.covariance[0, head] - queries[head].T.cov(correction=0)).abs().max() < 1e-4
+    assert cache.select([1]).stores[0].moments.count.tolist() == [35 - SINKS]
     other = pair.cache(method="snapkv", window_size=4, max_capacity_prompt=15, compress_every=3)
     tiny.forward(pair.model, other, [row[:50]])
     assert other.stores[0].moments is None

@@ -274,7 +274,7 @@ def test_lazy_cuts_are_declared_in_advance_and_batches_do_not_matter(every: int,
     compression = tiny.compression(method="head_aware", **settings)
     cache = pair.cache(method="head_aware", **settings)
     for t, token in enumerate(tiny.tokens(60)):
-        cache.mode = "stream"
+        cache.mode = "decode"
         tiny.forward(pair.model, cache, [[token]], starts=[t])
     for layer in range(2):
         assert cache.held[layer] == pytest.approx([list(compression.trace(0, 60, layer, [0, 1]))[-1][1]])

@@ -157,7 +157,7 @@ def test_merging_changes_what_is_held_and_not_what_is_kept_whatever_the_batch(na
     assert not torch.equal(caches[0].stores[0].values, caches[1].stores[0].values)
     assert torch.equal(caches[0].stores[0].keys, caches[1].stores[0].keys) == (evicted == "cam")
     tiny.forward(pair.model, alone, rows[1:2])
-    fork = caches[1].select(torch.tensor([1]))
+    fork = caches[1].select([1])
     for step in range(7):
         chunk = [[7 + step]] * 3
         got = tiny.forward(pair.model, caches[1], chunk, starts=[n + step for n in (60, 33, 12)])

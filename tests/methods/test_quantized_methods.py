@@ -53,6 +53,7 @@ def decoded(name: str, rows: list[list[int]], steps: int, **chosen: object) -> t
     """Logits of a prompt's last token and of so many tokens after it, and the cache."""
     pair = pair_of(name)
     cache = pair.cache(**chosen)
+    cache.keep_history(True)
     out = [tiny.forward(pair.model, cache, rows)[:, -1]]
     for t in range(steps):
         new = [[1 + (7 * t + len(row)) % 90] for row in rows]
@@ -70,13 +71,14 @@ def test_a_row_is_the_same_in_a_padded_batch_as_alone(name: str, method: str) ->
     for i, row in enumerate(rows):
         alone, single = decoded(name, [row], 14, **settings(method))
         assert (alone[0] - together[i]).abs().max() <= NEAR.get(name, STEP)
-        for a, b in zip(single.stores, batch.stores, strict=True):
-            assert isinstance(a, QuantizedStore) and (a.exact[0], a.coded[0]) == (b.exact[i], b.coded[i])
+        segment, at = batch.of_row(i)
+        for a, b in zip(single.stores, segment.stores, strict=True):
+            assert isinstance(a, QuantizedStore) and (a.exact[0], a.coded[0]) == (b.exact[at], b.coded[at])
             heads = a.keys.shape[1]
-            for one, same in zip(a.pos[0].expand(heads, -1), b.pos[i].expand(heads, -1), strict=True):
+            for one, same in zip(a.pos[0].expand(heads, -1), b.pos[at].expand(heads, -1), strict=True):
                 assert torch.equal(one[one >= 0], same[same >= 0])
         assert single.snapshot()["kv_bytes_valid"][0] == batch.snapshot()["kv_bytes_valid"][i]
-    assert any(sum(map(sum, store.coded)) for store in batch.stores)
+    assert any(sum(map(sum, store.coded)) for segment in batch.segments for store in segment.stores)
 
 
 @pytest.mark.parametrize("method", ["quantized", "snapkv", "streaming_llm", "knorm", "h2o", "adakv"])
@@ -89,7 +91,7 @@ def test_a_stream_in_segments_equals_the_loop_over_single_tokens(name: str, meth
     for document, got in zip(documents, scored, strict=True):
         cache, logs = pair.cache(**chosen), []
         for i, (token, target) in enumerate(zip([5, *document[:-1]], document, strict=True)):
-            cache.mode = "stream"
+            cache.mode = "decode"
             logits = tiny.forward(pair.model, cache, [[token]], starts=[i])[0, -1]
             logs.append(logits.log_softmax(-1)[target])
         assert (got.log_probs - torch.stack(logs)).abs().max() <= NEAR.get(name, STEP)
@@ -173,7 +175,7 @@ def test_bytes_by_hand_of_the_default_settings() -> None:
     value = coded * (4 + 2 + 2)  # codes; scale and zero of the pair's one group of 8
     assert numbers["kv_bytes_valid"] == [2 * 2 * (key + value + exact * 2 * 8 * 4), 2 * 2 * 100 * 2 * 8 * 4]
     assert numbers["compressed"] == [True, False] and numbers["kept_fraction"] == [1.0, 1.0]
-    held = sum(store.allocated_bytes for store in cache.stores)
+    held = sum(store.allocated_bytes for segment in cache.segments for store in segment.stores)
     assert numbers["kv_bytes_allocated"] == held / 2
     assert held < 2 * 2 * 2 * (key + value + (exact + 32) * 2 * 8 * 4) + 1
 
