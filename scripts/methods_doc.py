@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kv_lm_eval.methods import listing
+from kv_lm_eval import listing
 from kv_lm_eval.quickstart import METHODS, quietly, run
 
 ONE_BUDGET = {"full", "no_cache"}  # which have none

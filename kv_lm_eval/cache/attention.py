@@ -10,20 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.store import LayerStore
 from kv_lm_eval.cache.transfer import at_least_float32, to_device
+from kv_lm_eval.cache.view import AskedOfCompression, Sight
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.base import Sight
-
-if TYPE_CHECKING:
-    from kv_lm_eval.cache.cache import CompressedCache
-    from kv_lm_eval.cache.store import LayerStore
 
 NAME = "kv_lm_eval"
 ASKING = "kv_lm_eval_check"  # the same, and every layer notes the window that the model's masks give it
@@ -154,7 +152,47 @@ class Step:
     softcap: float | None
 
 
-def attend_stored(cache: CompressedCache, step: Step) -> torch.Tensor:
+class Attends(Protocol):
+    """A cache that the attention function can hand a step to."""
+
+    facts: ModelFacts
+
+    def attend(self, step: Step) -> torch.Tensor:
+        """One layer's attention, [B, H, q, D]."""
+
+
+class Storing(Protocol):
+    """A cache that holds its layers in stores: what `attend_stored` asks of it, see `CompressedCache`."""
+
+    facts: ModelFacts
+    compression: AskedOfCompression
+    stores: list[LayerStore]
+    held: list[list[float]]
+    new_pos: torch.Tensor | None
+    new_counts: list[int]
+    branch: torch.Tensor | None
+    padded: bool
+
+    @property
+    def mode(self) -> str: ...
+
+    @property
+    def observes(self) -> bool: ...
+
+    def begin(self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None, batch: int) -> None: ...
+
+    def get_seq_length(self, layer_idx: int = 0) -> int: ...
+
+    def per_query_head(self, layer: int) -> bool: ...
+
+    def has_empty(self, layer: int) -> bool: ...
+
+    def appended(self, layer: int) -> None: ...
+
+    def add_moments(self, layer: int, query: torch.Tensor, pos: torch.Tensor) -> None: ...
+
+
+def attend_stored(cache: Storing, step: Step) -> torch.Tensor:
     """Stores the new pairs in the layer's store and attends over all that it holds: [B, H, q, D]."""
     layer, query, key, value = step.layer, step.query, step.key, step.value
     scaling, softcap, window = step.scaling, step.softcap, step.window
@@ -222,7 +260,7 @@ def attend_stored(cache: CompressedCache, step: Step) -> torch.Tensor:
     return out
 
 
-def _tagged(module: nn.Module, key: torch.Tensor) -> tuple[CompressedCache, int]:
+def _tagged(module: nn.Module, key: torch.Tensor) -> tuple[Attends, int]:
     tag = getattr(key, "_kv_tag", None)
     if tag is None or tag[1] != getattr(module, "layer_idx", tag[1]):
         raise UserError(

@@ -23,12 +23,10 @@ from kv_lm_eval.cache.face import Face
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.quantized import QuantizedStore
-from kv_lm_eval.cache.store import LayerStore
+from kv_lm_eval.cache.store import LayerStore, blank_lowest
 from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype, to_device
+from kv_lm_eval.cache.view import AskedOfCompression, View
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.base import View
-from kv_lm_eval.methods.compression import Compression
-from kv_lm_eval.methods.evicted import blank_lowest
 
 FEW = 4  # pairs that one cut may hide in their places instead of moving the others
 MAX_ROOM = 1024  # slots reserved for the tokens until the next cut, at most; storage grows by itself
@@ -67,7 +65,7 @@ class CompressedCache(Face):
 
     serves: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, compression: Compression, facts: ModelFacts, mode: Mode = "prefill") -> None:
+    def __init__(self, compression: AskedOfCompression, facts: ModelFacts, mode: Mode = "prefill") -> None:
         super().__init__(facts.num_layers)
         for needed in ("ring", "reinserted"):
             if getattr(compression.method, needed) and needed not in self.serves:

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kv_lm_eval.analysis import head_profile
-from kv_lm_eval.analysis.head_profile import Head, HeadProfile
 from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods import head_profile
 from kv_lm_eval.methods.base import Method, Sight, View, setting
+from kv_lm_eval.methods.head_profile import Head, HeadProfile
 
 if TYPE_CHECKING:
     from kv_lm_eval.cache.facts import ModelFacts

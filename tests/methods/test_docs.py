@@ -7,7 +7,8 @@ from pathlib import Path
 
 import tiny
 
-from kv_lm_eval.methods import base, listing
+from kv_lm_eval import listing
+from kv_lm_eval.methods import base
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
 
