@@ -6,16 +6,12 @@ methods at one budget, each a normal lm-eval run whose results file is kept, and
 
 from __future__ import annotations
 
-import io
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kv_lm_eval import console, harness, plugin, saving
-from kv_lm_eval.errors import UserError
 
 LEGEND = """\
 needle, choice: share right, higher is better; bits/byte: of text streamed through the cache, lower is better;
@@ -78,30 +74,16 @@ def _quickstart(argv: Sequence[str] | None, finished: list[str]) -> int:
     rows = []
     for i, name in enumerate(names, 1):
         print(f"[{i}/{len(names)}] {name} ...", end=" ", flush=True)
-        with quietly():
+        with console.quietly():
             rows.append(run(name, METHODS[name](args.budget), args.output_path, args.limit))
         finished.append(name)
         print(f"{rows[-1]['seconds']} s", flush=True)
     print(f"\nkv-tiny on kv_quickstart, budget {args.budget} slots per KV head and layer\n")
-    print(table(rows))
+    print(console.table(rows))
     print(f"\n{LEGEND}")
     if args.output_path:
         print(f"results: {args.output_path}")
     return 0
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Holds back lm-eval's bars and notes, and lets them out if something goes wrong."""
-    noise = io.StringIO()
-    try:
-        with redirect_stderr(noise), redirect_stdout(noise):
-            yield
-    except UserError:  # its message says all
-        raise
-    except Exception:
-        print(f"failed\n{noise.getvalue()[-4000:]}", file=sys.stderr)
-        raise
 
 
 def run(name: str, model_args: dict[str, Any], output_path: Path | None, limit: int | None) -> dict[str, Any]:
@@ -141,19 +123,3 @@ def row(name: str, results: dict[str, Any], seconds: float) -> dict[str, Any]:
 def _metric(task: dict[str, Any], name: str, digits: int = 2) -> str:
     value = next(v for k, v in task.items() if k.split(",")[0] == name)
     return f"{value:.{digits}f}"
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys as an aligned text table."""
-    heads = list(rows[0])
-    widths = [max(len(h), *(len(str(r[h])) for r in rows)) for h in heads]
-    lines = [
-        "  ".join(h.ljust(w) if i == 0 else h.rjust(w) for i, (h, w) in enumerate(zip(heads, widths, strict=True)))
-    ]
-    lines.append("  ".join("-" * w for w in widths))
-    for r in rows:
-        cells = [str(r[h]) for h in heads]
-        lines.append(
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        )
-    return "\n".join(lines)

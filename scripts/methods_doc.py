@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from kv_lm_eval import listing
-from kv_lm_eval.quickstart import METHODS, quietly, run
+from kv_lm_eval.console import quietly
+from kv_lm_eval.quickstart import METHODS, run
 
 ONE_BUDGET = {"full", "no_cache"}  # which have none
 COMPOSITIONS = {  # what the parts make together, at a budget of N slots
