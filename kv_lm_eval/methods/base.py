@@ -63,6 +63,18 @@ class Method:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
+    @classmethod
+    def example(cls, slots: int) -> dict[str, Any]:
+        """Settings that show the method at `slots` pairs per KV head and layer, at least 8, on prompts of a few hundred
+        tokens: the quick start, the tables of the docs and the tests take them.
+
+        By default the budget alone; cuts that would come at every token come every 16, but for a ring's.
+        """
+        if not cls.compresses:
+            return {}
+        every = {"compress_every": 16} if cls.presets.get("compress_every") and not cls.ring else {}
+        return {"max_capacity_prompt": slots, **every}
+
     def score(self, view: View) -> torch.Tensor:
         """Higher stays. [B, K, N] (each KV head chooses its own slots) or [B, 1, N] (all heads the same); +inf: always.
 
@@ -176,6 +188,11 @@ def load(spec: str) -> type[Method]:
     found = importlib.util.find_spec(f"{root}.{name}_") or importlib.util.find_spec(f"{root}.{name}")
     assert found is not None
     return _only_method(importlib.import_module(found.name), name, None)
+
+
+def example(spec: str, slots: int) -> dict[str, Any]:
+    """The method's example at `slots` pairs per KV head and layer, as --model_args: see `Method.example`."""
+    return {"method": spec, **load(spec).example(slots)}
 
 
 def _load_file(spec: str) -> type[Method]:

@@ -10,7 +10,7 @@ import inspect
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,6 +26,11 @@ class Evicted:
 
     evicted: ClassVar[str] = ""  # the name under which `evicted=` asks for it
     forgets: ClassVar[bool] = False  # the pairs that stay are left as they are: those that go need only be hidden
+
+    @classmethod
+    def example(cls, slots: int) -> dict[str, Any]:
+        """Settings that show the treatment beside a method's example at so many slots; by default its own defaults."""
+        return {}
 
     @property
     def moves_keys(self) -> tuple[str, str] | None:

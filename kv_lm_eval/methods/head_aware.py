@@ -71,6 +71,10 @@ class HeadAware(Method):
 
     # ------------------------------------------------------------------------------------ settings
 
+    @classmethod
+    def example(cls, slots: int) -> dict[str, Any]:
+        return {"preset": "B_streaming", "base_window": slots, "compress_every": 16}
+
     def validate(self) -> None:
         for name in (*WINDOWS, "base_window"):
             value = getattr(self, name)
