@@ -24,14 +24,14 @@ quickstart: $(STAMP) ## Run a small evaluation: built-in model, CPU, no network
 test: $(STAMP) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
-check: $(STAMP) ## Check style, format and types
+check: $(STAMP) ## Check style, format, types and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 bench: $(STAMP) ## Time all methods on this CPU, in under ten minutes; the card goes to docs/bench
-	$(BIN)/python scripts/bench.py --random-weights tiny-26m --device cpu --threads 1 --warm-up 1 \
-		--methods streaming_llm,knorm,keydiff,snapkv,snapkv_comp,pyramidkv,adakv,tova,lagkv,expected_attention,h2o $(ARGS)
+	$(BIN)/python scripts/bench.py --random-weights tiny-26m --device cpu --threads 1 --warm-up 1 $(ARGS)
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

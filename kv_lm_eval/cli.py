@@ -80,7 +80,7 @@ def _methods(names: list[str]) -> int:
         from kv_lm_eval.methods.names import check
 
         check(names[0])  # before torch is imported
-    from kv_lm_eval.methods.listing import print_methods
+    from kv_lm_eval.listing import print_methods
 
     return print_methods(names[0] if names else None)
 

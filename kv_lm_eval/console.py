@@ -7,6 +7,7 @@ what was asked. 130, 143, 129: stopped by Ctrl-C, SIGTERM, SIGHUP. 141: the read
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -110,6 +111,36 @@ def say(message: str) -> None:
     """A message on stderr, set off from bars and logs; further lines of it are indented."""
     first, *more = message.strip().splitlines()
     print("\n".join([f"\n{first}", *(textwrap.indent(line, "  ") for line in more)]), file=sys.stderr, flush=True)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal keys as an aligned text table."""
+    heads = list(rows[0])
+    widths = [max(len(h), *(len(str(r[h])) for r in rows)) for h in heads]
+    lines = [
+        "  ".join(h.ljust(w) if i == 0 else h.rjust(w) for i, (h, w) in enumerate(zip(heads, widths, strict=True)))
+    ]
+    lines.append("  ".join("-" * w for w in widths))
+    for r in rows:
+        cells = [str(r[h]) for h in heads]
+        lines.append(
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        )
+    return "\n".join(lines)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Holds back lm-eval's bars and notes, and lets them out if something goes wrong."""
+    noise = io.StringIO()
+    try:
+        with redirect_stderr(noise), redirect_stdout(noise):
+            yield
+    except UserError:  # its message says all
+        raise
+    except Exception:
+        print(f"failed\n{noise.getvalue()[-4000:]}", file=sys.stderr)
+        raise
 
 
 @contextmanager

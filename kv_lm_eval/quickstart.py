@@ -6,48 +6,18 @@ methods at one budget, each a normal lm-eval run whose results file is kept, and
 
 from __future__ import annotations
 
-import io
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kv_lm_eval import console, harness, plugin, saving
-from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods import names
 
 LEGEND = """\
 needle, choice: share right, higher is better; bits/byte: of text streamed through the cache, lower is better;
 kept: share of pairs kept when a request ends; KV KiB: keys and values held after the prefill of a needle prompt."""
 TASKS = ["kv_quickstart_needle", "kv_quickstart_choice", "kv_quickstart_ppl"]
-METHODS = {  # at a budget of N slots a KV head and layer
-    "full": lambda n: {"method": "full"},
-    "no_cache": lambda n: {"method": "no_cache"},
-    "snapkv": lambda n: {"method": "snapkv", "max_capacity_prompt": n, "window_size": min(16, n // 2)},
-    "streaming_llm": lambda n: {"method": "streaming_llm", "max_capacity_prompt": n, "compress_every": 16},
-    "window": lambda n: {"method": "window", "max_capacity_prompt": n, "compress_every": 16},
-    "window_recompute": lambda n: {"method": "window_recompute", "n_sink": 0, "window_size": n},
-    "streaming_ring": lambda n: {"method": "streaming_ring", "max_capacity_prompt": n},
-    "knorm": lambda n: {"method": "knorm", "max_capacity_prompt": n},
-    "h2o": lambda n: {"method": "h2o", "max_capacity_prompt": n, "compress_every": 16},
-    "tova": lambda n: {"method": "tova", "max_capacity_prompt": n, "compress_every": 16},
-    "snapkv_comp": lambda n: {
-        "method": "snapkv_comp",
-        "max_capacity_prompt": n,
-        "window_size": min(16, n // 2),
-        "block_size": n,
-    },
-    "pyramidkv": lambda n: {"method": "pyramidkv", "max_capacity_prompt": n, "window_size": min(16, n // 2)},
-    "adakv": lambda n: {"method": "adakv", "max_capacity_prompt": n, "window_size": min(16, n // 2)},
-    "keydiff": lambda n: {"method": "keydiff", "max_capacity_prompt": n},
-    "lagkv": lambda n: {"method": "lagkv", "max_capacity_prompt": n, "lag_size": n // 4},
-    "expected_attention": lambda n: {"method": "expected_attention", "max_capacity_prompt": n},
-    "head_aware": lambda n: {"method": "head_aware", "preset": "B_streaming", "base_window": n, "compress_every": 16},
-    "quantized": lambda n: {"method": "quantized", "nbits": 4, "residual_length": 32},
-    "l2_fixed": lambda n: {"method": "l2_fixed", "cache_size": n, "compress_every": 16},
-    "random": lambda n: {"method": "random", "max_capacity_prompt": n},
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,45 +33,33 @@ def _kept(finished: list[str]) -> str:
 def _quickstart(argv: Sequence[str] | None, finished: list[str]) -> int:
     parser = console.Parser(prog="kv-lm-eval quickstart", description=__doc__.split("\n\n")[0])
     parser.add_argument("--budget", type=int, default=128, help="slots kept per KV head and layer (default 128)")
-    parser.add_argument("--methods", default="full,snapkv,streaming_llm,window", help=f"of {', '.join(METHODS)}")
+    parser.add_argument(
+        "--methods", default="full,snapkv,streaming_llm,window", help=f"of {', '.join(names.available())}"
+    )
     parser.add_argument("--output_path", type=Path, help="folder for the results files (default: none are written)")
     parser.add_argument("--limit", type=int, default=None, help="samples per task, for a first look")
     args = parser.parse_args(argv)
-    names = args.methods.split(",")
-    if unknown := [n for n in names if n not in METHODS]:
-        parser.error(f"--methods {unknown[0]} is not one of {', '.join(METHODS)}")
+    methods = [names.check(name) for name in args.methods.split(",")]
     if args.budget < 8:
         parser.error(f"--budget {args.budget} leaves no room for sinks and a window; take at least 8")
     harness.check_limit(args.limit)
     if args.output_path:
         saving.check_output(args.output_path)
+    from kv_lm_eval.methods import base  # with torch, which mistakes above need not wait for
+
     rows = []
-    for i, name in enumerate(names, 1):
-        print(f"[{i}/{len(names)}] {name} ...", end=" ", flush=True)
-        with quietly():
-            rows.append(run(name, METHODS[name](args.budget), args.output_path, args.limit))
+    for i, name in enumerate(methods, 1):
+        print(f"[{i}/{len(methods)}] {name} ...", end=" ", flush=True)
+        with console.quietly():
+            rows.append(run(name, base.example(name, args.budget), args.output_path, args.limit))
         finished.append(name)
         print(f"{rows[-1]['seconds']} s", flush=True)
     print(f"\nkv-tiny on kv_quickstart, budget {args.budget} slots per KV head and layer\n")
-    print(table(rows))
+    print(console.table(rows))
     print(f"\n{LEGEND}")
     if args.output_path:
         print(f"results: {args.output_path}")
     return 0
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Holds back lm-eval's bars and notes, and lets them out if something goes wrong."""
-    noise = io.StringIO()
-    try:
-        with redirect_stderr(noise), redirect_stdout(noise):
-            yield
-    except UserError:  # its message says all
-        raise
-    except Exception:
-        print(f"failed\n{noise.getvalue()[-4000:]}", file=sys.stderr)
-        raise
 
 
 def run(name: str, model_args: dict[str, Any], output_path: Path | None, limit: int | None) -> dict[str, Any]:
@@ -111,7 +69,7 @@ def run(name: str, model_args: dict[str, Any], output_path: Path | None, limit: 
         plugin.MODEL_NAME,
         {"pretrained": "kv-tiny", "dtype": "float32", **model_args},
         TASKS,
-        output_path=output_path / name if output_path else None,
+        output_path=output_path / Path(name).stem if output_path else None,
         batch_size=8,
         device="cpu",
         limit=limit,
@@ -141,19 +99,3 @@ def row(name: str, results: dict[str, Any], seconds: float) -> dict[str, Any]:
 def _metric(task: dict[str, Any], name: str, digits: int = 2) -> str:
     value = next(v for k, v in task.items() if k.split(",")[0] == name)
     return f"{value:.{digits}f}"
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys as an aligned text table."""
-    heads = list(rows[0])
-    widths = [max(len(h), *(len(str(r[h])) for r in rows)) for h in heads]
-    lines = [
-        "  ".join(h.ljust(w) if i == 0 else h.rjust(w) for i, (h, w) in enumerate(zip(heads, widths, strict=True)))
-    ]
-    lines.append("  ".join("-" * w for w in widths))
-    for r in rows:
-        cells = [str(r[h]) for h in heads]
-        lines.append(
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        )
-    return "\n".join(lines)

@@ -21,9 +21,8 @@ from typing import Any
 from pydantic import ConfigDict
 from typing_extensions import NotRequired, TypedDict
 
-from kv_lm_eval import files
+from kv_lm_eval import files, fit
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.reporting import fit
 
 from .scoring import grid
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from kv_lm_eval.config import parse
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.forward import cache_argument, logits_of
 from kv_lm_eval.engine.prefill import prefill as engine_prefill
+from kv_lm_eval.methods import base, evicted
 from kv_lm_eval.methods.compression import Compression
 
 VOCAB = 97
@@ -111,14 +113,51 @@ def pair(name: str) -> Pair:
     return Pair(model, stock, facts)
 
 
-def cases(methods: Iterable[str], models: Iterable[str] = CORE) -> list[tuple[str, str]]:
-    """Every model with every method; without the pairs that wrap() refuses (tests/cache/test_check.py)."""
-    refused = [(name, "streaming_llm in_cache") for name in ("gpt2", "mistral_sliding")]
+def cases(
+    methods: Iterable[str], models: Iterable[str] = CORE, moving: Iterable[str] = ("streaming_llm in_cache",)
+) -> list[tuple[str, str]]:
+    """Every model with every method; without those that move keys on models that wrap() refuses for them."""
+    refused = list(itertools.product(("gpt2", "mistral_sliding"), moving))
     return [case for case in itertools.product(models, methods) if case not in refused]
 
 
 def compression(**settings: object) -> Compression:
     return parse(dict(settings))[0]
+
+
+# --- what the method files say of themselves ------------------------------------------------------------------------
+
+
+def example(method: str, slots: int, **more: object) -> dict[str, object]:
+    """The method's own example at so many slots, on its own schedule, and what else is given."""
+    settings = base.example(method, slots)
+    settings.pop("compress_every", None)
+    return {**settings, **more}
+
+
+def free(method: str, slots: int, **more: object) -> dict[str, object]:
+    """The same in a form that goes with any treatment of the evicted and any way to share a budget."""
+    own, parts = (
+        fields_of(base.load(method)),
+        {f for name in evicted.available() for f in fields_of(evicted.load(name))},
+    )
+    settings = {k: v for k, v in example(method, slots).items() if k in own or k not in parts}
+    absolute = {"positions": "absolute"} if "positions" in own else {}
+    return {**settings, **absolute, **more}
+
+
+def methods(which: Callable[[type[base.Method]], bool] = bool) -> list[str]:
+    """Names of the methods whose class is of that kind; default all."""
+    return [name for name in base.available() if which(base.load(name))]
+
+
+def fields_of(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def chooses(cls: type[base.Method]) -> bool:
+    """It evicts, to a budget that the user names, and moves pairs: the ring overwrites."""
+    return cls.compresses and cls.takes_budget and not cls.ring
 
 
 def tokens(length: int, seed: int = 0) -> list[int]:
@@ -158,8 +197,7 @@ def prefill(
 
 
 def kept(cache: CompressedCache, layer: int, row: int = 0) -> list[list[int]]:
-    """Original positions in a layer's store: one sorted list per KV head (one for all, if all heads of all rows hold the
-    same)."""
+    """Original positions in a layer's store: one sorted list per KV head (one, if all heads of all rows hold the same)."""
     segment, place = cache.of_row(row)
     heads = max(s.stores[layer].pos.shape[1] for s in cache.segments)
     return [sorted(p for p in head if p >= 0) for head in segment.stores[layer].pos[place].expand(heads, -1).tolist()]

@@ -29,11 +29,11 @@ from transformers import PreTrainedModel
 from kv_lm_eval import console, files, tiny
 from kv_lm_eval.analysis import head_plots
 from kv_lm_eval.analysis.classifier import Thresholds, classify
-from kv_lm_eval.analysis.head_profile import Head, HeadProfile
 from kv_lm_eval.analysis.head_statistics import HeadStatistics, measure
 from kv_lm_eval.engine.check import FULL, wrap
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.experiments import baselines
+from kv_lm_eval.methods.head_profile import Head, HeadProfile
 from kv_lm_eval.requests.rows import prefix_of, text_tokens
 from kv_lm_eval.tasks.perplexity import texts
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from kv_lm_eval.analysis.head_profile import Head
 from kv_lm_eval.analysis.head_statistics import HeadStatistics
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods.head_profile import Head
 
 
 def _threshold(default: Any, help: str) -> Any:

@@ -12,8 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from kv_lm_eval.analysis.classifier import Thresholds
-from kv_lm_eval.analysis.head_profile import TYPES, Head
 from kv_lm_eval.analysis.head_statistics import HeadStatistics
+from kv_lm_eval.methods.head_profile import TYPES, Head
 
 COLOURS = dict(zip(TYPES, ("#0072b2", "#999999", "#d55e00", "#000000"), strict=True))  # told apart by colour-blind eyes
 SHORT = dict(zip(TYPES, ("pos.", "mixed", "gath.", "dead"), strict=True))

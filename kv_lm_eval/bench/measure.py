@@ -28,13 +28,17 @@ from kv_lm_eval.engine.forward import device_of, logits_of
 from kv_lm_eval.engine.prefill import NewCache, feed, prefill
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods import base
 from kv_lm_eval.metrics.latency import spread
 from kv_lm_eval.metrics.memory import PeakMemory
 
-METHODS = tuple(
-    """full window streaming_llm streaming_ring random knorm keydiff l2_fixed snapkv snapkv_comp pyramidkv adakv tova
-    lagkv expected_attention h2o""".split()
-)
+
+def _takes_slots(method: type[base.Method]) -> bool:
+    """Whether it can be measured at a budget of slots; so is the full cache, beside it."""
+    return method.uses_cache and "nbits" not in method.presets and (method.takes_budget or not method.compresses)
+
+
+METHODS = tuple(sorted((m for m in base.available() if _takes_slots(base.load(m))), key=lambda m: (m != "full", m)))
 RECOMPUTE = "window recompute"
 
 
@@ -76,9 +80,7 @@ class Bench:
         """Makes caches of a method that keeps so many slots (default: capacity)."""
         settings: dict[str, Any] = {"method": method}
         size = self.capacity if slots is None else slots
-        if method == "l2_fixed":
-            settings["cache_size"] = size
-        elif method != "full":
+        if base.load(method).compresses:
             settings["max_capacity_prompt"] = size
         return partial(make_cache, config.parse(settings)[0], self.facts)
 

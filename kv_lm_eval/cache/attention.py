@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from kv_lm_eval.cache.store import LayerStore
 from kv_lm_eval.cache.transfer import at_least_float32, to_device
-from kv_lm_eval.methods.base import Sight
+from kv_lm_eval.cache.view import Sight
 
 MASK_ELEMENTS = 2**25  # queries are attended in blocks whose mask has at most this many elements
 WEIGHT_ELEMENTS = 2**24  # the same for explicit attention weights, float32

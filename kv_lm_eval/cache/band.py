@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from kv_lm_eval.cache.attention import Step, packed_queries
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.segment import Segment
-from kv_lm_eval.methods.compression import Compression
+from kv_lm_eval.cache.view import AskedOfCompression
 
 BLOCK = 128  # queries attended at a time: memory and work are BLOCK x (window + BLOCK) a head, whatever the chunk
 FAR = 32_768  # positions beyond this are brought back, so that float32 angles stay exact in streams without end
@@ -40,7 +40,7 @@ class Band(Segment):
 
     def __init__(
         self,
-        compression: Compression,
+        compression: AskedOfCompression,
         facts: ModelFacts,
         slots: torch.Tensor,
         cuts: dict[int, int],

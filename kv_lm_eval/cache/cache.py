@@ -22,7 +22,7 @@ from kv_lm_eval.cache.attention import Step
 from kv_lm_eval.cache.face import Face
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.segment import Mode, Segment
-from kv_lm_eval.methods.compression import Compression
+from kv_lm_eval.cache.view import AskedOfCompression
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,9 @@ class CompressedCache(Face):
 
     def __init__(
         self,
-        compression: Compression,
+        compression: AskedOfCompression,
         facts: ModelFacts,
-        segment: Callable[[Compression, ModelFacts], Segment] = Segment,
+        segment: Callable[[AskedOfCompression, ModelFacts], Segment] = Segment,
     ) -> None:
         super().__init__(facts)
         self._new_segment = partial(segment, compression, facts)
@@ -234,7 +234,7 @@ class CompressedCache(Face):
     # ------------------------------------------------------------------------------------ what the engine asks and says
 
     @property
-    def compression(self) -> Compression:
+    def compression(self) -> AskedOfCompression:
         return self.segments[0].compression
 
     @property

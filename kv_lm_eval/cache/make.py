@@ -7,11 +7,11 @@ from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.refresh import Refresh
 from kv_lm_eval.cache.ring import Ring
 from kv_lm_eval.cache.segment import Segment
-from kv_lm_eval.methods.compression import Compression
+from kv_lm_eval.cache.view import AskedOfCompression
 
 
 def make_cache(
-    compression: Compression, facts: ModelFacts, prefill_chunk: int | None = None, prefill_evicts: bool = False
+    compression: AskedOfCompression, facts: ModelFacts, prefill_chunk: int | None = None, prefill_evicts: bool = False
 ) -> CompressedCache:
     """An empty cache for one batch; prompts are fed to it in chunks of `prefill_chunk` tokens, None: in one."""
     method = compression.method

@@ -13,7 +13,7 @@ import torch
 
 from kv_lm_eval.cache.store import Kept, LayerStore, _own_storage, rows_of
 from kv_lm_eval.cache.transfer import to_device
-from kv_lm_eval.methods.storage import Storage
+from kv_lm_eval.cache.view import AskedOfStorage
 
 BLOCK_SLOTS = 4096  # pairs a row that are coded, or read back, at a time: bounds what this takes beside its result
 
@@ -30,7 +30,7 @@ class Packed:
         size: D. dtype: of what is read back.
     """
 
-    storage: Storage
+    storage: AskedOfStorage
     axis: str
     size: int
     dtype: torch.dtype
@@ -40,7 +40,7 @@ class Packed:
     group: torch.Tensor | None
 
     @classmethod
-    def encode(cls, x: torch.Tensor, real: torch.Tensor, storage: Storage, axis: str) -> Packed:
+    def encode(cls, x: torch.Tensor, real: torch.Tensor, storage: AskedOfStorage, axis: str) -> Packed:
         """Codes x [B, K, n, D]; pairs that are not real [B, K, n] take no part in their group.
 
         Error: at most half a step of the group, and what float16 rounds off its scale and zero.
@@ -50,7 +50,7 @@ class Packed:
         return cls.join([cls._encode_block(*part, storage, axis) for part in parts])
 
     @classmethod
-    def _encode_block(cls, x: torch.Tensor, real: torch.Tensor, storage: Storage, axis: str) -> Packed:
+    def _encode_block(cls, x: torch.Tensor, real: torch.Tensor, storage: AskedOfStorage, axis: str) -> Packed:
         b, k, n, size = x.shape
         width, levels = storage.group_size, 2**storage.nbits - 1
         numbers = x.float().masked_fill(~real.unsqueeze(-1), 0.0)
@@ -182,7 +182,7 @@ class QuantizedStore(LayerStore):
         sinks: first pairs that are never coded, because their keys are rewritten as the window moves.
     """
 
-    def __init__(self, storage: Storage, sinks: int) -> None:
+    def __init__(self, storage: AskedOfStorage, sinks: int) -> None:
         super().__init__()
         self.storage, self.sinks = storage, sinks
         self._exact_keys: torch.Tensor | None = None  # [B, K, capacity, D], those in use first

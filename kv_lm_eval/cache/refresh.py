@@ -23,7 +23,7 @@ from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.segment import MAX_ROOM, Segment
 from kv_lm_eval.cache.store import Kept, rows_of
 from kv_lm_eval.cache.transfer import to_device
-from kv_lm_eval.methods.compression import Compression
+from kv_lm_eval.cache.view import AskedOfCompression
 
 
 class Refresh(Segment):
@@ -31,7 +31,7 @@ class Refresh(Segment):
 
     serves = ("reinserted",)
 
-    def __init__(self, compression: Compression, facts: ModelFacts) -> None:
+    def __init__(self, compression: AskedOfCompression, facts: ModelFacts) -> None:
         super().__init__(compression, facts)
         self._shifts: dict[int, list[int]] = {}  # by layer, how far ahead of itself a row goes on
 

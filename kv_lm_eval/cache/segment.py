@@ -23,12 +23,10 @@ from kv_lm_eval.cache.attention import Step, Visible, attend, attend_one, receiv
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.quantized import QuantizedStore
-from kv_lm_eval.cache.store import LayerStore, joined
+from kv_lm_eval.cache.store import LayerStore, blank_lowest, joined
 from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype, to_device
+from kv_lm_eval.cache.view import AskedOfCompression, View
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.base import View
-from kv_lm_eval.methods.compression import Compression
-from kv_lm_eval.methods.evicted import blank_lowest
 
 FEW = 4  # pairs that one cut may hide in their places instead of moving the others
 MAX_ROOM = 1024  # slots reserved for the tokens until the next cut, at most; storage grows by itself
@@ -65,7 +63,7 @@ class Segment:
 
     serves: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, compression: Compression, facts: ModelFacts) -> None:
+    def __init__(self, compression: AskedOfCompression, facts: ModelFacts) -> None:
         for needed in ("ring", "reinserted"):
             if getattr(compression.method, needed) and needed not in self.serves:
                 raise TypeError(
@@ -136,7 +134,7 @@ class Segment:
 
     @staticmethod
     def joined(segments: Sequence[Segment]) -> Segment:
-        """The rows of all in one rectangle, after the last cut; empty slots come before those of rows that hold fewer."""
+        """The rows of all in one rectangle, after the last cut; empty slots come first in rows that hold fewer."""
         new = copy.copy(segments[0])
         new.seen = [n for s in segments for n in s.seen]
         new.peaks = [n for s in segments for n in s.peaks]

@@ -21,8 +21,8 @@ from kv_lm_eval.cache.attention import Step, packed_queries
 from kv_lm_eval.cache.face import Face
 from kv_lm_eval.cache.ring import RingStore
 from kv_lm_eval.cache.segment import Segment
+from kv_lm_eval.cache.view import AskedOfCompression
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.compression import Compression
 
 ROUND = 256  # slots
 
@@ -149,7 +149,7 @@ class StaticCache(Face):
         self.next_slot.add_(1)
 
 
-def check(compression: Compression) -> None:
+def check(compression: AskedOfCompression) -> None:
     """Raises UserError where the decode step of this method cannot have fixed shapes."""
     method, why = compression.method, None
     if not method.uses_cache:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from kv_lm_eval.cache.moments import QueryMoments
-from kv_lm_eval.cache.transfer import to_device
+from kv_lm_eval.cache.transfer import at_least_float32, to_device
 
 MIN_HEADROOM = 64  # slots allocated beyond those in use, so that decoding does not reallocate at every token
 
@@ -291,3 +291,23 @@ def rows_of(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def _own_storage(x: torch.Tensor) -> torch.Tensor:
     """A view into a larger tensor (a fused projection) would keep all of it alive: copy those, adopt the others."""
     return x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x
+
+
+def blank_lowest(scores: torch.Tensor, pos: torch.Tensor, drop: list[int]) -> None:
+    """Empties the slots with the lowest scores, in place: pos becomes -1 there. Ties go to the older token, as in a cut
+    that moves everything.
+
+    Args:
+        scores: [B, 1 or K, N]. pos: [B, 1 or K, N], as many heads as the scores or K.
+        drop: slots per row that go, a few.
+    """
+    scores = at_least_float32(scores)
+    finite = torch.finfo(scores.dtype)
+    scores = torch.where(pos >= 0, scores.clamp(finite.min, finite.max), float("inf"))
+    todo = to_device(drop, pos.device).view(-1, 1, 1)
+    last = pos.shape[2] - 1
+    for i in range(max(drop)):
+        lowest = last - scores.flip(-1).argmin(-1, keepdim=True)  # of equal ones the newest
+        going = todo > i
+        pos.scatter_(2, lowest, pos.gather(2, lowest).masked_fill(going, -1))
+        scores.scatter_(2, lowest, float("inf"))

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.prefill import Logits, NewCache, feed, feed_between_cuts, forward, prefill
 from kv_lm_eval.engine.question import prefill_before_question
+from kv_lm_eval.methods.compression import compression_of
 
 Score = tuple[float, bool]  # sum of log-probabilities in nats; whether greedy decoding would give the same tokens
 
@@ -41,7 +42,7 @@ def score_continuations(
         scores in the order given, and the cache of the contexts (for its numbers).
     """
     empty = new_cache()
-    compression, facts = empty.compression, empty.facts
+    compression, facts = compression_of(empty), empty.facts
     if not compression.lossy and isinstance(tail_tokens, int):
         longest = max(len(c) + max(map(len, group)) for c, group in zip(contexts, continuations, strict=True))
         if facts.beyond(longest):

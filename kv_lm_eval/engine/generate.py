@@ -3,8 +3,8 @@
 generate() prepares settings, logits processors and stopping criteria and hands them to a loop. `decode` is that loop
 for a compressed cache: the prompts are one packed forward, cut after it, and every further forward is a decode step of
 the rows that have not ended, under the method's schedule. A row that has ended leaves the batch. The first new token
-comes from the whole prompt, as in all published methods. With question_in_prompt=False (`question.py`) the cache comes with
-all but the last prompt token in it, and that token is the loop's first forward.
+comes from the whole prompt, as in all published methods. With question_in_prompt=False (`question.py`) the cache comes
+with all but the last prompt token in it, and that token is the loop's first forward.
 
 The stock loop, `model.generate(input_ids, attention_mask=..., past_key_values=CompressedCache(...))`, gives the same
 answers with the padding computed and every row decoded until the last has ended; beams and compiled steps take it.

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.forward import device_of, logits_of
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods.compression import compression_of
 from kv_lm_eval.methods.schedule import Schedule
 
 NewCache = Callable[[], CompressedCache]
@@ -83,7 +84,7 @@ def _feed_earlier(model: PreTrainedModel, cache: CompressedCache, parts: Sequenc
 @contextmanager
 def _before_the_last(cache: CompressedCache) -> Iterator[None]:
     """Chunks that are stored only, or each cut to what the method keeps of the tokens so far."""
-    compression = cache.compression
+    compression = compression_of(cache)
     cache.set(mode="hold")
     if cache.prefill_evicts:
         every_chunk = Schedule(compress_every=1, skip_layers=compression.schedule.skip_layers)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from kv_lm_eval.cache.band import Band
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.prefill import HOLD_TOKENS, Logits, NewCache, Rows, feed, feed_between_cuts
-from kv_lm_eval.methods.compression import Compression
+from kv_lm_eval.methods.compression import Compression, compression_of
 
 LOGIT_ELEMENTS = 2**27  # logits held at a time
 MIN_CHUNK = 64  # tokens in one forward, however large the vocabulary
@@ -99,8 +99,8 @@ def _forwards(
 
 def _stream_cache(cache: CompressedCache, every: int, tokens: int, prefill_tokens: int) -> CompressedCache:
     """The cache for documents of up to `tokens` tokens: the one given, or one that needs no segments."""
-    schedule = dataclasses.replace(cache.compression.schedule, compress_every=every)
-    compression = dataclasses.replace(cache.compression, schedule=schedule)
+    schedule = dataclasses.replace(compression_of(cache).schedule, compress_every=every)
+    compression = dataclasses.replace(compression_of(cache), schedule=schedule)
     cache.set(compression=compression)
     cache.prefill_evicts = False  # a document's first tokens are read whole
     if not compression.method.compresses or not compression.banded or tokens < 1:
@@ -122,7 +122,7 @@ def _scored(
 def _document(
     parts: list[tuple[torch.Tensor, torch.Tensor]], n: int, prefill_tokens: int, cache: CompressedCache
 ) -> ScoredDocument:
-    slots, evictions = visible_slots(cache.compression, n, prefill_tokens, cache.facts.cut_layers)
+    slots, evictions = visible_slots(compression_of(cache), n, prefill_tokens, cache.facts.cut_layers)
     log_probs = torch.cat([p for p, _ in parts]) if parts else torch.zeros(0)
     greedy = torch.cat([g for _, g in parts]) if parts else torch.zeros(0, dtype=torch.bool)
     return ScoredDocument(log_probs, greedy, slots, evictions)

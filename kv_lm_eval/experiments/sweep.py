@@ -28,7 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kv_lm_eval import console, files, progress, quickstart
+from kv_lm_eval import console, files, progress
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.experiments import cost, plan
 from kv_lm_eval.experiments.run_point import (
@@ -133,7 +133,7 @@ def _show(points: list[dict[str, Any]], output: Path) -> int:
     """--dry-run: a row a point, and the sum."""
     records = [read_record(folder_of(point, output)) for point in points]
     notes: list[str] = []
-    with quickstart.quietly():
+    with console.quietly():
         counted = cost.count(points, notes.append)
     expected = cost.seconds(points, counted, records)
     rows = [
@@ -151,7 +151,7 @@ def _show(points: list[dict[str, Any]], output: Path) -> int:
             zip(points, records, counted, expected, strict=True), 1
         )
     ]
-    print(quickstart.table(rows))
+    print(console.table(rows))
     todo = [i for i, record in enumerate(records) if record.get("status") != DONE]
     print(f"\n{len(points)} points, {len(points) - len(todo)} done, {len(todo)} to do:", end=" ")
     tokens = [counted[i][1] for i in todo]

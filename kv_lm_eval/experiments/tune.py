@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from kv_lm_eval import console, files, harness, identity, plugin, progress, quickstart
+from kv_lm_eval import console, files, harness, identity, plugin, progress
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.experiments import paired, task_files
 from kv_lm_eval.experiments.run_point import versions
@@ -229,7 +229,7 @@ class Scores:
         so that the first are a sample; the same for all tasks, so that those about one text see it at once."""
         metadata = {**self.base, **(self.args.metadata or {})}
         options = self.run_options["tasks"], self.run_options["include_path"], metadata
-        with harness.task_manager(*options) as manager, quickstart.quietly():
+        with harness.task_manager(*options) as manager, console.quietly():
             harness.check_tasks(self.run_options["tasks"], manager)
             loaded = manager.load(self.run_options["tasks"])["tasks"]
         documents = []
@@ -299,7 +299,7 @@ class Scores:
         return self._keys[asked]
 
     def _run(self, model_args: Settings, task: str, ids: Sequence[int]) -> dict[str, float]:
-        with progress.told_every_minute(lambda: f"  {task}: {progress.innermost()}"), quickstart.quietly():
+        with progress.told_every_minute(lambda: f"  {task}: {progress.innermost()}"), console.quietly():
             done = harness.run(
                 plugin.MODEL_NAME,
                 model_args,
@@ -392,7 +392,7 @@ def _report(
         )
     sure = f"{100 * args.confidence:g} % confidence"
     print(f"\n{name}: mean loss against the full cache at most {args.tolerance:g}, {sure}\n")
-    print(quickstart.table(rows))
+    print(console.table(rows))
     recommended = None
     if answer.best is not None:
         recommended = _spelled({**scores.base, **answer.best.candidate})

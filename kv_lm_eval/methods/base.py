@@ -15,134 +15,25 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from typing_extensions import dataclass_transform
 
-from kv_lm_eval.cache.transfer import to_device
+from kv_lm_eval.cache.view import Sight as Sight
+from kv_lm_eval.cache.view import View as View
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.methods import names
 from kv_lm_eval.methods.names import available as available
 
 if TYPE_CHECKING:
     from kv_lm_eval.cache.facts import ModelFacts
-    from kv_lm_eval.cache.moments import QueryMoments
 
 
 def setting(default: Any = dataclasses.MISSING, help: str = "", choices: tuple[Any, ...] = ()) -> Any:
     """One hyper-parameter: its default, what it means in a sentence (with its unit), and what it may be."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
-@dataclasses.dataclass
-class View:
-    """What a scorer may look at: the slots of one layer, oldest first, at the moment of compression.
-
-    Attributes:
-        keys, values: [B, K, N, D], keys with the model's rotary embedding applied.
-        pos: [B, 1 or K, N] original position of the token in each slot, -1 where a slot is empty.
-        seen: tokens each row has seen so far (host integers, length B).
-        keep: slots each row will keep (host integers, length B), already limited to what the row holds.
-        layer: index of the layer; num_layers: how many there are.
-        bias: [B, K, N] float32 added to the attention logits of each slot, the logarithm of the number of tokens that
-            it stands for; None: each stands for one.
-        memory: [B, K] float32 what the treatment of the evicted remembers from the last cut, or None.
-        scaling: factor of the layer's attention logits, mostly D ** -0.5.
-        method: its name, for messages. num_queries: last queries that are kept for it; None: all that are asked for.
-
-    `mass`, `moments`, `attention` and `rotate` are there for methods that declare them: the cache gathers nothing that
-    nobody reads.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    pos: torch.Tensor
-    seen: list[int]
-    keep: list[int]
-    layer: int
-    num_layers: int
-    _mass: torch.Tensor | None
-    _attend: Callable[[int], torch.Tensor]
-    bias: torch.Tensor | None = None
-    memory: torch.Tensor | None = None
-    _moments: QueryMoments | None = None
-    scaling: float = 1.0
-    _rotate: Callable[..., torch.Tensor] | None = None
-    method: str = "NAME"
-    num_queries: int | None = None
-
-    @property
-    def mass(self) -> torch.Tensor:
-        """[B, K, N] float32 attention each key has received from all queries so far, mean over the query heads of its
-        group; for methods with `accumulates = True`."""
-        if self._mass is None:
-            raise self._undeclared("view.mass, the attention received so far", "accumulates = True")
-        return self._mass
-
-    @property
-    def moments(self) -> QueryMoments:
-        """Mean and covariance of the queries before their rotary embedding; for methods with `moments_from`."""
-        if self._moments is None:
-            raise self._undeclared(
-                "view.moments, mean and covariance of the queries",
-                "a property moments_from: the position from which on queries count, 0 for all",
-            )
-        return self._moments
-
-    def _undeclared(self, what: str, remedy: str) -> UserError:
-        return UserError(
-            f"method={self.method} reads {what}, which is gathered only for methods that declare it; give its class "
-            f"{remedy}"
-        )
-
-    def rotate(self, x: torch.Tensor, delta: torch.Tensor, over: int = 1) -> torch.Tensor:
-        """Keys or queries [B, K, N, D] moved by delta positions ([B, N], [B, 1] or [B, K, N]); mean over `over` of
-        them from there on. Only where `moves_keys` or `moments_from` asked for it."""
-        if self._rotate is None:
-            raise self._undeclared(
-                "view.rotate, which moves keys in position",
-                "a property moments_from (or use evicted=compensate,key_space=pre_rope, or positions=in_cache)",
-            )
-        return self._rotate(x, delta, over)
-
-    def attention(self, last: int) -> torch.Tensor:
-        """Attention weights of the `last` most recent queries over the slots: [B, K, G, last, N], float32.
-
-        Causal by position. A row that has seen fewer tokens has zeros for the queries that it lacks. For methods with
-        a `num_queries` of at least `last`.
-        """
-        if self.num_queries is not None and last > self.num_queries:
-            raise self._undeclared(
-                f"view.attention({last}), the attention of the last {last} queries, and keeps {self.num_queries}",
-                f"a property num_queries that returns {last}",
-            )
-        return self._attend(last)
-
-    def recent(self, count: int | list[int]) -> torch.Tensor:
-        """True for the last `count` tokens seen (one number, or one a row): [B, 1 or K, N]."""
-        counts = [count] * len(self.seen) if isinstance(count, int) else count
-        first = [seen - c for seen, c in zip(self.seen, counts, strict=True)]
-        return self.pos >= to_device(first, self.pos.device).view(-1, 1, 1).clamp_min(0)
-
-    def first(self, count: int) -> torch.Tensor:
-        """True for the first `count` tokens of each row: [B, 1 or K, N]."""
-        return (self.pos >= 0) & (self.pos < count)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sight:
-    """What the query heads of a layer may see where a method hides pairs instead of dropping them.
-
-    Attributes:
-        sinks: first tokens of the sequence, one entry per query head or one for all.
-        windows: most recent tokens, the query's own included, in the same way; None: all.
-    """
-
-    sinks: tuple[int, ...]
-    windows: tuple[int | None, ...]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(setting,))
@@ -171,6 +62,18 @@ class Method:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+    @classmethod
+    def example(cls, slots: int) -> dict[str, Any]:
+        """Settings that show the method at `slots` pairs per KV head and layer, at least 8, on prompts of a few hundred
+        tokens: the quick start, the tables of the docs and the tests take them.
+
+        By default the budget alone; cuts that would come at every token come every 16, but for a ring's.
+        """
+        if not cls.compresses:
+            return {}
+        every = {"compress_every": 16} if cls.presets.get("compress_every") and not cls.ring else {}
+        return {"max_capacity_prompt": slots, **every}
 
     def score(self, view: View) -> torch.Tensor:
         """Higher stays. [B, K, N] (each KV head chooses its own slots) or [B, 1, N] (all heads the same); +inf: always.
@@ -285,6 +188,11 @@ def load(spec: str) -> type[Method]:
     found = importlib.util.find_spec(f"{root}.{name}_") or importlib.util.find_spec(f"{root}.{name}")
     assert found is not None
     return _only_method(importlib.import_module(found.name), name, None)
+
+
+def example(spec: str, slots: int) -> dict[str, Any]:
+    """The method's example at `slots` pairs per KV head and layer, as --model_args: see `Method.example`."""
+    return {"method": spec, **load(spec).example(slots)}
 
 
 def _load_file(spec: str) -> type[Method]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kv_lm_eval.cache.view import AskedOfCompression
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, Sight, View
 from kv_lm_eval.methods.budget import Budget, Heads, Layers
@@ -17,6 +18,7 @@ from kv_lm_eval.methods.schedule import Schedule
 from kv_lm_eval.methods.storage import Storage
 
 if TYPE_CHECKING:
+    from kv_lm_eval.cache.cache import CompressedCache
     from kv_lm_eval.cache.facts import ModelFacts
 
 
@@ -277,3 +279,12 @@ class Compression:
             if flat.get(share) == "uniform":
                 del flat[of_it]
         return flat
+
+
+def compression_of(cache: CompressedCache) -> Compression:
+    """The compression that a cache was made for: whole, where the cache knows only what it asks of one."""
+    assert isinstance(cache.compression, Compression)
+    return cache.compression
+
+
+_FULFILS: type[AskedOfCompression] = Compression  # mypy proves it: every member that the cache asks for is there

@@ -10,12 +10,12 @@ import inspect
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from kv_lm_eval.cache.store import Kept, rows_of
-from kv_lm_eval.cache.transfer import at_least_float32, to_device
+from kv_lm_eval.cache.transfer import at_least_float32
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.methods.base import Method, View
 
@@ -26,6 +26,11 @@ class Evicted:
 
     evicted: ClassVar[str] = ""  # the name under which `evicted=` asks for it
     forgets: ClassVar[bool] = False  # the pairs that stay are left as they are: those that go need only be hidden
+
+    @classmethod
+    def example(cls, slots: int) -> dict[str, Any]:
+        """Settings that show the treatment beside a method's example at so many slots; by default its own defaults."""
+        return {}
 
     @property
     def moves_keys(self) -> tuple[str, str] | None:
@@ -107,25 +112,6 @@ def choose(scores: torch.Tensor, pos: torch.Tensor, keep: torch.Tensor) -> tuple
     valid = (rank < keep.to(order.device).unsqueeze(-1)).expand_as(order)
     index = torch.where(valid, order, -1).sort(dim=-1).values
     return index.clamp_min(0), index >= 0
-
-
-def blank_lowest(scores: torch.Tensor, pos: torch.Tensor, drop: list[int]) -> None:
-    """Empties the slots that `choose` would leave out, in place: pos becomes -1 there.
-
-    Args:
-        scores: [B, 1 or K, N]. pos: [B, 1 or K, N], as many heads as the scores or K.
-        drop: slots per row that go, a few.
-    """
-    scores = at_least_float32(scores)
-    finite = torch.finfo(scores.dtype)
-    scores = torch.where(pos >= 0, scores.clamp(finite.min, finite.max), float("inf"))
-    todo = to_device(drop, pos.device).view(-1, 1, 1)
-    last = pos.shape[2] - 1
-    for i in range(max(drop)):
-        lowest = last - scores.flip(-1).argmin(-1, keepdim=True)  # of equal ones the newest
-        going = todo > i
-        pos.scatter_(2, lowest, pos.gather(2, lowest).masked_fill(going, -1))
-        scores.scatter_(2, lowest, float("inf"))
 
 
 def gather(view: View, index: torch.Tensor, valid: torch.Tensor) -> Kept:

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kv_lm_eval.analysis import head_profile
-from kv_lm_eval.analysis.head_profile import Head, HeadProfile
 from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods import head_profile
 from kv_lm_eval.methods.base import Method, Sight, View, setting
+from kv_lm_eval.methods.head_profile import Head, HeadProfile
 
 if TYPE_CHECKING:
     from kv_lm_eval.cache.facts import ModelFacts
@@ -70,6 +70,10 @@ class HeadAware(Method):
     mode: str = setting("cache", "really drop pairs, or hide them by masks and save nothing", ("cache", "simulate"))
 
     # ------------------------------------------------------------------------------------ settings
+
+    @classmethod
+    def example(cls, slots: int) -> dict[str, Any]:
+        return {"preset": "B_streaming", "base_window": slots, "compress_every": 16}
 
     def validate(self) -> None:
         for name in (*WINDOWS, "base_window"):

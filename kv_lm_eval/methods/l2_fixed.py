@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from math import floor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -36,6 +36,10 @@ class L2Fixed(Method):
     strategy: str = setting("keep_low", "which older tokens stay", ("keep_low", "keep_high", "random", "recent_only"))
     recent_ratio: float = setting(0.5, "share of the kept slots that is protected as most recent")
     seed: int = setting(0, "of strategy=random")
+
+    @classmethod
+    def example(cls, slots: int) -> dict[str, Any]:
+        return {"cache_size": slots, "compress_every": 16}
 
     def validate(self) -> None:
         if self.cache_size is not None and self.cache_size < 2:

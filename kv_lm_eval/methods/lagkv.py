@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,10 @@ class LagKV(Method):
 
     n_sink: int = setting(4, "first tokens that always stay")
     lag_size: int = setting(128, "tokens in a partition")
+
+    @classmethod
+    def example(cls, slots: int) -> dict[str, Any]:
+        return {**super().example(slots), "lag_size": slots // 4}
 
     def validate(self) -> None:
         if self.n_sink < 0 or self.lag_size < 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kv_lm_eval.errors import UserError, close_names
 
-PARTS = {"base", "budget", "schedule", "evicted", "treatments", "storage", "compression", "listing", "names"}
+PARTS = {"base", "budget", "schedule", "evicted", "treatments", "storage", "compression", "head_profile", "names"}
 
 
 def available() -> list[str]:
@@ -15,7 +15,11 @@ def available() -> list[str]:
 
     A trailing underscore is dropped, so that `random_.py` does not shadow the standard library's `random`.
     """
-    return sorted(m.name.rstrip("_") for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in PARTS)
+    return sorted(
+        m.name.rstrip("_")
+        for m in pkgutil.iter_modules([str(Path(__file__).parent)])
+        if m.name not in PARTS and not m.name.startswith("_")
+    )
 
 
 def check(spec: str) -> str:

@@ -1,3 +1,7 @@
+from __future__ import annotations
+
+from typing import Any
+
 from kv_lm_eval.methods.base import Method
 
 
@@ -16,3 +20,7 @@ class Quantized(Method):
     paper = "arXiv:2402.02750"
     presets = {"nbits": 4}
     compresses = False
+
+    @classmethod
+    def example(cls, slots: int) -> dict[str, Any]:
+        return {"nbits": 4, "residual_length": 32}

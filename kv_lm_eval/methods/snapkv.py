@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +28,10 @@ class SnapKV(Method):
     kernel_size: int = setting(7, "width of the pooling over neighbouring tokens, odd")
     pooling: str = setting("max", "how votes are pooled", ("max", "avg"))
     gqa: str = setting("kv_head", "who chooses; query heads: from a cache repeated for each", ("kv_head", "query_head"))
+
+    @classmethod
+    def example(cls, slots: int) -> dict[str, Any]:
+        return {**super().example(slots), "window_size": min(16, slots // 2)}
 
     def validate(self) -> None:
         if self.window_size < 1:

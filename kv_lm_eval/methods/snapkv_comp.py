@@ -1,3 +1,7 @@
+from __future__ import annotations
+
+from typing import Any
+
 from kv_lm_eval.methods.snapkv import SnapKV
 
 
@@ -12,3 +16,7 @@ class SnapKVComp(SnapKV):
     """
 
     presets = {"evicted": "compensate"}
+
+    @classmethod
+    def example(cls, slots: int) -> dict[str, Any]:
+        return {**super().example(slots), "block_size": slots}

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from kv_lm_eval.errors import UserError
 
+BITS = (2, 4, 8)  # that a number may be held in
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -25,7 +27,7 @@ class Storage:
 
     nbits: int = field(
         default=0,
-        metadata={"help": "bits of each stored key and value number; 0: not quantised", "choices": (0, 2, 4, 8)},
+        metadata={"help": "bits of each stored key and value number; 0: not quantised", "choices": (0, *BITS)},
     )
     group_size: int = field(default=32, metadata={"help": "nbits: numbers that share a scale and a zero"})
     residual_length: int = field(

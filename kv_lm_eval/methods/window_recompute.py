@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, setting
 
@@ -22,6 +24,10 @@ class WindowRecompute(Method):
 
     n_sink: int = setting(4, "tokens added to the window; no sinks")
     window_size: int = setting(508, "most recent tokens, the newest included")
+
+    @classmethod
+    def example(cls, slots: int) -> dict[str, Any]:
+        return {"n_sink": 0, "window_size": slots}
 
     def validate(self) -> None:
         if self.n_sink < 0 or self.window_size < 1:

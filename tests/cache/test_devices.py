@@ -12,11 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kv_lm_eval.cache.transfer import sum_dtype
-from kv_lm_eval.methods import evicted
-from kv_lm_eval.quickstart import METHODS
+from kv_lm_eval.methods import base, evicted
 
 BUDGET = 16
-SETTINGS = {name: of(BUDGET) for name, of in METHODS.items() if name not in ("no_cache", "window_recompute")}
+SETTINGS = {name: base.example(name, BUDGET) for name in base.available() if base.load(name).uses_cache}
 SETTINGS |= {
     f"{name} of evicted": {"method": "h2o", "max_capacity_prompt": BUDGET, "compress_every": 4, "evicted": name}
     for name in evicted.available()

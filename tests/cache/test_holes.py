@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kv_lm_eval.cache import segment
-from kv_lm_eval.cache.store import MIN_HEADROOM
+from kv_lm_eval.cache.store import MIN_HEADROOM, blank_lowest
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.methods import base
-from kv_lm_eval.methods.evicted import blank_lowest, choose
+from kv_lm_eval.methods.evicted import choose
 
 BUDGET = 12
 METHODS = {

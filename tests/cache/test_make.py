@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import tiny
 
-from kv_lm_eval import quickstart
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.cache.refresh import Refresh
@@ -17,6 +16,7 @@ from kv_lm_eval.cache.ring import Ring
 from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.engine.stepwise import steps
 from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.methods import base
 
 ROOT = Path(__file__).parents[2]
 REFRESH = {"method": "streaming_llm", "n_sink": 2, "window_size": 8, "refresh_budget": 4, "refresh_policy": "uniform"}
@@ -73,10 +73,10 @@ def test_no_other_file_picks_a_class_of_cache() -> None:
     assert not list(choosers("isinstance(cache, Ring)"))
 
 
-@pytest.mark.parametrize("name", sorted(quickstart.METHODS))
+@pytest.mark.parametrize("name", base.available())
 def test_every_class_of_cache_belongs_to_somebody(name: str) -> None:
     """The class that make_cache takes is the plainest one that does not refuse."""
-    compression, facts = tiny.compression(**quickstart.METHODS[name](32)), tiny.pair("llama").facts
+    compression, facts = tiny.compression(**base.example(name, 32)), tiny.pair("llama").facts
     needed = {what for what in ("ring", "reinserted") if getattr(compression.method, what)}
     assert needed <= set(type(make_cache(compression, facts).segments[0]).serves)
     assert {what for c in classes() for what in c.serves} == {"ring", "reinserted"}

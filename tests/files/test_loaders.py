@@ -15,8 +15,8 @@ from typing import Any
 import pydantic
 import pytest
 
-from kv_lm_eval.analysis import head_profile
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods import head_profile
 from kv_lm_eval.tasks.longbench_tasks import data, predictions, report, rows
 from kv_lm_eval.tasks.longbench_tasks.specs import official
 from kv_lm_eval.tasks.needle import heatmap

@@ -14,17 +14,13 @@ from hypothesis import strategies as st
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.methods.budget import Ratio
 
-ONLINE = {
-    "snapkv": {"method": "snapkv", "window_size": 4, "kernel_size": 3},
-    "knorm": {"method": "knorm"},
-    "h2o": {"method": "h2o"},
-    "tova": {"method": "tova"},
-    "random": {"method": "random"},
-    "window": {"method": "window"},
-    "streaming_llm": {"method": "streaming_llm", "n_sink": 4, "positions": "absolute"},
+ONLINE = {  # those that share nothing out: every head and layer keeps the budget
+    name: {k: v for k, v in tiny.free(name, 8).items() if k not in ("max_capacity_prompt", "cache_size")}
+    for name in tiny.methods(lambda cls: tiny.chooses(cls) and not {"layer_budget", "head_budget"} & set(cls.presets))
 }
+MOVING = [name for name, args in ONLINE.items() if tiny.compression(**args, max_capacity_prompt=12).moves_keys]
 every_method = pytest.mark.parametrize("method", ONLINE)
-every_model = pytest.mark.parametrize("name", tiny.CORE)
+everywhere = pytest.mark.parametrize(("name", "method"), tiny.cases(ONLINE, moving=MOVING))
 
 
 @pytest.mark.parametrize(
@@ -52,8 +48,7 @@ def test_the_references_share_is_kvpresss_in_binary_fractions(thousandths: int, 
     assert got == [max(1, int(seen * (1 - ratio)))]
 
 
-@every_model
-@every_method
+@everywhere
 def test_a_budget_over_the_length_changes_nothing(name: str, method: str) -> None:
     pair = tiny.pair(name)
     rows = [tiny.tokens(40, seed=1), tiny.tokens(23, seed=2)]
@@ -66,8 +61,7 @@ def test_a_budget_over_the_length_changes_nothing(name: str, method: str) -> Non
     assert cut.snapshot()["compressed"] == [False, False] or name in ("mistral_sliding", "gemma3")
 
 
-@every_model
-@every_method
+@everywhere
 @pytest.mark.parametrize("every", [1, 3])
 def test_layers_hold_the_budget_and_the_tokens_since_the_last_cut(name: str, method: str, every: int) -> None:
     pair, budget = tiny.pair(name), 12
@@ -143,7 +137,7 @@ def test_methods_that_cut_only_after_the_prefill_grow_by_one_slot_a_token(method
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_same_number_of_slots_and_finite_logits(method: str, dtype: torch.dtype) -> None:
     model = tiny.build("llama").to(dtype)
-    pair = tiny.Pair(model, model, wrap(model, tiny.compression(method="full")))
+    pair = tiny.Pair(model, model, wrap(model, tiny.compression(method="streaming_llm", window_size=8)))
     cache = pair.cache(**ONLINE[method], max_capacity_prompt=10, compress_every=1)
     tiny.forward(model, cache, [tiny.tokens(40), tiny.tokens(20)])
     for step in range(3):

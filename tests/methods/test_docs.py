@@ -1,4 +1,4 @@
-"""The method that docs/methods.md writes from scratch runs as printed."""
+"""The method that docs/methods.md writes from scratch runs as printed, and the tables are what the files say."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 
 import tiny
 
-from kv_lm_eval.methods import base, listing
+from kv_lm_eval.config import parse
+from kv_lm_eval.experiments import method_tables
+from kv_lm_eval.methods import base, evicted
 
-DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "methods.md"
 
 
 def test_the_documented_method_works_from_a_file_of_the_users(tmp_path):
@@ -29,15 +32,43 @@ def test_the_documented_method_works_from_a_file_of_the_users(tmp_path):
     assert "sha256=" in source, "an edited method must not be taken for the old one"
 
 
-def test_the_list_of_methods_is_the_one_that_the_method_files_give():
-    """`python scripts/methods_doc.py` writes it."""
-    page = DOCS.read_text(encoding="utf-8")
-    assert listing.markdown() in page.partition("<!-- methods -->")[2].partition("<!-- /methods -->")[0]
+def test_the_tables_of_the_pages_are_those_that_the_method_files_give():
+    stale = method_tables.pages(ROOT)
+    assert not stale, method_tables.wrong(stale)
 
 
-def test_every_method_is_in_the_readme_and_in_the_measured_table():
-    readme = (DOCS.parents[1] / "README.md").read_text(encoding="utf-8")
-    measured = DOCS.read_text(encoding="utf-8").partition("<!-- measured -->")[2].partition("<!-- /measured -->")[0]
-    for name in base.available():
-        assert f"`{name}`" in readme, name
-        assert f"| {name} |" in measured, name
+def test_a_table_that_is_not_what_the_method_files_say_is_named_with_the_command(tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    for page in ("README.md", "docs/methods.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        (tmp_path / page).write_text(text.replace("| `snapkv` |", "| `snapkw` |"), encoding="utf-8")
+    assert method_tables.main(["--folder", str(tmp_path)]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said and "README.md" in said and "`python scripts/methods_doc.py --write`" in said
+    assert method_tables.main(["--folder", str(tmp_path), "--write"]) == 0
+    for page in ("README.md", "docs/methods.md"):
+        assert (tmp_path / page).read_bytes() == (ROOT / page).read_bytes()
+    assert method_tables.main(["--folder", str(tmp_path)]) == 0
+
+
+def test_measured_rows_replace_those_of_their_method_and_say_what_is_missing():
+    head = {"method": "snapkv", "budget": "64", "needle": "0.4"}
+    old = [head, {**head, "budget": "128"}, {**head, "method": "gone"}]
+    text = method_tables._measured_part(old, [{**head, "needle": "0.5"}, {**head, "method": "quantized"}])
+    assert [line for line in text.splitlines() if line.startswith("| ")] == [
+        "| method | budget | needle |",
+        "| quantized | 64 | 0.4 |",
+        "| snapkv | 64 | 0.5 |",
+        "| snapkv | 128 | 0.4 |",
+    ]
+    missing = text.splitlines()[-1]
+    assert missing.startswith("Not measured yet:") and "`full`" in missing and "--measure --methods" in missing
+
+
+def test_what_is_measured_are_examples_that_parse():
+    named = method_tables.points(list(method_tables.examples()), [64])
+    assert set(base.available()) <= {name for name, _, _ in named}
+    assert {f"snapkv, evicted={name}" for name in evicted.available()} & {name for name, _, _ in named}
+    assert [b for name, b, _ in named if name == "quantized"] == ["2 bit", "4 bit", "8 bit"]
+    for name, _, model_args in named:
+        assert parse(dict(model_args))[0].method.name == name.split(",")[0]

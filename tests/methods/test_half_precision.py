@@ -12,30 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods import base, evicted
 from kv_lm_eval.methods.compression import Compression
 
 BUDGET = 18
-OWN = {  # settings without which a method has no budget of this size, or no free treatment of the evicted
-    "l2_fixed": {"cache_size": BUDGET},
-    "window": {"window_size": BUDGET},
-    "streaming_llm": {"window_size": BUDGET - 4, "positions": "absolute"},
-    "lagkv": {"max_capacity_prompt": BUDGET, "lag_size": 6},
-    **{m: {"max_capacity_prompt": BUDGET, "window_size": 5} for m in ("snapkv", "snapkv_comp", "pyramidkv", "adakv")},
-}
 TREATMENTS = {
-    "drop": {},
-    "cam": {},
-    "d2o": {},
-    "compensate": {"block_size": 7, "weight": "uniform"},
+    **{name: evicted.load(name).example(BUDGET) for name in evicted.available()},
+    "compensate, small blocks": {"block_size": 7, "weight": "uniform"},
     "compensate, all options": {
         "block_size": "full", "count_bias": "log_n", "key_space": "pre_rope", "empty_block": "drop", "weight": "uniform"
     },
 }  # fmt: skip
-MUST_WORK = ("snapkv", "snapkv_comp", "h2o", "tova", "pyramidkv", "adakv", "knorm", "l2_fixed", "keydiff", "lagkv")
 
 
 @functools.cache
@@ -46,26 +36,22 @@ def half(dtype: torch.dtype) -> tuple[torch.nn.Module, object]:
 
 def composed(method: str, treatment: str) -> Compression | str:
     """The two put together, or why they are refused."""
-    own = OWN.get(method, {"max_capacity_prompt": BUDGET})
+    every = {} if base.load(method).ring else {"compress_every": 2}
+    more = {"evicted": treatment.split(",")[0], **TREATMENTS[treatment], **every}
     try:
-        return tiny.compression(
-            method=method, **own, evicted=treatment.split(",")[0], **TREATMENTS[treatment], compress_every=2
-        )
+        return tiny.compression(**tiny.free(method, BUDGET, **more))
     except UserError as error:
         return str(error)
 
 
-def test_every_treatment_is_here() -> None:
-    assert {t.split(",")[0] for t in TREATMENTS} == set(evicted.available())
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("method", [m for m in base.available() if base.load(m).compresses])
+@pytest.mark.parametrize("method", tiny.methods(lambda cls: cls.compresses))
 def test_scores_are_no_coarser_than_float32_and_everything_held_is_finite(
     method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, facts = half(dtype)
-    dtypes, refused = set(), []
+    dtypes, refused, cls = set(), [], base.load(method)
+    by_attention = {"cam", "compensate"} if cls.weights is base.Method.weights else set()  # which it does not look at
     for treatment in TREATMENTS:
         compression = composed(method, treatment)
         if isinstance(compression, str):
@@ -79,7 +65,7 @@ def test_scores_are_no_coarser_than_float32_and_everything_held_is_finite(
             return scores
 
         monkeypatch.setattr(type(compression.method), "score", noted)
-        caches = [CompressedCache(compression, facts) for _ in range(2)]
+        caches = [make_cache(compression, facts) for _ in range(2)]
         for cache, start in itertools.product(caches, range(6)):
             rows = [[2, *[7, 8] * 25], [3] * 33, tiny.tokens(12)] if start == 0 else [[5 + start]] * 3
             starts = [0, 0, 0] if start == 0 else [50 + start, 32 + start, 11 + start]
@@ -92,7 +78,7 @@ def test_scores_are_no_coarser_than_float32_and_everything_held_is_finite(
             assert torch.equal(one.pos, two.pos) and torch.equal(one.keys[real], two.keys[real]), "not deterministic"
         monkeypatch.undo()
     assert dtypes <= {torch.float32, torch.float64}
-    assert method not in MUST_WORK or set(refused) <= {"cam"}, refused
+    assert dtypes and (cls.ring or set(refused) == by_attention), refused
 
 
 @given(

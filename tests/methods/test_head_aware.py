@@ -14,11 +14,11 @@ import tiny
 import torch
 import transformers as tf
 
-from kv_lm_eval.analysis.head_profile import Head, HeadProfile
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods.head_profile import Head, HeadProfile
 
 MODELS = ("llama", "gpt_neox")  # 4 query heads on 2 and on 4 KV heads
 PREFIX = 5

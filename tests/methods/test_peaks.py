@@ -8,9 +8,8 @@ import pytest
 import tiny
 
 METHODS = {
-    "full": {"method": "full"},
-    "window": {"method": "window", "window_size": 9},
-    "streaming_llm": {"method": "streaming_llm", "n_sink": 3, "window_size": 8, "compress_every": 6},
+    **{name: tiny.example(name, 12) for name in tiny.methods(lambda cls: cls.uses_cache)},
+    "lazy": {"method": "streaming_llm", "n_sink": 3, "window_size": 8, "compress_every": 6},
     "slack": {
         "method": "streaming_llm",
         "n_sink": 3,
@@ -20,8 +19,6 @@ METHODS = {
         "max_drop": 3,
     },
     "total": {"method": "streaming_llm", "total_budget": 20, "compress_every": 4},
-    "streaming_ring": {"method": "streaming_ring", "n_sink": 3, "window_size": 8},
-    "snapkv": {"method": "snapkv", "window_size": 4, "max_capacity_prompt": 12},
     "snapkv online": {"method": "snapkv", "window_size": 4, "max_capacity_prompt": 12, "compress_every": 5},
     "snapkv excess": {
         "method": "snapkv",
@@ -30,16 +27,18 @@ METHODS = {
         "compress_every": 5,
         "trigger": "excess",
     },
-    "pyramidkv": {"method": "pyramidkv", "window_size": 4, "max_capacity_prompt": 14},
-    "adakv": {"method": "adakv", "window_size": 4, "max_capacity_prompt": 12, "compress_every": 3},
+    "adakv online": {"method": "adakv", "window_size": 4, "max_capacity_prompt": 12, "compress_every": 3},
     "knorm ratio": {"method": "knorm", "keep_ratio": 0.4},
     "knorm per step": {"method": "knorm", "keep_ratio": 0.8, "prune_after": 16, "compress_every": 1},
-    "l2_fixed": {"method": "l2_fixed", "cache_size": 12},
-    "h2o": {"method": "h2o", "max_capacity_prompt": 12},
     "tova skipping": {"method": "tova", "max_capacity_prompt": 12, "skip_layers": [0]},
-    "random": {"method": "random", "max_capacity_prompt": 12, "compress_every": 7},
-    "head_aware": {"method": "head_aware", "base_window": 10},
-    "quantized": {"method": "snapkv", "window_size": 4, "max_capacity_prompt": 12, "nbits": 4, "residual_length": 4},
+    "random online": {"method": "random", "max_capacity_prompt": 12, "compress_every": 7},
+    "snapkv quantized": {
+        "method": "snapkv",
+        "window_size": 4,
+        "max_capacity_prompt": 12,
+        "nbits": 4,
+        "residual_length": 4,
+    },
 }
 
 

@@ -14,20 +14,24 @@ from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods import base
 
 SMALL = {"nbits": 8, "group_size": 4, "residual_length": 6}
+
+
+def holds_fewer_bits(cls: type[base.Method]) -> bool:
+    """Whether pairs that the method keeps may be quantised: not those of a ring, nor of the full cache by that name."""
+    return cls.uses_cache and not cls.ring and (cls.compresses or "nbits" in cls.presets)
+
+
 METHODS = {
-    "quantized": {"method": "quantized"},
-    "snapkv": {"method": "snapkv", "window_size": 4, "kernel_size": 3, "max_capacity_prompt": 30},
-    "streaming_llm": {"method": "streaming_llm", "n_sink": 2, "window_size": 28},
+    **{name: tiny.example(name, 30) for name in tiny.methods(holds_fewer_bits)},
     "streaming_llm absolute": {"method": "streaming_llm", "n_sink": 2, "window_size": 28, "positions": "absolute"},
     "knorm": {"method": "knorm", "max_capacity_prompt": 30, "compress_every": 3},
     "h2o": {"method": "h2o", "max_capacity_prompt": 30, "compress_every": 3},
     "adakv": {"method": "adakv", "window_size": 4, "max_capacity_prompt": 30, "compress_every": 5},
-    "pyramidkv": {"method": "pyramidkv", "window_size": 4, "max_capacity_prompt": 24},
     "cam": {"method": "snapkv", "window_size": 4, "max_capacity_prompt": 30, "evicted": "cam", "compress_every": 4},
     "d2o": {"method": "h2o", "max_capacity_prompt": 30, "evicted": "d2o", "compress_every": 4},
-    "snapkv_comp": {"method": "snapkv_comp", "window_size": 4, "block_size": 5, "max_capacity_prompt": 30},
 }
 # Two runs may round one number of thousands to neighbouring steps, where they differ by a float's rounding. In float64
 # (GPT-NeoX computes all of it in the model's precision) that does not happen; of logits of size 10 in float32 it does.

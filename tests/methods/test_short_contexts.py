@@ -18,24 +18,14 @@ from kv_lm_eval.methods.compression import Compression
 
 LENGTHS = (1, 40, 2, 3)
 TAILS = (0, 1, 2, 3, 50)
-WINDOW = {"max_capacity_prompt": 12, "window_size": 4}
-OWN = {
-    "window": {"window_size": 12},
-    "streaming_llm": {"window_size": 8, "positions": "absolute"},
-    "streaming_ring": {"window_size": 8},
-    "head_aware": {"base_window": 10},
-    "l2_fixed": {"cache_size": 12},
-    "lagkv": {"max_capacity_prompt": 12, "lag_size": 6},
-    "quantized": {"nbits": 4, "residual_length": 4, "group_size": 4},
-    **dict.fromkeys(("snapkv", "snapkv_comp", "pyramidkv", "adakv"), WINDOW),
-}
+BITS = {"nbits": 4, "residual_length": 4, "group_size": 4}
 TREATMENTS = [{"evicted": name} for name in evicted.available()] + [
     {"evicted": "compensate", "weight": "uniform", "count_bias": "log_n", "key_space": "pre_rope", "block_size": 3},
     {"head_budget": "ada", "alpha": 0},
     {"layer_budget": "pyramid"},
-    {"nbits": 4, "residual_length": 4, "group_size": 4},
+    BITS,
 ]
-METHODS = [m for m in base.available() if base.load(m).uses_cache]
+METHODS = tiny.methods(lambda cls: cls.uses_cache)
 
 
 @functools.cache
@@ -47,12 +37,11 @@ def pair() -> tiny.Pair:
 
 def compositions(method: str) -> list[Compression]:
     """The method with its own schedule and with a cut every two tokens, and with every treatment that it takes."""
-    cls = base.load(method)
-    own = OWN.get(method, {"max_capacity_prompt": 12} if cls.compresses else {})
+    own = tiny.free(method, 12, **(BITS if "nbits" in base.load(method).presets else {}))
     out = []
     for more in ({}, {"compress_every": 2}, *({"compress_every": 2, **t} for t in TREATMENTS)):
         try:
-            out.append(tiny.compression(**{"method": method, **own, **more}))
+            out.append(tiny.compression(**{**own, **more}))
         except UserError as error:
             refused = str(error)
     assert out, refused

@@ -9,7 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from results import FULL, efficiency, mean_task, perplexity_task, run, snapkv
 
-from kv_lm_eval.reporting import fit, load, plots, rows
+from kv_lm_eval import fit
+from kv_lm_eval.reporting import load, plots, rows
 from kv_lm_eval.tasks.needle import heatmap
 
 LONG = "kv_a_task_with_a_name_that_nobody_should_have_to_read_to_its_end_but_that_somebody_wrote"

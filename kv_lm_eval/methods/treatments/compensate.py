@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -63,6 +64,10 @@ class Compensate(Evicted):
     def __post_init__(self) -> None:
         if self.block_size != "full" and (not self.block_size.isdigit() or int(self.block_size) < 1):
             raise UserError(f"block_size={self.block_size} must be a number of tokens, at least 1, or full")
+
+    @classmethod
+    def example(cls, slots: int) -> dict[str, Any]:
+        return {"block_size": slots}
 
     @property
     def moves_keys(self) -> tuple[str, str] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kv_lm_eval.reporting import fit, tables
+from kv_lm_eval import fit
+from kv_lm_eval.reporting import tables
 from kv_lm_eval.reporting.cells import Report
 from kv_lm_eval.reporting.plots import drawing, relative
 from kv_lm_eval.reporting.plots.drawing import GRID, INK, MAX_BARS, Picture

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from kv_lm_eval.reporting import fit
+from kv_lm_eval import fit
 from kv_lm_eval.reporting.cells import Column, Report
 from kv_lm_eval.reporting.load import is_number
 from kv_lm_eval.reporting.plots import drawing

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kv_lm_eval.reporting import fit
+from kv_lm_eval import fit
 from kv_lm_eval.reporting.cells import Report
 from kv_lm_eval.reporting.plots import drawing
 from kv_lm_eval.reporting.plots.drawing import GRID, INK, PAPER, Picture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kv_lm_eval.reporting import fit
+from kv_lm_eval import fit
 from kv_lm_eval.reporting.plots import drawing
 from kv_lm_eval.reporting.plots.drawing import BAD, GOOD, INK, Picture
 from kv_lm_eval.reporting.tables import Table

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kv_lm_eval.reporting import configuration, fit
+from kv_lm_eval import fit
+from kv_lm_eval.reporting import configuration
 from kv_lm_eval.reporting.cells import Column, Report, Row
 from kv_lm_eval.reporting.plots import drawing, relative
 from kv_lm_eval.reporting.plots.drawing import GRID, Picture

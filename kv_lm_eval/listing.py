@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import shutil
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from kv_lm_eval.config import ALIASES, EngineSettings
@@ -28,17 +29,52 @@ def print_methods(name: str | None) -> int:
 def markdown() -> str:
     """The table of docs/methods.md: every method, its settings, when it cuts and what it looks at."""
     heads = ("method", "what it does", "settings (defaults)", "paper", "cuts", "streamed documents", "looks at")
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    rows = []
     for name in base.available():
         cls = base.load(name)
-        own = [f for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING]
-        settings = ", ".join(f"`{f.name}`" + ("" if f.default is None else f" ({f.default})") for f in own)
-        paper = cls.paper.split(" ")[0] or "-"
-        lines.append(f"| `{name}` | {_summary(cls)} | {settings or '-'} | {paper} | " + " | ".join(_when(cls)) + " |")
-    return "\n".join(lines).replace("<", "&lt;")
+        rows.append([f"`{name}`", _summary(cls), _settings(cls) or "-", _paper(cls), *_when(cls)])
+    return table(heads, rows)
 
 
-def _summary(cls: type[base.Method]) -> str:
+def short_table() -> str:
+    """The table of README.md: every method, what it does, and its own settings or those that it sets of others."""
+    rows = []
+    for name in base.available():
+        cls = base.load(name)
+        parent = cls.__mro__[1]
+        of_parent = f"those of `{parent.__module__.rpartition('.')[2].rstrip('_')}`"
+        own = _settings(cls) if parent is base.Method else of_parent
+        names = {f.name for f in dataclasses.fields(cls)}
+        sets = ", ".join(f"`{k}={v}`" for k, v in cls.presets.items() if k not in names)
+        rows.append([f"`{name}`", _summary(cls), "; ".join(filter(None, (own, sets))) or "-"])
+    return table(("method", "what it does", "settings (defaults)"), rows)
+
+
+def treatments() -> str:
+    """The table of docs/methods.md of what may become of evicted pairs."""
+    rows = []
+    for name in evicted.available():
+        cls = evicted.load(name)
+        rows.append([f"`evicted={name}`", _summary(cls), _settings(cls) or "-"])
+    return table(("treatment", "what it does", "settings (defaults)"), rows)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]).replace("<", "&lt;")
+
+
+def _settings(cls: type[Any]) -> str:
+    own = [f for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING]
+    return ", ".join(f"`{f.name}`" + ("" if f.default is None else f" ({f.default})") for f in own)
+
+
+def _paper(cls: type[base.Method]) -> str:
+    return cls.paper.split(" ")[0] or "-"
+
+
+def _summary(cls: type[Any]) -> str:
     return _doc(cls).split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".")
 
 
@@ -60,8 +96,6 @@ def _when(cls: type[base.Method]) -> tuple[str, str, str]:
         looks = "keys, values, mean and covariance of the queries"
     elif method.num_queries:
         looks = f"attention of the last {method.num_queries} queries".replace("last 1 queries", "last query")
-    elif method.moments_from is not None:
-        looks = "keys, values, and mean and covariance of the queries so far"
     else:
         looks = "keys, values or positions"
     return after, rolling, looks
@@ -71,7 +105,7 @@ def _print_table(width: int) -> None:
     rows = []
     for name in base.available():
         cls = base.load(name)
-        rows.append((name, cls.paper.split(" ")[0] or "-", _summary(cls)))
+        rows.append((name, _paper(cls), _summary(cls)))
     left, middle = (max(len(r[i]) for r in rows) + 2 for i in (0, 1))
     print(f"{'method':{left}}{'paper':{middle}}what it does")
     for name, paper, first in rows:
@@ -139,5 +173,5 @@ def _line(name: str, default: Any, about: str, width: int) -> str:
     return "\n".join(textwrap.wrap(about, width, initial_indent=f"{head:32}  ", subsequent_indent=" " * 34))
 
 
-def _doc(cls: type[base.Method]) -> str:
+def _doc(cls: type[Any]) -> str:
     return inspect.cleandoc(cls.__doc__ or "(no description)")

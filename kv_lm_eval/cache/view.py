@@ -1,0 +1,335 @@
+"""What the cache shows to a method, and what it asks of one: all that the two know of each other.
+
+`View` goes to the scorer at every cut, `Sight` comes back from methods that hide pairs. The `AskedOf...` protocols are
+the members of a compression that the cache reads; `methods/` fulfils them, and `compression.py` there has it proved.
+
+Shapes: B batch rows, H query heads, K KV heads, G = H / K, N slots, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from kv_lm_eval.cache.moments import QueryMoments
+from kv_lm_eval.cache.store import Kept
+from kv_lm_eval.cache.transfer import to_device
+from kv_lm_eval.errors import UserError
+
+
+@dataclass
+class View:
+    """What a scorer may look at: the slots of one layer, oldest first, at the moment of compression.
+
+    Attributes:
+        keys, values: [B, K, N, D], keys with the model's rotary embedding applied.
+        pos: [B, 1 or K, N] original position of the token in each slot, -1 where a slot is empty.
+        seen: tokens each row has seen so far (host integers, length B).
+        keep: slots each row will keep (host integers, length B), already limited to what the row holds.
+        layer: index of the layer; num_layers: how many there are.
+        bias: [B, K, N] float32 added to the attention logits of each slot, the logarithm of the number of tokens that
+            it stands for; None: each stands for one.
+        memory: [B, K] float32 what the treatment of the evicted remembers from the last cut, or None.
+        scaling: factor of the layer's attention logits, mostly D ** -0.5.
+        method: its name, for messages. num_queries: last queries that are kept for it; None: all that are asked for.
+
+    `mass`, `moments`, `attention` and `rotate` are there for methods that declare them: the cache gathers nothing that
+    nobody reads.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    pos: torch.Tensor
+    seen: list[int]
+    keep: list[int]
+    layer: int
+    num_layers: int
+    _mass: torch.Tensor | None
+    _attend: Callable[[int], torch.Tensor]
+    bias: torch.Tensor | None = None
+    memory: torch.Tensor | None = None
+    _moments: QueryMoments | None = None
+    scaling: float = 1.0
+    _rotate: Callable[..., torch.Tensor] | None = None
+    method: str = "NAME"
+    num_queries: int | None = None
+
+    @property
+    def mass(self) -> torch.Tensor:
+        """[B, K, N] float32 attention each key has received from all queries so far, mean over the query heads of its
+        group; for methods with `accumulates = True`."""
+        if self._mass is None:
+            raise self._undeclared("view.mass, the attention received so far", "accumulates = True")
+        return self._mass
+
+    @property
+    def moments(self) -> QueryMoments:
+        """Mean and covariance of the queries before their rotary embedding; for methods with `moments_from`."""
+        if self._moments is None:
+            raise self._undeclared(
+                "view.moments, mean and covariance of the queries",
+                "a property moments_from: the position from which on queries count, 0 for all",
+            )
+        return self._moments
+
+    def _undeclared(self, what: str, remedy: str) -> UserError:
+        return UserError(
+            f"method={self.method} reads {what}, which is gathered only for methods that declare it; give its class "
+            f"{remedy}"
+        )
+
+    def rotate(self, x: torch.Tensor, delta: torch.Tensor, over: int = 1) -> torch.Tensor:
+        """Keys or queries [B, K, N, D] moved by delta positions ([B, N], [B, 1] or [B, K, N]); mean over `over` of
+        them from there on. Only where `moves_keys` or `moments_from` asked for it."""
+        if self._rotate is None:
+            raise self._undeclared(
+                "view.rotate, which moves keys in position",
+                "a property moments_from (or use evicted=compensate,key_space=pre_rope, or positions=in_cache)",
+            )
+        return self._rotate(x, delta, over)
+
+    def attention(self, last: int) -> torch.Tensor:
+        """Attention weights of the `last` most recent queries over the slots: [B, K, G, last, N], float32.
+
+        Causal by position. A row that has seen fewer tokens has zeros for the queries that it lacks. For methods with
+        a `num_queries` of at least `last`.
+        """
+        if self.num_queries is not None and last > self.num_queries:
+            raise self._undeclared(
+                f"view.attention({last}), the attention of the last {last} queries, and keeps {self.num_queries}",
+                f"a property num_queries that returns {last}",
+            )
+        return self._attend(last)
+
+    def recent(self, count: int | list[int]) -> torch.Tensor:
+        """True for the last `count` tokens seen (one number, or one a row): [B, 1 or K, N]."""
+        counts = [count] * len(self.seen) if isinstance(count, int) else count
+        first = [seen - c for seen, c in zip(self.seen, counts, strict=True)]
+        return self.pos >= to_device(first, self.pos.device).view(-1, 1, 1).clamp_min(0)
+
+    def first(self, count: int) -> torch.Tensor:
+        """True for the first `count` tokens of each row: [B, 1 or K, N]."""
+        return (self.pos >= 0) & (self.pos < count)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the query heads of a layer may see where a method hides pairs instead of dropping them.
+
+    Attributes:
+        sinks: first tokens of the sequence, one entry per query head or one for all.
+        windows: most recent tokens, the query's own included, in the same way; None: all.
+    """
+
+    sinks: tuple[int, ...]
+    windows: tuple[int | None, ...]
+
+
+class AskedOfMethod(Protocol):
+    """The scorer: what it must be shown, and what kind of cache it needs."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def compresses(self) -> bool:
+        """False: everything is kept."""
+
+    @property
+    def uses_cache(self) -> bool:
+        """False: the model recomputes everything."""
+
+    @property
+    def ring(self) -> bool:
+        """A new token overwrites the oldest."""
+
+    @property
+    def reinserted(self) -> int:
+        """How many of the tokens that a cut drops go to the end of the cache."""
+
+    @property
+    def hides(self) -> bool:
+        """Pairs beyond the budget stay and are hidden by `sight`."""
+
+    @property
+    def slotwise(self) -> bool:
+        """A slot's score is the same wherever it stands, so that cuts may leave holes."""
+
+    @property
+    def per_query_head(self) -> bool:
+        """Every query head has keys and values of its own."""
+
+    @property
+    def sinks_and_recent(self) -> int | None:
+        """First tokens that stay with the most recent ones and nothing else; None: scores choose."""
+
+    @property
+    def in_cache_sinks(self) -> int:
+        """First tokens whose keys follow the window in position; 0: positions stay true."""
+
+    @property
+    def accumulates(self) -> bool:
+        """It reads `view.mass`."""
+
+    @property
+    def num_queries(self) -> int:
+        """It reads `view.attention` of so many last queries."""
+
+    @property
+    def moments_from(self) -> int | None:
+        """It reads `view.moments` of the queries from that position on; None: it does not."""
+
+
+class AskedOfSchedule(Protocol):
+    """When the cache is cut."""
+
+    @property
+    def online(self) -> bool:
+        """Cuts go on after the prefill."""
+
+    @property
+    def compress_every(self) -> int:
+        """Tokens, or slots over the budget, from cut to cut."""
+
+    @property
+    def trigger(self) -> str:
+        """Which of the two: "clock" or "excess"."""
+
+    @property
+    def skip_layers(self) -> tuple[int, ...]:
+        """Layers that are never cut."""
+
+    def due(self, before: int, after: int) -> bool:
+        """Clock: whether a cut follows a forward that took it from `before` to `after` tokens."""
+
+    def until_due(self, t: int) -> int:
+        """Clock: tokens from t to the next cut."""
+
+
+class AskedOfStorage(Protocol):
+    """In what form pairs are held."""
+
+    @property
+    def quantises(self) -> bool:
+        """Some pairs are held in fewer bits."""
+
+    @property
+    def nbits(self) -> int:
+        """Bits of each number of these."""
+
+    @property
+    def group_size(self) -> int:
+        """Numbers that share a scale."""
+
+    @property
+    def residual_length(self) -> int:
+        """Newest pairs per head that stay as they are."""
+
+    @property
+    def key_axis(self) -> str:
+        """Where groups of keys lie: "channel" or "token"."""
+
+    @property
+    def value_axis(self) -> str:
+        """The same for values."""
+
+    def due(self, before: int, after: int) -> bool:
+        """Whether a row that went from `before` to `after` tokens seen now quantises full groups."""
+
+    def until_due(self, seen: int) -> int:
+        """Tokens until a row that has seen `seen` quantises next."""
+
+
+class AskedOfEvicted(Protocol):
+    """What becomes of the pairs that go."""
+
+    @property
+    def forgets(self) -> bool:
+        """The pairs that stay are left as they are."""
+
+    def cut(self, method: Any, view: View, scores: torch.Tensor, counts: torch.Tensor) -> Kept:
+        """What the layer holds from now on; method: the compression's own, scores [B, 1 or K, N], counts [B, 1 or K]
+        slots per row and head on the host."""
+
+
+class AskedOfHeads(Protocol):
+    """How the heads of a layer share its budget."""
+
+    @property
+    def exact(self) -> bool:
+        """A row keeps exactly its budget, mean over the heads."""
+
+
+class AskedOfCompression(Protocol):
+    """A method with its budget, schedule, storage and treatment of the evicted."""
+
+    @property
+    def method(self) -> AskedOfMethod:
+        """The scorer."""
+
+    @property
+    def schedule(self) -> AskedOfSchedule:
+        """When it cuts."""
+
+    @property
+    def storage(self) -> AskedOfStorage:
+        """In what form pairs are held."""
+
+    @property
+    def evicted(self) -> AskedOfEvicted:
+        """What becomes of the pairs that go."""
+
+    @property
+    def heads(self) -> AskedOfHeads:
+        """How heads share the budget."""
+
+    @property
+    def moves_keys(self) -> object:
+        """None: no key is moved in position, and no rotary embedding is needed."""
+
+    def score(self, view: View) -> torch.Tensor:
+        """[B, 1 or K, N], higher stays."""
+
+    def keep(
+        self, seen: list[int], held: list[float], layer: int, layers: Sequence[int], most: int | None = None
+    ) -> list[float]:
+        """Slots each row may keep in a layer; layers: all that share a budget; most: pairs its window shows."""
+
+    def after_forward(
+        self,
+        seen: list[int],
+        held: list[float],
+        before: int,
+        after: int,
+        layer: int,
+        layers: Sequence[int],
+        most: int | None = None,
+    ) -> list[float] | None:
+        """The same after a forward that took the clock from `before` to `after`; None: no cut is due."""
+
+    def counts(
+        self,
+        scores: torch.Tensor,
+        pos: torch.Tensor,
+        keep: list[float],
+        seen: list[int],
+        held: list[float],
+        layer: int,
+    ) -> torch.Tensor:
+        """Slots per row and head that a cut leaves, [B, 1 or K] on the host."""
+
+    def uniform(self, layer: int) -> bool:
+        """Whether all heads of the layer keep the same number of slots."""
+
+    def sight(self, layer: int) -> Sight | None:
+        """What the queries of a layer may see of what is held; None: all."""
+
+    def in_view(self, seen: int, held: float, layer: int, layers: Sequence[int]) -> float:
+        """Slots of those held that count as kept."""
+
+    def over_budget(self, tokens: int) -> bool:
+        """Whether a prompt of so many tokens keeps more than its budget, since some slots always stay."""
