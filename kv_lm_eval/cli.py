@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_lm_eval import __version__, console, files, harness, plugin, reports, saving
-from kv_lm_eval.errors import UserError, close_names
+from kv_lm_eval.errors import WHICH_MODEL, UserError, close_names
 
 USAGE = """\
 usage: kv-lm-eval COMMAND ...
@@ -179,7 +179,7 @@ def check(asked: dict[str, Any]) -> None:
         if isinstance(settings.get("method"), str):
             names.check(settings["method"])
         if not settings.get("pretrained"):
-            raise UserError("which model? Add pretrained=NAME to --model_args (pretrained=kv-tiny is embedded)")
+            raise UserError(WHICH_MODEL)
     _check_model(asked.get("model") or "hf")
     harness.check_limit(asked.get("limit"))
     _check_numbers(asked)
