@@ -31,10 +31,6 @@ from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.latency import spread
 from kv_lm_eval.metrics.memory import PeakMemory
 
-METHODS = tuple(
-    """full window streaming_llm streaming_ring random knorm keydiff l2_fixed snapkv snapkv_comp pyramidkv adakv tova
-    lagkv expected_attention h2o""".split()
-)
 RECOMPUTE = "window recompute"
 
 

@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kv_lm_eval.reporting.cells import Cell, Column, Report, Row
-from kv_lm_eval.reporting.load import is_number
-from kv_lm_eval.reporting.rows import every_score
+from kv_lm_eval.reporting.cells import Cell, Column, Report, Row, every_score
+from kv_lm_eval.reporting.run import is_number
 from kv_lm_eval.stats.paired import LEVEL, Comparison
 
 MISSING, UNTOUCHED = "-", "°"
