@@ -24,11 +24,11 @@ from kv_lm_eval.errors import WHICH_MODEL, UserError, close_names
 USAGE = """\
 usage: kv-lm-eval COMMAND ...
 
-  run ...          evaluate: the arguments of `lm_eval run`; "run" may be left out
+  run ...          evaluate, as `lm_eval run`; the word may be left out
   ls WHAT          list our tasks, groups, subtasks or tags
   validate ...     whether tasks are there, as `lm_eval validate`
   methods [NAME]   list the compression methods, or explain one
-  quickstart ...   a small evaluation with the built-in model: no network, no GPU
+  quickstart ...   a first table with the built-in model: no network, no GPU
   sweep FILE ...   many runs from one YAML file; it goes on where it was
   report DIR ...   tables, pictures and a page from a folder of results
   compare A B ...  two runs on the same documents: differences, intervals, flips
@@ -38,7 +38,7 @@ usage: kv-lm-eval COMMAND ...
 `kv-lm-eval COMMAND --help` says more. For a start:
 
   kv-lm-eval run --model kvcompressed --tasks kv_quickstart_needle \\
-      --model_args pretrained=kv-tiny,method=snapkv,max_capacity_prompt=128,window_size=16
+      --model_args pretrained=kv-tiny,method=snapkv,max_capacity_prompt=128
 """
 NAMES_A_PLACE = ("config", "tasks", "output_path", "use_cache", "include_path")  # and an empty one is none
 MAINS = {  # commands that are a module of their own
@@ -55,7 +55,7 @@ OF_LM_EVAL = {  # commands that lm-eval parses, with what our help says of them
         "           [--output_path DIR] [--log_samples] [option ...]",
         "Evaluate a model on tasks, as `lm_eval run` does.",
         "kv-lm-eval run --model kvcompressed --tasks kv_quickstart_needle \\\n"
-        "    --model_args pretrained=kv-tiny,method=snapkv,max_capacity_prompt=128,window_size=16",
+        "    --model_args pretrained=kv-tiny,method=snapkv,max_capacity_prompt=128",
     ),
     "ls": (
         "usage: kv-lm-eval ls tasks|groups|subtasks|tags [--include_path DIR]",

@@ -101,6 +101,8 @@ def _other_task(row: Row, base: Row, task: str) -> str:
     runs = [run for side in (row, base) if (run := side.run_of(task))]
     if len(runs) < 2:
         return f"{task} was run in one of the two alone"
+    if any(task in run.answers for run in runs):  # a file of answers alone: documents and prompts tell
+        return ""
     ours, theirs = (str((run.results.get("versions") or {}).get(task)) for run in runs)
     files = " and ".join(str(run.results_file) for run in runs)
     return "" if ours == theirs else f"version {ours} of the task against {theirs} ({files})"

@@ -56,15 +56,15 @@ def _columns(rows: Sequence[Row], metrics: Sequence[str], below: dict[str, list[
     for row in rows:
         for run in row.runs:
             for task, numbers in run.tasks.items():
-                if task not in found and (chosen := _chosen(run, task, numbers, metrics)):
-                    found[task] = chosen
+                if task not in found and (shown := chosen(run, task, numbers, metrics)):
+                    found[task] = shown
     tasks = [c for columns in found.values() for c in columns if not c.leaves]
     groups = [c for columns in found.values() for c in columns if c.leaves]
     ahead = {t: None for row in rows for run in row.runs if run.state != "scored" for t in run.tasks if t not in below}
     return tasks + [Column(task, "no score yet", "", None) for task in ahead if task not in found] + groups
 
 
-def _chosen(run: Run, task: str, numbers: dict[str, Any], metrics: Sequence[str]) -> list[Column]:
+def chosen(run: Run, task: str, numbers: dict[str, Any], metrics: Sequence[str]) -> list[Column]:
     """A task's main score, or those asked for that it has."""
     known = every_score(run, task)
     if asked := [column for column in known if column.metric in metrics]:

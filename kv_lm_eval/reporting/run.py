@@ -25,6 +25,7 @@ class Run:
     point: dict[str, Any] = field(default_factory=dict)
     state: str = "scored"
     covers: tuple[str, ...] = ()  # the tasks of the groups that a point without results asks for
+    answers: dict[str, Path] = field(default_factory=dict)  # files of answers by task, where they are not beside
 
     @property
     def config(self) -> dict[str, Any]:
@@ -90,8 +91,8 @@ class Run:
 
     def samples_file(self, task: str) -> Path | None:
         """Where --log_samples wrote a task's answers, None if it did not."""
-        if self.results_file is None:
-            return None
+        if self.results_file is None or task in self.answers:
+            return self.answers.get(task)
         date = self.results_file.stem.removeprefix("results_")
         file = self.results_file.with_name(f"samples_{task}_{date}.jsonl")
         logged = task in (self.results.get("task_hashes") or {})
