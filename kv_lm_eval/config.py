@@ -69,9 +69,8 @@ class EngineSettings:
     tail_tokens: int = dataclasses.field(
         default=1,
         metadata={
-            "help": "loglikelihood: context tokens fed after the compression, before the "
-            "continuation; with 0 the first "
-            "continuation token would be scored from the uncompressed prompt"
+            "help": "loglikelihood: context tokens fed after the compression, before the continuation; with 0 the "
+            "first continuation token would be scored from the uncompressed prompt"
         },
     )
     rolling_compress_every: int = dataclasses.field(

@@ -226,10 +226,8 @@ def _tagged(module: nn.Module, key: torch.Tensor) -> tuple[CompressedCache, int]
     tag = getattr(key, "_kv_tag", None)
     if tag is None or tag[1] != getattr(module, "layer_idx", tag[1]):
         raise UserError(
-            f"the keys that reached layer {getattr(module, 'layer_idx', '?')} of "
-            f"{type(module).__name__} are not those that it "
-            "gave to a compressed cache: the model was called without one, or layers share one cache "
-            "between layers, or keys "
+            f"the keys that reached layer {getattr(module, 'layer_idx', '?')} of {type(module).__name__} are not those "
+            "that it gave to a compressed cache: the model was called without one, or layers share one cache, or keys "
             "are changed after caching (multi-head latent attention); none of these is supported"
         )
     key._kv_tag = None  # type: ignore[attr-defined]  # else the store, which may adopt this tensor, would hold the cache

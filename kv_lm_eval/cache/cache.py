@@ -480,8 +480,7 @@ class CompressedCache(Face):
     # ------------------------------------------------------------------------------------ numbers
 
     def count_only(self, prefilled: list[int], contexts: list[int]) -> None:
-        """Lets the numbers speak of contexts of so many tokens: a continuation scored in the same
-        forward is not kept."""
+        """Lets the numbers speak of contexts of so many tokens: a continuation scored in one forward is not kept."""
         held, peaks = self.held, self.peaks
         for tokens in (prefilled, contexts):
             self.seen = tokens

@@ -21,15 +21,13 @@ def check_generation_settings(settings: dict[str, Any]) -> None:
     """Raises UserError for settings of generate() that cannot work with a cache under test."""
     if settings.get("cache_implementation") is not None:
         raise UserError(
-            f"cache_implementation={settings['cache_implementation']} in the generation settings: the "
-            "cache is the method "
-            "under test here, so another one cannot be used; remove the setting"
+            f"cache_implementation={settings['cache_implementation']} in the generation settings: the cache is the "
+            "method under test here, so another one cannot be used; remove the setting"
         )
     if settings.get("prefill_chunk_size") is not None:
         raise UserError(
-            "prefill_chunk_size in the generation settings: the cut follows the prompt's one "
-            "forward, so only the first chunk "
-            "would be compressed, and as if it were the whole prompt; remove the setting"
+            "prefill_chunk_size in the generation settings: the cut follows the prompt's one forward, so only the "
+            "first chunk would be compressed, and as if it were the whole prompt; remove the setting"
         )
     if settings.get("assistant_model") is not None or settings.get("prompt_lookup_num_tokens"):
         raise UserError("assisted decoding takes tokens back, which a compressed cache cannot; remove the setting")

@@ -38,8 +38,8 @@ def read(folder: Path) -> Found:
     if not runs:
         damaged = "".join(f"\nLeft out: {text}" for text in said.damaged)
         raise UserError(
-            f"No results below {folder}. lm-eval writes results_*.json there when it is run with "
-            f"`--output_path FOLDER`; add `--log_samples` for differences with intervals and for the answers.{damaged}"
+            f"No results below {folder}. lm-eval writes results_*.json there when it is run with --output_path FOLDER; "
+            f"add --log_samples for differences with intervals and for the answers.{damaged}"
         )
     return Found(runs, said)
 
