@@ -9,6 +9,7 @@ line.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import textwrap
@@ -144,8 +145,7 @@ class Evaluation:
         output = self._output()
         self.before = reports.results_files(output) if output else set()
         with plugin.only_our_tasks() if _small_index_will_do(self.asked) else nullcontext():
-            self.begun = True
-            with saving.of_every_model():
+            with saving.of_every_model(), self._noting_its_begin():
                 parser.execute(args)
         if output is not None and int(os.environ.get("RANK", "0")) == 0:
             new = reports.results_files(output) - self.before
@@ -154,6 +154,24 @@ class Evaluation:
             if said := reports.write_all(new):
                 print(said)
         return 0
+
+    @contextmanager
+    def _noting_its_begin(self) -> Iterator[None]:
+        """Requests are run from lm-eval's `evaluate` on: before it, tasks and model are only looked up and loaded."""
+        from lm_eval import evaluator
+
+        original = evaluator.evaluate
+
+        @functools.wraps(original)
+        def evaluate(*args: Any, **kwargs: Any) -> Any:
+            self.begun = True
+            return original(*args, **kwargs)
+
+        evaluator.evaluate = evaluate
+        try:
+            yield
+        finally:
+            evaluator.evaluate = original
 
     def kept(self) -> str:
         """What a stopped run leaves."""
@@ -164,11 +182,9 @@ class Evaluation:
             return f"Its results are in {', '.join(map(str, sorted(new)))}."
         if cache and Path(f"{cache}_rank0.db").is_file():
             return f"The answers so far are in {cache}_rank0.db: the same command goes on from there."
-        return (
-            "Nothing of it is kept."
-            if cache
-            else ("Nothing of it is kept; with --use_cache FILE the same command would go on where it was.")
-        )
+        if cache:
+            return "Nothing of it is kept."
+        return "Nothing of it is kept; with --use_cache FILE the same command would go on where it was."
 
     def _output(self) -> Path | None:
         asked = self.asked.get("output_path")
