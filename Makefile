@@ -30,7 +30,7 @@ check: $(STAMP) ## Check style, format and types
 	$(BIN)/mypy
 
 bench: $(STAMP) ## Time all methods on this CPU, in under ten minutes; the card goes to docs/bench
-	$(BIN)/python scripts/bench.py --random-weights tiny-26m --device cpu --threads 1 --warm-up 1 \
+	$(BIN)/kv-lm-eval bench --random-weights tiny-26m --device cpu --threads 1 --warm-up 1 \
 		--methods streaming_llm,knorm,keydiff,snapkv,snapkv_comp,pyramidkv,adakv,tova,lagkv,expected_attention,h2o $(ARGS)
 
 clean: ## Remove what the other targets made
