@@ -31,7 +31,7 @@ check: $(STAMP) ## Check style, format, types and the order of imports
 	$(BIN)/lint-imports --no-cache --no-logo
 
 bench: $(STAMP) ## Time all methods on this CPU, in under ten minutes; the card goes to docs/bench
-	$(BIN)/python scripts/bench.py --random-weights tiny-26m --device cpu --threads 1 --warm-up 1 $(ARGS)
+	$(BIN)/kv-lm-eval bench --random-weights tiny-26m --device cpu --threads 1 --warm-up 1 $(ARGS)
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

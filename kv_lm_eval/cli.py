@@ -9,33 +9,67 @@ line.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from kv_lm_eval import __version__, console, files, harness, plugin, reports, saving
-from kv_lm_eval.errors import UserError, close_names
+from kv_lm_eval.errors import WHICH_MODEL, UserError, close_names
 
 USAGE = """\
 usage: kv-lm-eval COMMAND ...
 
-  run ...           evaluate: the arguments of `lm_eval run`, "run" may be left out
-  ls WHAT           list our tasks, groups, subtasks or tags (`lm_eval ls` lists lm-eval's too)
-  methods [NAME]    list the compression methods, or explain one
-  quickstart ...    a small evaluation with the built-in model: no network, no GPU
-  sweep FILE ...    many runs from one YAML file, which go on where they were (docs/sweeps.md)
-  report DIR ...    tables, pictures and a page from a folder of results (docs/reporting.md)
-  tune ...          the smallest cache that answers as well as the full one (docs/sweeps.md)
-  validate ...      as `lm_eval validate`
+  run ...          evaluate, as `lm_eval run`; the word may be left out
+  ls WHAT          list our tasks, groups, subtasks or tags
+  validate ...     whether tasks are there, as `lm_eval validate`
+  methods [NAME]   list the compression methods, or explain one
+  quickstart ...   a first table with the built-in model: no network, no GPU
+  sweep FILE ...   many runs from one YAML file; it goes on where it was
+  report DIR ...   tables, pictures and a page from a folder of results
+  compare A B ...  two runs on the same documents: differences, intervals, flips
+  tune ...         the smallest cache that answers as well as the full one
+  bench ...        speed and memory of the methods on one model
+
+`kv-lm-eval COMMAND --help` says more. For a start:
 
   kv-lm-eval run --model kvcompressed --tasks kv_quickstart_needle \\
-      --model_args pretrained=kv-tiny,method=snapkv,max_capacity_prompt=128,window_size=16
+      --model_args pretrained=kv-tiny,method=snapkv,max_capacity_prompt=128
 """
 NAMES_A_PLACE = ("config", "tasks", "output_path", "use_cache", "include_path")  # and an empty one is none
-COMMANDS = ("run", "ls", "methods", "quickstart", "sweep", "report", "tune", "validate")
+MAINS = {  # commands that are a module of their own
+    "quickstart": "kv_lm_eval.quickstart",
+    "sweep": "kv_lm_eval.experiments.sweep",
+    "report": "kv_lm_eval.reporting.command",
+    "compare": "kv_lm_eval.experiments.compare",
+    "tune": "kv_lm_eval.experiments.tune",
+    "bench": "kv_lm_eval.bench.command",
+}
+OF_LM_EVAL = {  # commands that lm-eval parses, with what our help says of them
+    "run": (
+        "usage: kv-lm-eval run --model MODEL --model_args KEY=VALUE,... --tasks TASK,...\n"
+        "           [--output_path DIR] [--log_samples] [option ...]",
+        "Evaluate a model on tasks, as `lm_eval run` does.",
+        "kv-lm-eval run --model kvcompressed --tasks kv_quickstart_needle \\\n"
+        "    --model_args pretrained=kv-tiny,method=snapkv,max_capacity_prompt=128",
+    ),
+    "ls": (
+        "usage: kv-lm-eval ls tasks|groups|subtasks|tags [--include_path DIR]",
+        "List our tasks; `lm_eval ls` lists lm-eval's own too.",
+        "kv-lm-eval ls tasks",
+    ),
+    "validate": (
+        "usage: kv-lm-eval validate --tasks TASK,... [--include_path DIR]",
+        "Whether tasks are there and can be read.",
+        "kv-lm-eval validate --tasks kv_quickstart,kv_needle_magic",
+    ),
+}
+COMMANDS = (*OF_LM_EVAL, "methods", *MAINS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,22 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return console.command("kv-lm-eval", lambda: _print(f"kv-lm-eval {__version__}"), lists=True)
         case ["methods", *names]:
             return console.command("kv-lm-eval", lambda: _methods(names), lists=True)
-        case ["quickstart", *rest]:
-            from kv_lm_eval.quickstart import main as quickstart
-
-            return quickstart(rest)
-        case ["sweep", *rest]:
-            from kv_lm_eval.experiments.sweep import main as sweep
-
-            return sweep(rest)
-        case ["report", *rest]:
-            from kv_lm_eval.reporting.command import main as report
-
-            return report(rest)
-        case ["tune", *rest]:
-            from kv_lm_eval.experiments.tune import main as tune
-
-            return tune(rest)
+        case [str(name), *rest] if name in MAINS:
+            return int(import_module(MAINS[name]).main(rest))
     run = Evaluation(arguments)
     return console.command("kv-lm-eval", run.work, run.kept, lists=arguments[0] in ("ls", "validate"))
 
@@ -73,7 +93,12 @@ def _print(text: str) -> int:
     return 0
 
 
-def _methods(names: list[str]) -> int:
+def _methods(given: list[str]) -> int:
+    parser = console.Parser(
+        prog="kv-lm-eval methods", description="List the compression methods, or explain one with its settings."
+    )
+    parser.add_argument("name", nargs="*", metavar="NAME", help="of a method, or path/to/file.py:Class")
+    names = parser.parse_args(given).name
     if len(names) > 1:
         raise UserError(f"`kv-lm-eval methods` explains one method at a time, got {len(names)}: {' '.join(names)}")
     if names:
@@ -101,16 +126,17 @@ class Evaluation:
         if not word.startswith("-") and word not in COMMANDS:
             near = close_names(word, COMMANDS)
             raise UserError(f"there is no command {word!r}{near}; `kv-lm-eval --help` lists them")
-        plugin.install()
         from lm_eval._cli import HarnessCLI
         from lm_eval.utils import setup_logging
 
         setup_logging()
         parser = HarnessCLI()
+        _in_our_words(parser)
         sys.argv = ["kv-lm-eval", *self.arguments]  # HarnessCLI reads it, to put in a missing "run"
         with _parsing():
             args = parser.parse_args()
         if args.command != "run":
+            plugin.install()
             with plugin.only_our_tasks() if args.command == "ls" else nullcontext():
                 parser.execute(args)
             return 0
@@ -119,8 +145,7 @@ class Evaluation:
         output = self._output()
         self.before = reports.results_files(output) if output else set()
         with plugin.only_our_tasks() if _small_index_will_do(self.asked) else nullcontext():
-            self.begun = True
-            with saving.of_every_model():
+            with saving.of_every_model(), self._noting_its_begin():
                 parser.execute(args)
         if output is not None and int(os.environ.get("RANK", "0")) == 0:
             new = reports.results_files(output) - self.before
@@ -129,6 +154,24 @@ class Evaluation:
             if said := reports.write_all(new):
                 print(said)
         return 0
+
+    @contextmanager
+    def _noting_its_begin(self) -> Iterator[None]:
+        """Requests are run from lm-eval's `evaluate` on: before it, tasks and model are only looked up and loaded."""
+        from lm_eval import evaluator
+
+        original = evaluator.evaluate
+
+        @functools.wraps(original)
+        def evaluate(*args: Any, **kwargs: Any) -> Any:
+            self.begun = True
+            return original(*args, **kwargs)
+
+        evaluator.evaluate = evaluate
+        try:
+            yield
+        finally:
+            evaluator.evaluate = original
 
     def kept(self) -> str:
         """What a stopped run leaves."""
@@ -139,15 +182,25 @@ class Evaluation:
             return f"Its results are in {', '.join(map(str, sorted(new)))}."
         if cache and Path(f"{cache}_rank0.db").is_file():
             return f"The answers so far are in {cache}_rank0.db: the same command goes on from there."
-        return (
-            "Nothing of it is kept."
-            if cache
-            else ("Nothing of it is kept; with --use_cache FILE the same command would go on where it was.")
-        )
+        if cache:
+            return "Nothing of it is kept."
+        return "Nothing of it is kept; with --use_cache FILE the same command would go on where it was."
 
     def _output(self) -> Path | None:
         asked = self.asked.get("output_path")
         return saving.folder_of(asked) if asked else None
+
+
+def _in_our_words(parser: Any) -> None:
+    """lm-eval's parsers say `lm-eval`, in lines that are wider than a terminal."""
+    commands = next(a for a in parser._parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    for name, (usage, description, example) in OF_LM_EVAL.items():
+        one = commands[name]
+        one.prog, one.usage = f"kv-lm-eval {name}", usage.removeprefix("usage: ")
+        one.description, one.epilog = description, f"example:\n{textwrap.indent(example, '  ')}"
+        one.formatter_class = console.Help
+        for action in one._actions:
+            action.help = action.help and action.help.replace("lm-eval ls", "kv-lm-eval ls")
 
 
 @contextmanager
@@ -177,9 +230,10 @@ def check(asked: dict[str, Any]) -> None:
 
         settings = _model_args(asked)
         if isinstance(settings.get("method"), str):
-            names.check(settings["method"])
+            names.check(settings["method"])  # before lm-eval's tasks are imported, which takes a second
         if not settings.get("pretrained"):
-            raise UserError("which model? Add pretrained=NAME to --model_args (pretrained=kv-tiny is embedded)")
+            raise UserError(WHICH_MODEL)
+    plugin.install()
     _check_model(asked.get("model") or "hf")
     harness.check_limit(asked.get("limit"))
     _check_numbers(asked)

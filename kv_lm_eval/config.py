@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_lm_eval import files
-from kv_lm_eval.errors import UserError, close_names
+from kv_lm_eval.errors import WHICH_MODEL, UserError, close_names
 from kv_lm_eval.methods import base, evicted
 from kv_lm_eval.methods.budget import Budget, Everything, Heads, Layers, PerHead, Ratio, RatioAbove, Slots
 from kv_lm_eval.methods.compression import Compression
@@ -69,9 +69,8 @@ class EngineSettings:
     tail_tokens: int = dataclasses.field(
         default=1,
         metadata={
-            "help": "loglikelihood: context tokens fed after the compression, before the "
-            "continuation; with 0 the first "
-            "continuation token would be scored from the uncompressed prompt"
+            "help": "loglikelihood: context tokens fed after the compression, before the continuation; with 0 the "
+            "first continuation token would be scored from the uncompressed prompt"
         },
     )
     rolling_compress_every: int = dataclasses.field(
@@ -484,13 +483,14 @@ def _whole_numbers(value: Any, name: str) -> tuple[int, ...]:
 
 
 def check_pretrained(pretrained: Any) -> None:
-    """Raises UserError where `pretrained` is plainly a path and nothing is there."""
+    """Raises UserError where `pretrained` is missing, or plainly a path and nothing is there."""
+    if pretrained is None:
+        raise UserError(WHICH_MODEL)
     if isinstance(pretrained, str):
         path = Path(pretrained).expanduser()
         looks_local = pretrained.startswith((".", "/", "~", os.sep)) or pretrained.count("/") > 1
         if looks_local and not path.exists():
             raise UserError(
-                f"pretrained={pretrained}: there is no such folder ({path.resolve()}). Give a folder "
-                "with config.json and "
-                "weights, a hub name such as owner/model, or kv-tiny for the embedded model."
+                f"pretrained={pretrained}: there is no such folder ({path.resolve()}). Give a folder with config.json "
+                "and weights, a hub name such as owner/model, or kv-tiny for the embedded model."
             )

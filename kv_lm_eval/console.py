@@ -30,11 +30,21 @@ CHECKING = ("lm_eval", "datasets", "huggingface_hub")
 EXPECTED = (ValueError, TypeError, LookupError, OSError, AssertionError, ImportError)
 
 
+class Help(argparse.HelpFormatter):
+    """Prose as wide as the terminal; what is indented stands as it was written."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(
+            part if any(line.startswith(" ") for line in part.splitlines()) else textwrap.fill(part, width)
+            for part in text.strip("\n").split("\n\n")
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are one line, with the option that was meant."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **kwargs})
+        super().__init__(*args, **{"formatter_class": Help, **kwargs})
         self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
@@ -46,6 +56,18 @@ def _path(text: str) -> Path:
     if not text:  # which Path takes for the current folder
         raise argparse.ArgumentTypeError("is empty; is a variable of the shell not set?")
     return Path(text)
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Whole numbers with commas between them.
+
+    Raises:
+        UserError: something else.
+    """
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text!r}: whole numbers were expected, with commas between them") from None
 
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:

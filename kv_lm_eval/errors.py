@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 # What stands in place of an answer whose request ran out of memory, for tasks whose documents say `takes_failures`.
 OUT_OF_MEMORY = "<out of memory>"
+WHICH_MODEL = "which model? Add pretrained=NAME to --model_args (pretrained=kv-tiny is embedded)"
 
 
 class UserError(ValueError):

@@ -345,7 +345,7 @@ def file_digest(path: Path) -> str:
 
 
 def _loaded(lm: Any) -> dict[str, Described]:
-    model, outer = lm._causal_lm, lm.model
+    model, outer = lm.causal_lm, lm.model
     dtypes = sorted({str(p.dtype) for p in model.parameters()})
     return {
         "class": [describe(type(part)) for part in (outer, model)],

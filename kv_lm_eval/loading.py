@@ -8,6 +8,7 @@ would answer without a word.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,9 +18,29 @@ from typing import Any
 from kv_lm_eval import files
 from kv_lm_eval.errors import UserError
 
+log = logging.getLogger("lm_eval.models.kvcompressed")
 # Each is one JSON object; transformers takes some of them for missing where they are damaged, and goes on without.
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json")
 TOKENIZER_FILES = ("tokenizer*.json", "vocab*", "*.model", "*.tiktoken", "tekken.json", "*.gguf")
+
+
+def settle(arguments: dict[str, Any], own_attention: bool) -> None:
+    """What our model takes of the arguments of lm-eval's constructor: its device is named, its attention may be ours.
+
+    Args:
+        own_attention: whether the model's own attention is replaced.
+
+    Raises:
+        UserError: a backend of models that are none of ours.
+    """
+    import torch
+
+    arguments["device"] = arguments.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.pop("backend", "default") == "seq2seq":
+        raise UserError("backend=seq2seq: only causal language models have the KV cache that is compressed here")
+    if own_attention and arguments.get("attn_implementation") not in (None, "sdpa", "eager"):
+        unused = arguments.pop("attn_implementation")
+        log.warning("attn_implementation=%s is not used: kvcompressed brings its own attention", unused)
 
 
 @contextmanager
@@ -222,6 +243,15 @@ def _check_vocabulary(model: Any, tokenizer: Any) -> dict[int, str]:
             "the tokenizer alone. Resize the model's embeddings, or leave it out of the tokenizer"
         )
     return {i: text for text, i in beyond.items()}
+
+
+def check_embeddings(ids: list[int], without: dict[int, str], text: str) -> None:
+    """Raises UserError for a text with a token that `check_loaded` found no embedding for."""
+    if without and (found := [i for i in ids if i in without]):
+        raise UserError(
+            f"a prompt holds the token {without[found[0]]!r} ({found[0]}), for which the model has no embedding; "
+            f"resize the embeddings, or change the prompt: {text[:60]!r}"
+        )
 
 
 def _check_finite(model: Any) -> None:

@@ -197,7 +197,7 @@ def prefill(
 
 
 def kept(cache: CompressedCache, layer: int, row: int = 0) -> list[list[int]]:
-    """Original positions in a layer's store: one sorted list per KV head (one, if all heads of all rows hold the same)."""
+    """Original positions in a layer's store: one sorted list per KV head (one, if all hold the same)."""
     segment, place = cache.of_row(row)
     heads = max(s.stores[layer].pos.shape[1] for s in cache.segments)
     return [sorted(p for p in head if p >= 0) for head in segment.stores[layer].pos[place].expand(heads, -1).tolist()]

@@ -32,14 +32,17 @@ from kv_lm_eval.methods import base
 from kv_lm_eval.metrics.latency import spread
 from kv_lm_eval.metrics.memory import PeakMemory
 
+RECOMPUTE = "window recompute"
+
+
+def all_methods() -> list[str]:
+    """Those that can be measured at a budget of slots, and first the full cache, beside them."""
+    found = [name for name in base.available() if _takes_slots(base.load(name))]
+    return sorted(found, key=lambda name: (name != "full", name))
+
 
 def _takes_slots(method: type[base.Method]) -> bool:
-    """Whether it can be measured at a budget of slots; so is the full cache, beside it."""
     return method.uses_cache and "nbits" not in method.presets and (method.takes_budget or not method.compresses)
-
-
-METHODS = tuple(sorted((m for m in base.available() if _takes_slots(base.load(m))), key=lambda m: (m != "full", m)))
-RECOMPUTE = "window recompute"
 
 
 @dataclass

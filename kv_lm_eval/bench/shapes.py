@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-
-from kv_lm_eval import tiny
+from kv_lm_eval import files, tiny
 from kv_lm_eval.errors import UserError, close_names
+
+if TYPE_CHECKING:  # they take seconds, and a misspelt shape is told before
+    import torch
+    import transformers
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b": {
@@ -42,6 +42,9 @@ def random_model(shape: str, dtype: torch.dtype, device: str, seed: int = 0) -> 
     Args:
         shape: a name of SHAPES, or the path of a transformers config.json.
     """
+    import torch
+    import transformers
+
     torch.manual_seed(seed)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(_config(shape), dtype=dtype, attn_implementation="sdpa")
@@ -50,20 +53,31 @@ def random_model(shape: str, dtype: torch.dtype, device: str, seed: int = 0) -> 
 
 def pretrained_model(name: str, dtype: torch.dtype, device: str) -> transformers.PreTrainedModel:
     """A model with its weights: a hub name, a folder, or kv-tiny."""
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny.resolve(name), dtype=dtype)
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
-def _config(shape: str) -> transformers.PretrainedConfig:
-    if shape in SHAPES:
-        numbers = dict(SHAPES[shape])
-    elif Path(shape).expanduser().is_file():
-        numbers = json.loads(Path(shape).expanduser().read_text(encoding="utf-8"))
-    else:
+def check(shape: str) -> dict[str, Any]:
+    """The configuration of a shape.
+
+    Raises:
+        UserError: it is no known one and no transformers config.json.
+    """
+    path = Path(shape).expanduser()
+    if shape not in SHAPES and not path.is_file():
         raise UserError(
             f"--random-weights {shape} is neither a known shape{close_names(shape, SHAPES)} nor the path of a "
             f"config.json. Known: {', '.join(SHAPES)}"
         )
+    numbers: dict[str, Any] = SHAPES[shape] if shape in SHAPES else files.read_json(path, dict[str, Any])
     if "model_type" not in numbers:
         raise UserError(f"{shape} has no model_type: it must be a transformers config.json")
-    return transformers.AutoConfig.for_model(**numbers)
+    return dict(numbers)
+
+
+def _config(shape: str) -> transformers.PretrainedConfig:
+    import transformers
+
+    return transformers.AutoConfig.for_model(**check(shape))

@@ -303,8 +303,7 @@ def _check_positions(model: PreTrainedModel, facts: ModelFacts, kind: str, compr
         raise UserError(
             f"positions=in_cache on {kind}: all of its layers are sliding windows of {facts.sliding_windows[0]} "
             "tokens, which cut off the sinks by their true distance. Use positions=absolute, or switch the model's "
-            "sliding window off "
-            "with model_kwargs={'sliding_window': None}."
+            "sliding window off with model_kwargs={'sliding_window': None}."
         )
     facts.rope_kinds = probe_positions(model, facts)
     if "other" in facts.rope_kinds:

@@ -17,10 +17,11 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from kv_lm_eval import files, harness, identity
+from kv_lm_eval import files, harness, identity, plugin
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.experiments import task_files
 from kv_lm_eval.experiments.references import calculate, names_in, resolve
+from kv_lm_eval.methods import names
 
 TOP_KEYS = ("name", "description", "vars", "defaults", "models", "tasks", "methods", "points")
 # lm-eval's own options; every other key of an entry goes into --model_args
@@ -81,9 +82,23 @@ def load(file: Path, overrides: Mapping[str, Any] | None = None) -> tuple[dict[s
         part = "vars" if key in config["vars"] else "defaults"
         config[part] = {**_mapping(config.get(part), f"`{part}`"), key: value}
     try:
+        _check_names(config)
         return config, points(config)
     except RecursionError:
         raise UserError(f"{file}: a value holds itself") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _check_names(config: Mapping[str, Any]) -> None:
+    """Methods that are named outright, before torch is imported for the points."""
+    defaults = {**RUN_DEFAULTS, **_mapping(config.get("defaults"), "`defaults`")}
+    for entry in [*_entries(config, "methods"), *_entries(config, "points")]:
+        flat = {**defaults, **entry}
+        asked = flat["method"] if isinstance(flat.get("method"), list) else [flat.get("method")]
+        for method in asked if flat["model"] == plugin.MODEL_NAME else ():
+            if isinstance(method, str) and "$" not in method:
+                names.check(method)
 
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:
@@ -218,14 +233,14 @@ def _point(full: dict[str, Any], entry: Mapping[str, Any], axes: list[str], of_t
         **deciding,
         **{key: full.get(key) for key in OTHER_KEYS},
     }
-    names = (tuple(tasks), str(full.get("include_path")))
-    if names not in of_tasks:  # read once a plan
-        of_tasks[names] = task_files.of(tasks, full.get("include_path"))
+    asked = (tuple(tasks), str(full.get("include_path")))
+    if asked not in of_tasks:  # read once a plan
+        of_tasks[asked] = task_files.of(tasks, full.get("include_path"))
     point["hash"] = identity.digest(
         {
             "identity": identity.before_loading(model_args, str(full["model"])),
             "asked": identity.describe({key: value for key, value in deciding.items() if key != "include_path"}),
-            "tasks": of_tasks[names],
+            "tasks": of_tasks[asked],
         }
     )
     return point
@@ -269,17 +284,9 @@ def check(plan: list[Point]) -> None:
     Raises:
         UserError: all that is wrong, each with the name of its point.
     """
-    from kv_lm_eval import plugin
-    from kv_lm_eval.methods import names
-
-    for point in plan:  # before torch is imported for the rest
-        if point["model"] == plugin.MODEL_NAME and isinstance(method := point["model_args"].get("method"), str):
-            try:
-                names.check(method)
-            except UserError as error:
-                raise UserError(f"{point['name']}: {error}") from None
-    plugin.install()
     from kv_lm_eval import config
+
+    plugin.install()
 
     wrong, allowed = [], harness.hf_arguments()
     for point in plan:
@@ -303,8 +310,6 @@ def check(plan: list[Point]) -> None:
 
 def _known_tasks(plan: list[Point]) -> set[str]:
     from lm_eval.tasks import TaskManager
-
-    from kv_lm_eval import plugin
 
     known: set[str] = set()
     for folder in {point["include_path"] for point in plan}:

@@ -5,10 +5,13 @@ everything that decides a number; an interrupted one goes on with the answers it
 memory is recorded, and the rest goes on. How to write the file, and what is in the folder: docs/sweeps.md.
 
 Usage:
-    kv-lm-eval sweep scripts/configs/tiny/snapkv_window_capacity.yaml --output_path DIR
-    kv-lm-eval sweep CONFIG.yaml --output_path DIR --dry-run            # the plan and what it costs
-    kv-lm-eval sweep CONFIG.yaml --output_path DIR --retry-failed       # failed points once more
-    kv-lm-eval sweep CONFIG.yaml --output_path DIR --executor ray --num_workers 2 --num_gpus 1
+    kv-lm-eval sweep CONFIG.yaml --output_path DIR
+    kv-lm-eval sweep CONFIG.yaml --output_path DIR --dry-run  # plan and cost
+    kv-lm-eval sweep CONFIG.yaml --output_path DIR --retry-failed  # once more
+    kv-lm-eval sweep CONFIG.yaml --output_path DIR \\
+        --executor ray --num_workers 2 --num_gpus 1
+
+Ready files are in scripts/configs/ of the repository, such as tiny/snapkv_window_capacity.yaml for the embedded model.
 
 Output: DIR/plan.json, DIR/points/NAME-HASH/{point.json,log.txt,MODEL/results_*.json,MODEL/samples_*.jsonl}. The last
 line printed is a JSON document. Exit status: 0 all done, 1 some failed, 2 a mistake in the configuration, 130 and 143

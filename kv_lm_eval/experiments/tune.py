@@ -7,9 +7,10 @@ after any number of texts, so easy decisions take few. Budgets are bisected, var
 the texts double (kv_lm_eval/experiments/paired.py says why that is sound, and what it assumes).
 
 Usage:
-    kv-lm-eval tune --model_args pretrained=kv-tiny,dtype=float32,method=snapkv \\
-        --budgets 32,64,128,192,256 --try window_size=8,16,32 --tasks kv_needle_magic,kv_needle_multikey \\
-        --metadata '{"lengths":[512],"depths":[10,50,90],"samples_per_cell":100}' --tolerance 0.05 --batch_size 8
+    kv-lm-eval tune --tasks kv_needle_magic,kv_needle_multikey \\
+        --model_args pretrained=kv-tiny,dtype=float32,method=snapkv \\
+        --budgets 32,64,128,192,256 --try window_size=8,16,32 --metadata \\
+        '{"lengths":[512],"depths":[10,50,90],"samples_per_cell":100}'
 
 Output: per task, and for the mean over all tasks, a table of what was tried and the recommended --model_args, or "none
 within tolerance". The last line printed is a JSON document; with --output_path DIR it is also DIR/tune.json, and the
@@ -199,7 +200,6 @@ class Scores:
     """Per-document scores of settings, run when they are asked for and kept."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        plugin.install()
         from lm_eval.utils import simple_parse_args_string
 
         self.args = args
@@ -209,7 +209,8 @@ class Scores:
         self.base.setdefault("method", None)
         if self.base["method"] in (None, "full"):
             raise UserError("which method is to be tuned? Give --model_args ...,method=NAME")
-        names.check(str(self.base["method"]))
+        names.check(str(self.base["method"]))  # before lm-eval's tasks are imported, which takes a second
+        plugin.install()
         self.full = {k: v for k, v in self.base.items() if k in _not_of_the_method(self.base)} | {"method": "full"}
         self.run_options = {
             "tasks": args.tasks.split(","),

@@ -110,8 +110,8 @@ class Ratio(Budget):
     def __post_init__(self) -> None:
         if not 0 < self.keep_ratio <= 1:
             raise UserError(
-                f"keep_ratio={self.keep_ratio} is outside (0, 1]: it is the share that is kept "
-                f"(compression_ratio, the share removed, is in [0, 1) and here would be {1 - self.keep_ratio:g})"
+                f"keep_ratio={self.keep_ratio} is outside (0, 1]: it is the share that is kept; compression_ratio, the "
+                f"share removed, is in [0, 1) and here would be {1 - self.keep_ratio:g}"
             )
 
     def asked(self, seen: Sequence[int], held: Sequence[float], layer: int) -> Sequence[float]:

@@ -19,11 +19,11 @@ class Knorm(Method):
 
     Paper: arXiv:2406.11430 (A Simple and Effective L2 Norm-Based Strategy). Reference: alessiodevoto/l2compress.
     Deviations: one compression after the prefill by default, as in the paper's prefill experiments and kvpress;
-    compress_every=1 with prune_after is the
-    per-step variant (a bounded cache, see RatioAbove in budget.py), in which an unprotected newest token, whose norm is
-    high, is often the first to go. Norms are those of the keys held, computed in float64. Only where two tokens have
-    one value and one key but for rounding (repeated tokens in the first layer, where both depend on the token alone and
-    the key on its rotation) does the older one stay, rather than the one that rounding favours.
+    compress_every=1 with prune_after is the per-step variant (a bounded cache, see RatioAbove in budget.py), in which
+    an unprotected newest token, whose norm is high, is often the first to go. Norms are those of the keys held,
+    computed in float64. Only where two tokens have one value and one key but for rounding (repeated tokens in the first
+    layer, where both depend on the token alone and the key on its rotation) does the older one stay, rather than the
+    one that rounding favours.
     """
 
     paper = "arXiv:2406.11430"
@@ -43,9 +43,8 @@ class Knorm(Method):
     def warnings(self, facts: ModelFacts) -> list[str]:
         if facts.qk_norm:
             return [
-                "knorm on a model with query/key normalisation: the norm of a key is fixed by that "
-                "layer's weight up to "
-                "rounding, so the choice of tokens says next to nothing about their importance."
+                "knorm on a model with query/key normalisation: the norm of a key is fixed by that layer's weight up "
+                "to rounding, so the choice of tokens says next to nothing about their importance."
             ]
         return []
 

@@ -38,9 +38,8 @@ class SnapKV(Method):
             raise UserError(f"window_size={self.window_size}: SnapKV needs at least one query that votes")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise UserError(
-                f"kernel_size={self.kernel_size} must be odd and positive: an even kernel has no "
-                "centre and would shift "
-                f"the votes by half a token; take {self.kernel_size - 1 if self.kernel_size > 1 else 1} or "
+                f"kernel_size={self.kernel_size} must be odd and positive: an even kernel has no centre and would "
+                f"shift the votes by half a token; take {self.kernel_size - 1 if self.kernel_size > 1 else 1} or "
                 f"{max(1, self.kernel_size + 1)}"
             )
 

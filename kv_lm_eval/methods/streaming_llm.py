@@ -134,8 +134,8 @@ class StreamingLLM(Method):
         if facts.max_positions and self.positions == "in_cache" and peak > facts.max_positions:
             return [
                 f"the cache grows to {peak} slots before each cut, past the {facts.max_positions} positions that the "
-                "model was trained on: its numbers get worse by that alone. total_budget="
-                f"{facts.max_positions} derives a window that does not."
+                "model was trained on: its numbers get worse by that alone. A window that does not is derived from "
+                f"total_budget={facts.max_positions}."
             ]
         return []
 

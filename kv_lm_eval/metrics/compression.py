@@ -105,11 +105,14 @@ def records_of(
 class CompressionLog:
     """Collects the records of one evaluation; ranks are merged by concatenation.
 
-    The same request asked again (repeats, the copies with which lm-eval evens out ranks) is counted once.
+    The same request asked again (repeats, the copies with which lm-eval evens out ranks) is counted once. Requests that
+    --use_cache answers have no records; they are counted.
     """
 
     records: list[RequestRecord] = field(default_factory=list)
+    from_request_cache: int = 0
     _known: set[RequestId] = field(default_factory=set)
+    _told: bool = False  # whether the evaluation has ended
 
     def add_batch(self, records: Sequence[RequestRecord]) -> None:
         """The records of one batch."""
@@ -118,15 +121,37 @@ class CompressionLog:
                 self._known.add(record.identity)
                 self.records.append(record)
 
-    def restart(self) -> None:
-        """Another evaluation begins."""
-        self.records, self._known = [], set()
+    def begin(self) -> None:
+        """A request comes: after an evaluation that has ended it is the first of another."""
+        if self._told:
+            self.records, self.from_request_cache, self._known, self._told = [], 0, set(), False
+
+    def end(self) -> None:
+        """The evaluation has ended, well or not."""
+        self._told = True
+
+    def answered_from_cache(self) -> None:
+        """--use_cache has answered a request, which no model sees."""
+        self.begin()
+        self.from_request_cache += 1
+
+    def hand_over(self) -> tuple[list[RequestRecord], int]:
+        """What another rank is to count."""
+        counted = self.records, self.from_request_cache
+        self.records, self.from_request_cache = [], 0
+        return counted
+
+    def take_over(self, counted: Sequence[tuple[list[RequestRecord], int]]) -> None:
+        """What the ranks, this one among them, have handed over."""
+        for records, answers in counted:
+            self.records += records
+            self.from_request_cache += answers
 
     def summary(self) -> dict[str, Any]:
-        """Numbers of the whole run, and per task; empty if no request was run (all answered from a cache)."""
+        """Numbers of the whole run, and per task; two if no request was run (all answered from a cache)."""
         if not self.records:
-            return {"requests": 0}
-        out = _summary(self.records)
+            return {"requests": 0, "from_request_cache": self.from_request_cache}
+        out = {**_summary(self.records), "from_request_cache": self.from_request_cache}
         tasks = sorted({r.task for r in self.records})
         out["by_task"] = {t: _summary([r for r in self.records if r.task == t]) for t in tasks}
         return out

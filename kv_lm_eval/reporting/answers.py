@@ -14,7 +14,7 @@ from typing import Any
 from kv_lm_eval import files
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.reporting import schemas
-from kv_lm_eval.reporting.load import Run, is_number
+from kv_lm_eval.reporting.run import Run, is_number
 from kv_lm_eval.stats.clusters import Texts, texts_of
 
 BLOCK = 32  # tokens; put together to longer ones where they are compared

@@ -10,6 +10,7 @@ from kv_lm_eval import files
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.reporting import html, load, plots, rows, tables
 from kv_lm_eval.reporting.cells import Report
+from kv_lm_eval.reporting.table import as_csv, as_latex, as_markdown
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ def write(folder: Path, out: Path, title: str = "", metrics: Sequence[str] = ())
         shown = [*shown, progress] if all(sweep.is_done for sweep in said.sweeps) else [progress, *shown]
     written: list[Path] = []
     for table in shown:
-        comma = tables.scores_csv(report) if table.name == "scores" else tables.as_csv(table)
-        for ending, text in (("md", tables.as_markdown(table)), ("csv", comma), ("tex", tables.as_latex(table))):
+        comma = tables.scores_csv(report) if table.name == "scores" else as_csv(table)
+        for ending, text in (("md", as_markdown(table)), ("csv", comma), ("tex", as_latex(table))):
             written.append(_write(out / "tables" / f"{table.name}.{ending}", text))
-    written.append(_write(out / "tables" / "all_numbers.csv", tables.as_csv(tables.every_number(report))))
+    written.append(_write(out / "tables" / "all_numbers.csv", as_csv(tables.every_number(report))))
     panels = plots.needles.panels_of(report)
     pictures = plots.all_of(report, panels)
     for picture in pictures:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.reporting import answers, configuration, load
+from kv_lm_eval.reporting import answers, configuration
 from kv_lm_eval.reporting.answers import Sample, SampleKey
-from kv_lm_eval.reporting.load import Run, Said, is_number
+from kv_lm_eval.reporting.believed import Said
+from kv_lm_eval.reporting.run import UNCOMPRESSED, Run, digest, is_number
 from kv_lm_eval.stats.paired import Comparison
 
 
@@ -37,7 +38,7 @@ class Column:
 
 @dataclass
 class Cell:
-    """One score: state is scored, missing, or that of a run without results (load.Run)."""
+    """One score: state is scored, missing, or that of a run without results (run.Run)."""
 
     state: str = "missing"
     value: float | None = None
@@ -152,13 +153,25 @@ class Report:
             and other.first.model == row.first.model
             and other.cells.get(column, Cell()).state == "scored"
         ]
-        names = load.UNCOMPRESSED
+        names = UNCOMPRESSED
 
         def distance(other: Row) -> tuple[int, int]:
             method = other.first.method
             return len(differences(row, other, column.task)), names.index(method) if method in names else len(names)
 
         return min(full, key=distance, default=None)
+
+
+def every_score(run: Run, task: str) -> list[Column]:
+    """All scores of a task in a run."""
+    better = (run.results.get("higher_is_better") or {}).get(task) or {}
+    leaves = tuple(run.subtasks(task))
+    out = []
+    for key, value in (run.tasks.get(task) or {}).items():
+        metric, comma, filter_ = key.partition(",")
+        if comma and not metric.endswith("_stderr") and is_number(value):
+            out.append(Column(task, metric, filter_, better.get(metric), leaves))
+    return out
 
 
 def differences(row: Row, other: Row, task: str) -> list[str]:
@@ -171,9 +184,7 @@ def differences(row: Row, other: Row, task: str) -> list[str]:
         {**configuration.of_run(run), **configuration.of_task(run, task), **{k: run.settings[k] for k in both}}
         for run in (ours, theirs)
     )
-    return [
-        name for name in dict.fromkeys([*mine, *base]) if load.digest(mine.get(name)) != load.digest(base.get(name))
-    ]
+    return [name for name in dict.fromkeys([*mine, *base]) if digest(mine.get(name)) != digest(base.get(name))]
 
 
 def some(names: Sequence[str]) -> str:

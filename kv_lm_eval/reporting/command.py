@@ -1,6 +1,6 @@
 """Tables, pictures and one HTML page from any folder of lm-eval results, or from a sweep.
 
-    kv-lm-eval report DIR [--output_path OUT] [--metrics acc_norm,f1] [--title TEXT]
+    kv-lm-eval report DIR [--output_path OUT] [--metrics acc_norm,f1]
 
 DIR holds results of runs with --output_path (and --log_samples, for intervals and answers), at any depth; runs of the
 same model are compared with its full cache (method=full, or --model hf). Writes OUT/report.html, OUT/tables/ (markdown,
@@ -34,6 +34,7 @@ def _report(argv: Sequence[str] | None) -> int:
     parser.add_argument("--title", default="", help="of the page")
     args = parser.parse_args(argv)
     from kv_lm_eval.reporting import build, tables
+    from kv_lm_eval.reporting.table import as_markdown
 
     out = args.output_path or args.folder / "report"
     metrics = [name for name in args.metrics.split(",") if name]
@@ -42,7 +43,7 @@ def _report(argv: Sequence[str] | None) -> int:
     written = build.write(args.folder, out, args.title, metrics)
     report = written.report
     shown = [tables.scores(report), tables.differences(report)]
-    print("\n".join(tables.as_markdown(table) for table in shown))
+    print("\n".join(as_markdown(table) for table in shown))
     for text in report.damaged:
         print(f"left out: {text}", file=sys.stderr)
     for note in report.notes:

@@ -11,8 +11,8 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kv_lm_eval.reporting.load import Run, digest
 from kv_lm_eval.reporting.rerun import metadata
+from kv_lm_eval.reporting.run import Run, digest
 
 BUDGETS = ("max_capacity_prompt", "cache_size", "keep_ratio", "compression_ratio")
 # Arguments of the model that name it, or that decide no answer.

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from kv_lm_eval.reporting import configuration, load
+from kv_lm_eval.reporting import configuration
 from kv_lm_eval.reporting.cells import Row, some
 from kv_lm_eval.reporting.configuration import BUDGETS
-from kv_lm_eval.reporting.load import Run, is_number
+from kv_lm_eval.reporting.run import Run, digest, is_number
 
 
 def group(runs: Sequence[Run], notes: list[str]) -> list[Row]:
@@ -21,7 +21,7 @@ def group(runs: Sequence[Run], notes: list[str]) -> list[Row]:
         conditions = configuration.of_run(run)
         shared = {name: conditions.get(name) for name in sorted(contested)}
         settings = run.point["settings"] if run.point else run.settings  # of a point, known before it is run
-        identity = load.digest([run.model, run.method, settings, run.point.get("name"), shared])
+        identity = digest([run.model, run.method, settings, run.point.get("name"), shared])
         alike = groups.setdefault(identity, [])
         home = next((row for row in alike if not _conflict(row, run)), None)
         if home is None:
@@ -48,7 +48,7 @@ def group(runs: Sequence[Run], notes: list[str]) -> list[Row]:
 
 def _name_templates(rows: Sequence[Row]) -> None:
     """A chat template is a program: a label has "yes", and a few letters of its hash where there are several."""
-    texts = {load.digest(row.variant["chat_template"]) for row in rows if "chat_template" in row.variant}
+    texts = {digest(row.variant["chat_template"]) for row in rows if "chat_template" in row.variant}
     for row in rows:
         if (template := row.variant.get("chat_template")) is not None:
             row.variant["chat_template"] = "yes" if len(texts) == 1 else f"yes~{configuration.letters(template)}"
@@ -103,7 +103,7 @@ def _own_and_differing(row: Row, twins: Sequence[Row]) -> tuple[dict[str, Any], 
     tasks = list(dict.fromkeys(task for tasks in of_tasks for task in tasks))
 
     def ways(name: str, task: str) -> set[str]:
-        return {load.digest(tasks[task].get(name)) for tasks in of_tasks if task in tasks}
+        return {digest(tasks[task].get(name)) for tasks in of_tasks if task in tasks}
 
     contested = [name for name in sorted(names) if any(len(ways(name, task)) > 1 for task in tasks)]
     recorded = []
@@ -119,7 +119,7 @@ def _of_tasks(row: Row) -> dict[str, dict[str, Any]]:
 
 def _one(by_task: dict[str, Any]) -> Any:
     """The value of all tasks, where it is one."""
-    values = {load.digest(v): v for v in by_task.values()}
+    values = {digest(v): v for v in by_task.values()}
     return next(iter(values.values()), None) if len(values) < 2 else by_task
 
 

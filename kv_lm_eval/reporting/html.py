@@ -18,9 +18,9 @@ from kv_lm_eval import __version__
 from kv_lm_eval.reporting import rerun
 from kv_lm_eval.reporting.answers import Sample, SampleKey
 from kv_lm_eval.reporting.cells import Column, Report, Row
-from kv_lm_eval.reporting.load import is_number
 from kv_lm_eval.reporting.plots.drawing import Picture
-from kv_lm_eval.reporting.tables import Table, Value
+from kv_lm_eval.reporting.run import is_number
+from kv_lm_eval.reporting.table import Table, Value
 from kv_lm_eval.stats import paired
 
 MAX_DOCUMENTS = 40  # a task, in the page

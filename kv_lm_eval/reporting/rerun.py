@@ -11,7 +11,7 @@ from typing import Any
 
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.reporting import answers
-from kv_lm_eval.reporting.load import Run, parse_pairs
+from kv_lm_eval.reporting.run import Run, parse_pairs
 
 DEFAULT_SEEDS = [0, 1234, 1234, 1234]
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")

@@ -1,17 +1,16 @@
-"""A report's numbers as tables, and tables as markdown, CSV and LaTeX (booktabs)."""
+"""A report's numbers as tables."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from kv_lm_eval.reporting.cells import Cell, Column, Report, Row
-from kv_lm_eval.reporting.load import is_number
-from kv_lm_eval.reporting.rows import every_score
+from kv_lm_eval.reporting.cells import Cell, Column, Report, Row, every_score
+from kv_lm_eval.reporting.run import is_number
+from kv_lm_eval.reporting.table import Table, Value, full_head
 from kv_lm_eval.stats.paired import LEVEL, Comparison
 
 MISSING, UNTOUCHED = "-", "°"
@@ -34,32 +33,6 @@ SPEED_LEGEND = (
     "mean over requests. N/A: not measured, or the device cannot say. Times compare only if nothing else kept the "
     "machine busy."
 )
-
-
-@dataclass(frozen=True)
-class Value:
-    """One entry: its text, the number to sort by, its look (better, worse, noise, bad, base), and an explanation."""
-
-    text: str
-    number: float | None = None
-    tone: str = ""
-    title: str = ""
-    lines: str = ""  # the same on two lines, for a page
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: the head of a column is (name, what it is in a word); the first column holds the labels."""
-
-    name: str
-    title: str
-    head: list[tuple[str, str]]
-    rows: list[list[Value]]
-    legend: str = ""
-    notes: list[str] = field(default_factory=list)
-
-
-# ---------------------------------------------------------------------------------------------- what they hold
 
 
 def scores(report: Report) -> Table:
@@ -269,12 +242,12 @@ def _difference(cell: Cell, column: Column) -> Value:
         state = MISSING if cell.state in ("missing", "scored") else cell.state
         return Value(state, tone=TONES.get(cell.state, "bad"), title=c.reason if c else "")
     like = cell.value
-    text = _signed(c.difference, like)
+    text = signed(c.difference, like)
     if c.verdict == "unknown" or c.p is None:
         return Value(text, c.difference, "", c.reason)
     lines, mark = "", f" {MARKS[c.verdict]}"
     if c.low is not None and c.high is not None and c.verdict != "too few documents":
-        between = f"[{_signed(c.low, like)}, {_signed(c.high, like)}]"
+        between = f"[{signed(c.low, like)}, {signed(c.high, like)}]"
         lines = f"{text}{mark}\n{between}"
         text += f" {between}"
     text += mark
@@ -287,7 +260,8 @@ def _difference(cell: Cell, column: Column) -> Value:
     return Value(text + untouched, c.difference, tone(cell, column), about, lines.replace("\n", f"{untouched}\n"))
 
 
-def _signed(value: float, like: float | None) -> str:
+def signed(value: float, like: float | None) -> str:
+    """A difference with its sign, as many digits as the number that it is one of."""
     text = number(abs(value), like)
     return text if float(text.replace(",", "")) == 0 else ("+" if value > 0 else "−") + text
 
@@ -308,46 +282,11 @@ def _seconds(row: Row) -> float | None:
     return math.fsum(found) if found else None
 
 
-# ---------------------------------------------------------------------------------------------- how they are written
-
-
-def _full_head(head: tuple[str, str]) -> str:
-    return f"{head[0]} ({head[1]})" if head[1] else head[0]
-
-
-def as_markdown(table: Table) -> str:
-    """GitHub's tables, aligned, with the legend below."""
-    grid = [[_full_head(h) for h in table.head], *([v.text for v in row] for row in table.rows)]
-    grid = [[" ".join(text.split()).replace("|", "\\|") for text in line] for line in grid]
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-
-    def line(texts: Sequence[str]) -> str:
-        cells = [t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(texts, widths, strict=True))]
-        return f"| {' | '.join(cells)} |"
-
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    below = [text for text in (table.legend, *table.notes) if text]
-    return (
-        "\n".join([f"### {table.title}", "", line(grid[0]), rule, *map(line, grid[1:]), *(f"\n{t}" for t in below)])
-        + "\n"
-    )
-
-
-def as_csv(table: Table, exact: bool = True) -> str:
-    """Full precision where an entry is one number."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([_full_head(h) for h in table.head])
-    for row in table.rows:
-        writer.writerow([repr(v.number) if exact and v.number is not None else v.text for v in row])
-    return out.getvalue()
-
-
 def scores_csv(report: Report) -> str:
     """The table of scores with full precision, the standard error in a column of its own."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    heads = [_full_head(h) for h in _heads(report)]
+    heads = [full_head(h) for h in _heads(report)]
     writer.writerow(["method", "kept (%)", "KV (KiB)", *(x for h in heads for x in (h, f"{h} stderr"))])
     table = scores(report)
     for row, values in zip(report.rows, table.rows, strict=True):
@@ -358,31 +297,3 @@ def scores_csv(report: Report) -> str:
             cells += [state if cell.value is None else cell.value, "" if cell.stderr is None else cell.stderr]
         writer.writerow([values[0].text, *(v.text if v.number is None else v.number for v in values[1:3]), *cells])
     return out.getvalue()
-
-
-LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}"}
-LATEX |= {"^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "<": r"\textless{}", ">": r"\textgreater{}"}
-LATEX |= {"±": r"$\pm$", "−": "$-$", "≈": r"$\approx$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "°": r"$^\circ$"}
-LATEX |= {"…": r"\dots{}"}
-
-
-def escape_latex(text: str) -> str:
-    """Text that LaTeX prints as it stands."""
-    return "".join(LATEX.get(character, character) for character in text)
-
-
-def as_latex(table: Table) -> str:
-    r"""A table environment with booktabs (\usepackage{booktabs})."""
-
-    def line(texts: Sequence[str], dress: Callable[[str], str] = escape_latex) -> str:
-        return " & ".join(map(dress, texts)) + r" \\"
-
-    lines = [
-        r"\begin{table}[t]",
-        r"\centering",
-        rf"\caption{{{escape_latex(table.title)}. {escape_latex(table.legend)}}}",
-    ]
-    lines += [rf"\label{{tab:{table.name}}}", rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}", r"\toprule"]
-    lines += [line([name for name, _ in table.head]), line([unit for _, unit in table.head]), r"\midrule"]
-    lines += [line([value.text for value in row]) for row in table.rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"

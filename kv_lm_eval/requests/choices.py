@@ -33,16 +33,19 @@ class Group:
     tokens: int  # with the longest of its continuations
 
 
-def encode(run: Run, disable_tqdm: bool) -> list[Encoded]:
+def encode(run: Run, disable_tqdm: bool, of_pair: Callable[[str, str], tuple[list[int], list[int]]]) -> list[Encoded]:
     """Tokens of contexts and continuations, by lm-eval's rules.
 
     A context of blanks is none: its blanks belong to the continuation, as any at a context's end, and what is left is
     lm-eval's empty context, its prefix token.
+
+    Args:
+        of_pair: lm-eval's own: tokens of a context that is not empty and of its continuation.
     """
     lm, encoded = run.lm, list[Encoded]()
     for request in Bar(run.requests, desc="Tokenizing inputs", disable=run.hidden(disable_tqdm)):
         context, continuation = request.args
-        context_ids, ids = lm._encode_pair(context, continuation) if context else ([], [])
+        context_ids, ids = of_pair(context, continuation) if context else ([], [])
         if not context_ids:
             ids = ids or lm.tok_encode(continuation, add_special_tokens=False)
             context_ids = [lm.prefix_token_id]

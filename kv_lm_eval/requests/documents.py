@@ -1,18 +1,13 @@
 """How whole documents are scored: lm-eval's `loglikelihood_rolling` requests, under a named protocol.
 
 A request is (text,), as lm-eval's tasks ask, or (text, {"protocol": ..., ...}), as ours do. Any other model refuses
-the second form: it could only answer under a protocol of its own. The answer is a float, as lm-eval wants it, that
-remembers what it is the sum of.
-
-Under a protocol of ours the prefix token stands before a document once, whatever the tokenizer adds by itself. Only
-lm-eval's own reading, which `full` shares with `hf`, puts it before a tokenizer's own BOS; that is said once.
+the second form: it could only answer under a protocol of its own.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -22,152 +17,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from kv_lm_eval.engine.recompute import windows_of
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.engine.windows import Window, score_windows, strided
-from kv_lm_eval.errors import UserError, close_names
+from kv_lm_eval.errors import UserError
 from kv_lm_eval.progress import Bar
-from kv_lm_eval.requests.rows import text_tokens
+from kv_lm_eval.requests.document_scores import DocumentRecord, DocumentScore
+from kv_lm_eval.requests.reading import CARRIED, Document, Reading, as_lm_eval, as_ours
 from kv_lm_eval.requests.run import Run, log
 
-PROTOCOLS = {
-    "streaming": "one cache across the document, cut by the schedule from the first token on",
-    "prefill_then_stream": "the first prefill_tokens in one forward and a cut after it, then as streaming",
-    "strided": "windows of strided_length tokens, stride apart, each a forward of its own; new tokens are scored",
-    "rolling": "lm-eval's disjoint windows of the model's maximum length",
-}
-LONGEST_CHARACTER = 8  # tokens that one character may take, and more than any tokenizer needs
 Efficiency = dict[str, Any]  # of a request, for its sample
-CARRIED = ("streaming", "prefill_then_stream")  # one cache goes through the document, so that compression can act
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a document is read.
-
-    Args:
-        protocol: a name of PROTOCOLS.
-        max_eval_tokens: only the first so many tokens of each document; None: all.
-        prefill_tokens: prefill_then_stream: tokens of the first forward, prefix included; None: the method's budget.
-        strided_length, stride: strided: tokens of a window (None: the model's maximum) and from one to the next
-            (None: half a window).
-    """
-
-    protocol: str = "streaming"
-    max_eval_tokens: int | None = None
-    prefill_tokens: int | None = None
-    strided_length: int | None = None
-    stride: int | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.protocol, str) or self.protocol not in PROTOCOLS:
-            known = "; ".join(f"{name}: {what}" for name, what in PROTOCOLS.items())
-            raise UserError(
-                f"protocol={self.protocol!r}{close_names(str(self.protocol), PROTOCOLS)}; there are {known}"
-            )
-        for name, least in (("max_eval_tokens", 2), ("prefill_tokens", 1), ("strided_length", 2), ("stride", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise UserError(f"{name}={value!r} must be a whole number of tokens, at least {least}, or null")
-        needs = {"prefill_tokens": "prefill_then_stream", "strided_length": "strided", "stride": "strided"}
-        for name, protocol in needs.items():
-            if getattr(self, name) is not None and self.protocol != protocol:
-                raise UserError(f"{name}={getattr(self, name)} has no effect: it is for protocol={protocol}")
-        if self.stride and self.strided_length and self.stride > self.strided_length:
-            raise UserError(
-                f"stride={self.stride} is longer than strided_length={self.strided_length}: the tokens between two "
-                "windows would never be scored"
-            )
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Reading:
-        """From a request's second argument."""
-        return cls(**{f.name: options[f.name] for f in fields(cls) if f.name in options})
-
-    def options(self) -> dict[str, Any]:
-        """The request's second argument: what is not None, so that --use_cache tells readings apart."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-
-
-@dataclass
-class DocumentRecord:
-    """One scored document of n tokens, those that stand before the text not among them.
-
-    Attributes:
-        reading: as asked, with the defaults filled in. model, settings: what scored it.
-        tokens: [n] int32 ids. log_probs: [n] float32 nats, NaN where a token was not scored. greedy: [n] bool.
-        slots: [n] int32, pairs per KV head that were visible when the token was predicted; None for windows.
-        evictions: (tokens fed, slots dropped) of each cut; the prefix token counts as fed.
-        start, end: the tokens stand for text[start:end]; the whole text where nothing was left off.
-    """
-
-    reading: dict[str, Any]
-    model: str
-    settings: dict[str, Any]
-    tokens: np.ndarray
-    log_probs: np.ndarray
-    greedy: np.ndarray
-    slots: np.ndarray | None = None
-    evictions: list[tuple[int, int]] = field(default_factory=list)
-    end: int = 0
-    start: int = 0
-
-    @property
-    def scored(self) -> np.ndarray:
-        """[n] bool."""
-        return np.isfinite(self.log_probs)
-
-    def after_first_eviction(self) -> np.ndarray:
-        """[n] bool: tokens predicted by a query that came after the first cut."""
-        first = self.evictions[0][0] if self.evictions else len(self.tokens)
-        return np.arange(len(self.tokens)) >= first
-
-    def per_token(self) -> dict[str, Any]:
-        """For JSON: what comparing two runs token by token takes."""
-        log_probs = np.where(self.scored, self.log_probs, np.nan)
-        return {
-            "reading": self.reading,
-            "model": self.model,
-            "settings": self.settings,
-            "tokens": self.tokens.tolist(),
-            "nll": [None if x != x else round(-x, 6) for x in log_probs.tolist()],
-            "first_eviction": self.evictions[0][0] if self.evictions else None,  # tokens fed before it
-            "cuts": len(self.evictions),
-        }
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text as tokens.
-
-    Attributes:
-        head: tokens before the text, not scored; the prefix, but for windows that start with the text itself.
-        tokens: to be scored; they stand for text[start:end].
-    """
-
-    head: tuple[int, ...]
-    tokens: list[int]
-    start: int
-    end: int
-
-
-class DocumentScore(float):
-    """Log-likelihood of a document in nats, with its record; pickles (--use_cache), and is a number in JSON.
-
-    `efficiency` is what its sample says of the request (`samples.py`).
-    """
-
-    record: DocumentRecord
-    efficiency: dict[str, Any] | None
-
-    def __new__(cls, record: DocumentRecord, efficiency: dict[str, Any] | None = None) -> DocumentScore:
-        self = super().__new__(cls, float(np.nansum(record.log_probs, dtype=np.float64)))
-        self.record, self.efficiency = record, efficiency
-        return self
-
-    def __reduce__(self) -> Any:
-        return DocumentScore, (self.record, self.efficiency)
-
-    def bare(self) -> DocumentScore:
-        """Without what belongs to one run."""
-        return DocumentScore(self.record)
 
 
 def score_requests(run: Run, disable_tqdm: bool) -> list[DocumentScore]:
@@ -179,7 +35,7 @@ def score_requests(run: Run, disable_tqdm: bool) -> list[DocumentScore]:
         _check(run, reading)
     theirs = [len(r.args) == 1 or reading.protocol == "rolling" for r, reading in zip(requests, readings, strict=True)]
     texts = [
-        (_as_lm_eval if like_hf else _as_ours)(run.lm, r.args[0], reading)
+        (as_lm_eval if like_hf else as_ours)(run.lm, r.args[0], reading)
         for r, reading, like_hf in zip(requests, readings, theirs, strict=True)
     ]
     _say_if_twice(run.lm, [text for text, like_hf in zip(texts, theirs, strict=True) if like_hf])
@@ -216,26 +72,6 @@ def _check(run: Run, reading: Reading) -> None:
         )
 
 
-def _as_lm_eval(lm: HFLM, text: str, reading: Reading) -> Document:
-    """What lm-eval's hf model reads: the prefix, and then the tokenizer's own BOS where it adds one."""
-    tokens = lm.tok_encode(text)
-    kept, end = _first(lm, text, tokens, reading.max_eval_tokens, own_special=True)
-    return Document((lm.prefix_token_id,), kept, 0, end)
-
-
-def _as_ours(lm: HFLM, text: str, reading: Reading) -> Document:
-    """The prefix once; strided windows start with what the tokenizer puts before a text, as in their recipe."""
-    if reading.protocol != "strided":
-        tokens, start = text_tokens(lm.tokenizer, text, lm.prefix_token_id)
-        kept, end = _first(lm, text[start:], tokens, reading.max_eval_tokens, own_special=False)
-        return Document((lm.prefix_token_id,), kept, start, start + end)
-    tokens = lm.tok_encode(text, add_special_tokens=False)
-    whole = lm.tok_encode(text)
-    before = next((k for k in range(len(whole) - len(tokens) + 1) if whole[k : k + len(tokens)] == tokens), 0)
-    kept, end = _first(lm, text, tokens, reading.max_eval_tokens, own_special=False)
-    return Document(tuple(whole[:before]), kept, 0, end)
-
-
 def _say_if_twice(lm: HFLM, texts: Sequence[Document]) -> None:
     """One warning a run about documents of lm-eval's own reading that begin with the prefix token twice."""
     twice = sum(list(text.head) == text.tokens[:1] for text in texts)
@@ -248,40 +84,6 @@ def _say_if_twice(lm: HFLM, texts: Sequence[Document]) -> None:
             len(texts),
             lm.tokenizer.decode([lm.prefix_token_id]),
         )
-
-
-def _first(lm: HFLM, text: str, tokens: list[int], most: int | None, own_special: bool) -> tuple[list[int], int]:
-    """At most `most` of a text's tokens, and how many of its characters they stand for.
-
-    A cut never falls inside a character that takes several tokens: it moves back to where that begins.
-
-    Args:
-        own_special: whether the tokenizer's special tokens are among them.
-    """
-    if most is None or len(tokens) <= most:
-        return tokens, len(text)
-    for keep in range(most, max(0, most - LONGEST_CHARACTER), -1):
-        decoded = lm.tokenizer.decode(
-            tokens[:keep], skip_special_tokens=own_special, clean_up_tokenization_spaces=False
-        )
-        if text.startswith(decoded):
-            return tokens[:keep], len(decoded)
-    return _by_offsets(lm, text, tokens, most)
-
-
-def _by_offsets(lm: HFLM, text: str, tokens: list[int], most: int) -> tuple[list[int], int]:
-    """The same for tokenizers whose decoding does not give the text back, as where they change its spaces."""
-    for special in (True, False) if lm.tokenizer.is_fast else ():
-        encoding = lm.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-        if encoding["input_ids"] == tokens:
-            spans, keep = encoding["offset_mapping"], most
-            while keep > 0 and spans[keep] != (0, 0) and spans[keep][0] < spans[keep - 1][1]:
-                keep -= 1
-            return tokens[:keep], max(end for _, end in spans[:keep])
-    raise UserError(
-        f"max_eval_tokens={most}: this model's tokenizer does not say which text {most} tokens stand for, so that "
-        "words and bytes could not be counted. Use a fast tokenizer, or give a shorter text and no limit"
-    )
 
 
 def _stream(
@@ -350,15 +152,14 @@ def _check_lengths(run: Run, documents: Sequence[list[int]]) -> None:
     learned = run.facts.rope is not None and not run.facts.rope.available(0)
     if learned and longest > run.lm.max_length:
         raise UserError(
-            f"a document of {longest} tokens passes the {run.lm.max_length} positions that this "
-            "model has learned, and one "
-            "cache carried across it needs them; use method=full (lm-eval's windows) or a rotary model"
+            f"a document of {longest} tokens passes the {run.lm.max_length} positions that this model has learned, and "
+            "one cache carried across it needs them; use method=full (lm-eval's windows) or a rotary model"
         )
     if not run.compression.method.in_cache_sinks:
         log.warning(
-            "a document of %d tokens passes the model's maximum of %d: method=%s keeps true "
-            "positions, so tokens beyond it "
-            "are at distances and positions the model was not trained on (method=streaming_llm does not have this)",
+            "a document of %d tokens passes the model's maximum of %d: method=%s keeps true positions, so tokens "
+            "beyond it are at distances and positions the model was not trained on (method=streaming_llm does not "
+            "have this)",
             longest,
             run.lm.max_length,
             run.compression.method.name,

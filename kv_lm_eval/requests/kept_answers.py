@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.requests.document_scores import DocumentRecord, DocumentScore
 
 ENDING = "_json"  # of such a table's name
 
@@ -88,8 +89,8 @@ def damage(file: Path) -> str:
 
 
 def _plain(value: Any) -> Any:
-    record = getattr(value, "record", None)
-    if record is not None:  # a DocumentScore
+    if isinstance(value, DocumentScore):
+        record = value.record
         return {"document": {field.name: _plain_field(getattr(record, field.name)) for field in fields(record)}}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
@@ -106,8 +107,6 @@ def _plain_field(value: Any) -> Any:
 
 
 def _document(stored: dict[str, Any]) -> Any:
-    from kv_lm_eval.requests.documents import DocumentRecord, DocumentScore
-
     record = DocumentRecord(**{name: _field(value) for name, value in stored.items()})
     if not len(record.tokens) == len(record.log_probs) == len(record.greedy):
         raise ValueError("arrays of several lengths")

@@ -7,6 +7,7 @@ identity (identity.py) has a table of its own in the same sqlite file. An answer
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from kv_lm_eval.requests import kept_answers
 log = logging.getLogger("lm_eval.models.kvcompressed")
 
 
-def use_own_table(dbdict: Any, identity: str) -> None:
-    """Points lm-eval's SqliteDict at the table of this identity; from then on it counts its answers in `answers`.
+def use_own_table(dbdict: Any, identity: str, answered: Callable[[], None]) -> None:
+    """Points lm-eval's SqliteDict at the table of this identity.
+
+    Args:
+        answered: called for every answer that is taken from it.
 
     Raises:
         UserError: the file is damaged.
@@ -29,7 +33,7 @@ def use_own_table(dbdict: Any, identity: str) -> None:
     again = (kept_answers.encode(OUT_OF_MEMORY),)
     dbdict.conn.execute(f'DELETE FROM "{dbdict.tablename}" WHERE value = ?', again)
     dbdict.conn.commit()
-    dbdict.__class__ = _counting(type(dbdict))
+    dbdict.__class__ = _counting(type(dbdict), answered)
 
 
 def check_file(file: Path) -> None:
@@ -41,11 +45,9 @@ def check_file(file: Path) -> None:
         )
 
 
-def _counting(kind: type) -> type:
+def _counting(kind: type, answered: Callable[[], None]) -> type:
     class Counting(kind):
         """The model never sees the requests that are answered from the file."""
-
-        answers = 0
 
         def __contains__(self, key: Any) -> bool:
             if not super().__contains__(key):
@@ -59,7 +61,7 @@ def _counting(kind: type) -> type:
 
         def __getitem__(self, key: str) -> Any:
             found = super().__getitem__(key)
-            self.answers += 1
+            answered()
             return found
 
     return Counting

@@ -7,7 +7,8 @@ tasks may ask the same in one run and mean different things.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,16 +22,22 @@ from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.config import EngineSettings
 from kv_lm_eval.engine.compiled import Decoder
+from kv_lm_eval.engine.lent import our_attention, see_last, without_cache
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.metrics.compression import CompressionLog, RequestId, RequestRecord, digest, records_of, uncut
 from kv_lm_eval.metrics.latency import Stopwatch, Timing
 from kv_lm_eval.metrics.memory import PeakMemory
-from kv_lm_eval.requests.boundaries import Boundary
+from kv_lm_eval.requests.boundaries import Boundary, tokens_by_offsets, tokens_by_prefix
 from kv_lm_eval.requests.halving import Halving
 from kv_lm_eval.requests.own_keys import OwnKeys
 
 log = logging.getLogger("lm_eval.models.kvcompressed")  # below lm-eval's logger: its format, its verbosity
+
+
+def below_adapter(model: Any) -> transformers.PreTrainedModel:
+    """The transformers model itself, below PEFT."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @dataclass(frozen=True)
@@ -40,37 +47,58 @@ class Run:
     Attributes:
         kind, requests: of lm-eval; there may be fewer requests than rows where it hands over tokens only.
         lm: lm-eval's own part of our model: tokenizer, lengths, batch size, answers kept on the way.
-        causal_lm: the transformers model itself, below an adapter.
-        name, settings: of the model and of everything else that decides an answer.
+        name: of the model, in records.
         new_cache, facts, decoder: None for methods without a cache, and without compile=True.
         last_logits: one plain forward of rows [B, q]: the last logits [B, count, V].
-        tokens_from: tokens of a text from one of its characters on.
         log, halving, memory, warmed_up: of the LM object; they outlive the call.
-        gains_by_batches: a CPU computes rows one after the other anyway.
         own_keys: answers of --use_cache that lm-eval cannot look up.
     """
 
     kind: str
     requests: Sequence[Instance]
     lm: HFLM
-    causal_lm: transformers.PreTrainedModel
     name: str
     compression: Compression
     engine: EngineSettings
-    settings: dict[str, Any]
     new_cache: Callable[[], CompressedCache] | None
     facts: ModelFacts | None
     decoder: Decoder | None
     last_logits: Callable[[torch.Tensor, int], torch.Tensor]
-    tokens_from: Callable[[str, int], int]
     log: CompressionLog
     halving: Halving
     memory: PeakMemory
     warmed_up: set[str]
-    gains_by_batches: bool
     own_keys: OwnKeys | None = None
 
     # ------------------------------------------------------------------------------------ running
+
+    @property
+    def causal_lm(self) -> transformers.PreTrainedModel:
+        """The transformers model itself, below an adapter."""
+        return below_adapter(self.lm.model)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides an answer beside the model: method, settings after defaults, engine settings."""
+        return {**self.compression.settings(), **vars(self.engine)}
+
+    @contextmanager
+    def model_in_use(self) -> Iterator[None]:
+        """Around each call: what the method needs on the model object, which others may use between two calls."""
+        method = self.compression.method
+        with ExitStack() as put_on:
+            if method.uses_cache:
+                put_on.enter_context(our_attention(self.causal_lm))
+            elif self.kind == "generate_until":
+                put_on.enter_context(without_cache(self.lm.model))
+                if (length := method.recomputed_tokens) is not None:
+                    put_on.enter_context(see_last(self.causal_lm, length))
+            yield
+
+    @property
+    def gains_by_batches(self) -> bool:
+        """A CPU computes rows one after the other anyway."""
+        return self.lm.device.type != "cpu"
 
     @property
     def batch_size(self) -> int | None:
@@ -108,6 +136,15 @@ class Run:
         return disable_tqdm or self.lm.rank != 0
 
     # ------------------------------------------------------------------------------------ requests
+
+    def tokens_from(self, text: str, start: int) -> int:
+        """Tokens of a text from its character `start` on."""
+        lm = self.lm
+        if not lm.tokenizer.is_fast:
+            return tokens_by_prefix(lm.tok_encode, text, start)
+        special = lm.add_bos_token is not False
+        encoded = lm.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        return tokens_by_offsets(encoded["offset_mapping"], start)
 
     def doc(self, i: int) -> dict[str, Any]:
         """A request's document."""

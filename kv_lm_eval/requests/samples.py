@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+from kv_lm_eval.requests.document_scores import DocumentScore
+
 FROM_CACHE = {"from_request_cache": True}
 NO_MEMORY = {"out_of_memory": True}
 
@@ -51,7 +53,7 @@ def from_cache(answer: Any) -> Any:
         return Text(answer, FROM_CACHE)
     if isinstance(answer, tuple):
         return Choice(answer, FROM_CACHE)
-    if hasattr(answer, "record"):  # a DocumentScore
+    if isinstance(answer, DocumentScore):
         answer.efficiency = FROM_CACHE
     return answer
 
@@ -68,7 +70,7 @@ def _bare(answer: Any) -> Any:
         return str(answer)
     if isinstance(answer, Choice):
         return tuple(answer)
-    return answer.bare() if hasattr(answer, "bare") else answer
+    return answer.bare() if isinstance(answer, DocumentScore) else answer
 
 
 def entries(arguments: list[tuple[Any, ...]], answers: list[list[Any]]) -> list[dict[str, Any]]:

@@ -202,6 +202,21 @@ def test_an_unforeseen_error_is_a_line_that_names_a_file(monkeypatch: pytest.Mon
         cli.main(FULL)
 
 
+def test_answers_are_lost_only_where_some_were_given(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from lm_eval import evaluator
+    from lm_eval._cli.harness import HarnessCLI
+
+    assert said(FULL, capsys)[1][0].endswith("Nothing had been run.")
+
+    def evaluate(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(evaluator, "evaluate", evaluate)
+    monkeypatch.setattr(HarnessCLI, "execute", lambda self, args: evaluator.evaluate())
+    assert "in the middle" in (line := said(FULL, capsys)[1][0]) and "Nothing of it is kept; with --use_cache" in line
+    assert evaluator.evaluate is evaluate, "what was put around lm-eval's is taken off again"
+
+
 @pytest.mark.parametrize("reader", ["methods", "--help"])
 def test_a_list_that_nobody_reads_to_its_end_is_no_error(reader: str) -> None:
     command = f"{sys.executable} -m kv_lm_eval {reader} | true; exit ${{PIPESTATUS[0]}}"

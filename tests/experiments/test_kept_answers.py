@@ -20,7 +20,7 @@ from kv_lm_eval.experiments import run_point
 from kv_lm_eval.metrics.compression import CompressionLog, RequestId, RequestRecord, records_of
 from kv_lm_eval.metrics.latency import Timing
 from kv_lm_eval.requests import kept_answers
-from kv_lm_eval.requests.documents import DocumentRecord, DocumentScore
+from kv_lm_eval.requests.document_scores import DocumentRecord, DocumentScore
 
 ROOT = Path(__file__).parents[2]
 

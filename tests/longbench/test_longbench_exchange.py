@@ -8,11 +8,9 @@ import pytest
 from longbench.golden import CHECKOUT, OWN, read_jsonl
 
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.experiments import longbench_eval
 from kv_lm_eval.tasks.longbench_tasks import predictions, report
 from kv_lm_eval.tasks.longbench_tasks.specs import official, official_e
-
-sys.path.insert(0, str(CHECKOUT / "scripts"))
-import longbench_eval  # noqa: E402
 
 
 @pytest.fixture
@@ -40,7 +38,10 @@ def test_a_folder_is_scored_without_lm_eval_or_torch(own):
     assert averages == json.loads(done.stdout.splitlines()[-1])
     assert set(averages["averages"]["en"]["categories"]) == set(averages["averages"]["zh"]["categories"])
     assert f"{averages['averages']['mean16']:.2f}" in done.stdout and "English average" in done.stdout
-    code = "import longbench_eval, sys; print([m for m in ('torch', 'lm_eval', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys; from kv_lm_eval.experiments import longbench_eval; "
+        "print([m for m in ('torch', 'lm_eval', 'transformers') if m in sys.modules])"
+    )
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         env={"PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'scripts'}"},

@@ -18,7 +18,7 @@ from kv_lm_eval.engine.generate import noting_first_token
 from kv_lm_eval.metrics import latency
 from kv_lm_eval.metrics.latency import Stopwatch, Timing
 from kv_lm_eval.metrics.memory import PeakMemory
-from kv_lm_eval.requests import closing
+from kv_lm_eval.requests import remarks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SNAPKV = {"method": "snapkv", "max_capacity_prompt": 40, "window_size": 8}
@@ -68,7 +68,7 @@ def test_choices_have_a_total_but_no_first_token():
     efficiency = lm.get_model_info()["kv_stats"]["efficiency"]
     assert efficiency["requests"] == 3 and efficiency["warm_up_requests"] == 2
     assert efficiency["total_s"]["n"] == 3 and efficiency["ttft_s"]["n"] == efficiency["tpot_s"]["n"] == 0
-    said = closing.times(efficiency)
+    said = remarks.times(efficiency)
     assert "median time of a batch" in said and "first token" not in said and "nan" not in said.lower()
 
 

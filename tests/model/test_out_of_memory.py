@@ -10,6 +10,7 @@ import torch
 from model.test_requests import choices, generations, load
 
 from kv_lm_eval.requests.halving import Halving, largest_batch
+from kv_lm_eval.requests.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SNAPKV = {"method": "snapkv", "max_capacity_prompt": 40, "window_size": 8}
@@ -104,7 +105,7 @@ def test_batch_size_auto_on_an_accelerator_tries_what_will_be_run(settings, monk
     """Three rows fit, of up to eight tried; the device is a CPU that takes itself for more."""
     lm = load("kvcompressed", batch_size="auto", max_batch_size=8, **settings)
     expected = lm.generate_until(generations(), disable_tqdm=True)
-    monkeypatch.setattr(type(lm), "_gains_by_batches", True)
+    monkeypatch.setattr(Run, "gains_by_batches", True)
     asked = with_memory_for(lm, 3, monkeypatch)
     assert lm.generate_until(generations(), disable_tqdm=True) == expected
     assert asked[:3] == [8, 4, 2]

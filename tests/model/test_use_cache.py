@@ -14,7 +14,7 @@ from model.test_requests import STORY, load, request
 
 from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
 from kv_lm_eval.requests import kept_answers, request_cache
-from kv_lm_eval.requests.documents import DocumentRecord, DocumentScore
+from kv_lm_eval.requests.document_scores import DocumentRecord, DocumentScore
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

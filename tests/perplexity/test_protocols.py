@@ -15,7 +15,7 @@ from lm_eval.api.registry import get_model
 
 from kv_lm_eval import plugin, tiny
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.requests import documents
+from kv_lm_eval.requests import reading
 
 plugin.install()
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -212,13 +212,13 @@ def test_without_an_exact_decoding_offsets_say_what_was_scored_and_without_eithe
     try:
         lm.tokenizer = Shouting(own, is_fast=True)
         for most in range(2, len(ids), 3):
-            tokens, end = documents._first(lm, TEXT, ids, most, own_special=False)
+            tokens, end = reading.first(lm, TEXT, ids, most, own_special=False)
             part = tokenizer.decode(tokens)
             assert tokens == ids[: len(tokens)] and TEXT[:end].strip() == part.strip()
             assert len(tokens) == most or "\ufffd" in tokenizer.decode(ids[: len(tokens) + 1])
         lm.tokenizer = Shouting(own, is_fast=False)
         with pytest.raises(UserError, match="does not say which text"):
-            documents._first(lm, TEXT, ids, 20, own_special=False)
+            reading.first(lm, TEXT, ids, 20, own_special=False)
     finally:
         lm.tokenizer = own
 

@@ -16,6 +16,7 @@ from results import FULL, efficiency, mean_task, perplexity_task, plan, planned,
 
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.reporting import html, load, plots, rows, tables
+from kv_lm_eval.reporting.table import as_csv, as_latex, as_markdown
 from kv_lm_eval.stats import paired
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +72,7 @@ def page_of(folder: Path) -> tuple[str, list[list[str]]]:
     plots.needles.panels_of(report)
     page = html.page(report, [table for table in shown if table], [], folder, "t")
     for table in filter(None, shown):
-        assert tables.as_markdown(table) and tables.as_latex(table) and tables.as_csv(table)
+        assert as_markdown(table) and as_latex(table) and as_csv(table)
     long = tables.every_number(report)
     names = {i for i, (name, _) in enumerate(long.head) if name in ("label", "settings", "method", "model")}
     numbers = [[v.text for i, v in enumerate(row) if i not in names] for row in long.rows]

@@ -11,6 +11,7 @@ import pytest
 from results import FULL, efficiency, mean_task, perplexity_task, run, snapkv
 
 from kv_lm_eval.reporting import build, html, load, plots, rows, tables
+from kv_lm_eval.reporting.table import as_latex, as_markdown
 
 NAME = "</script><script>alert(1)</script><img src=x onerror=alert(2)> $x_$ & \u2028"
 EVIL = NAME + "\ud83d"  # half of a surrogate pair, as some answers end
@@ -131,9 +132,9 @@ def test_without_answers_the_page_says_how_to_get_them(tmp_path):
 def test_tables_are_valid_in_every_form(folder):
     report = rows.report(*load.read(folder))
     for table in (tables.scores(report), tables.differences(report), tables.speed(report)):
-        markdown = [line for line in tables.as_markdown(table).splitlines() if line.startswith("|")]
+        markdown = [line for line in as_markdown(table).splitlines() if line.startswith("|")]
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in markdown}) == 1
-        latex = tables.as_latex(table)
+        latex = as_latex(table)
         assert len({line.count(" & ") for line in latex.splitlines() if line.endswith(r"\\")}) == 1
         assert not re.search(r"(?<!\\)[_#%]", latex.split(r"\begin{tabular}")[1])
     lines = tables.scores_csv(report).splitlines()

@@ -17,6 +17,7 @@ from results import FULL, mean_task, planned, point, run, snapkv
 from kv_lm_eval import cli
 from kv_lm_eval.reporting import html, load, rerun, rows
 from kv_lm_eval.reporting.cells import Row
+from kv_lm_eval.reporting.run import Run
 
 ROOT = Path(__file__).parents[2]
 TASK = {"one": mean_task([1.0, 0.0])}
@@ -162,7 +163,7 @@ def test_a_model_object_has_no_command(tmp_path):
 
 
 def test_planned_points_have_commands_too():
-    line = rerun.lines(load.Run({}, None, planned("p", "p", snapkv(), ["one"]), "planned"))
+    line = rerun.lines(Run({}, None, planned("p", "p", snapkv(), ["one"]), "planned"))
     assert line == ["kv-lm-eval run --model kvcompressed --model_args pretrained=models/toy,method=snapkv --tasks one"]
 
 

@@ -11,6 +11,7 @@ from results import FULL, efficiency, mean_task, perplexity_task, plan, planned,
 
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.reporting import load, rows, tables
+from kv_lm_eval.reporting.table import as_csv, as_markdown
 
 ONES = [1.0] * 20
 HALF = [1.0, 0.0] * 10
@@ -209,16 +210,16 @@ def test_a_sweep_that_is_not_done_says_so_everywhere(sweep):
     told = f"Sweep sweep: 6 points planned: {counts}."
     assert report.notes[0].startswith(told)
     for table in (tables.progress(report), tables.scores(report), tables.differences(report), tables.speed(report)):
-        assert told in tables.as_markdown(table), table.name
+        assert told in as_markdown(table), table.name
     for text in (
         tables.scores_csv(report),
-        *(tables.as_csv(t) for t in (tables.differences(report), tables.speed(report), tables.every_number(report))),
+        *(as_csv(t) for t in (tables.differences(report), tables.speed(report), tables.every_number(report))),
     ):
         assert all(
             any(f"point {i}" in line and state in line for line in text.splitlines())
             for i, state in ((2, "OOM"), (3, "failed"), (4, "running"), (5, "planned"))
         )
-    assert tables.as_csv(tables.progress(report)).splitlines() == [
+    assert as_csv(tables.progress(report)).splitlines() == [
         "sweep,planned,done,running,failed,OOM,damaged,not started",
         "sweep,6,2,1,1,1,0,1",
     ]
@@ -250,7 +251,7 @@ def test_missing_cells_are_a_dash_and_times_not_measured_are_na(tmp_path):
     assert "left out: TPOT, throughput, peak of prefill, peak of decode" in tables.speed(report).notes[0]
     assert [v[1].text for v in speed] == ["N/A", "250.00 (200.00 to 300.00)"]
     everything = "".join(
-        tables.as_markdown(t) for t in (tables.scores(report), tables.differences(report), tables.speed(report))
+        as_markdown(t) for t in (tables.scores(report), tables.differences(report), tables.speed(report))
     )
     assert "nan" not in everything.lower()
 

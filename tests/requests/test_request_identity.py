@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from model.test_requests import STORY, choices, load, request
 
 from kv_lm_eval import plugin
-from kv_lm_eval.requests.documents import DocumentScore
+from kv_lm_eval.requests.document_scores import DocumentScore
 from kv_lm_eval.requests.samples import Choice, Text
 
 plugin.install()

@@ -8,9 +8,9 @@ from typing import Any
 
 from kv_lm_eval import fit
 from kv_lm_eval.reporting.cells import Column, Report
-from kv_lm_eval.reporting.load import is_number
 from kv_lm_eval.reporting.plots import drawing
 from kv_lm_eval.reporting.plots.drawing import COLOURS, GRID, INK, MARKERS, Picture
+from kv_lm_eval.reporting.run import is_number
 
 
 def draw(report: Report) -> Picture | None:

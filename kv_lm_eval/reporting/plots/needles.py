@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from kv_lm_eval.reporting.cells import Column, Report, Row
-from kv_lm_eval.reporting.load import is_number
 from kv_lm_eval.reporting.plots.drawing import Picture
+from kv_lm_eval.reporting.run import is_number
 
 
 def panels_of(report: Report) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kv_lm_eval import fit
 from kv_lm_eval.reporting.plots import drawing
 from kv_lm_eval.reporting.plots.drawing import BAD, GOOD, INK, Picture
-from kv_lm_eval.reporting.tables import Table
+from kv_lm_eval.reporting.table import Table
 
 SIZE = 8.5  # of the letters, in points
 LINE, GAP = 0.17, 0.13  # inches: of a line of text, and between rows

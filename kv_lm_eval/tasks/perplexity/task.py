@@ -20,7 +20,8 @@ from kv_lm_eval import files, quiet
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.metrics import perplexity as metrics
 from kv_lm_eval.metrics.perplexity import count_words
-from kv_lm_eval.requests.documents import DocumentScore, Reading
+from kv_lm_eval.requests.document_scores import DocumentScore
+from kv_lm_eval.requests.reading import Reading
 from kv_lm_eval.tasks.model_length import model_max_length
 from kv_lm_eval.tasks.perplexity import texts
 

@@ -1,14 +1,31 @@
-"""What is said at the end of a run: what was compressed, how long it took, and where nothing was compressed at all."""
+"""What is said of a run beside its numbers: at its start, settings that do less than they seem to; at its end, what was
+compressed, how long it took, and where nothing was compressed at all."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
+from kv_lm_eval import versions
 from kv_lm_eval.methods.compression import Compression
+from kv_lm_eval.requests.run import Run, log
 
 
-def say(log: logging.Logger, compression: Compression, summary: dict[str, Any]) -> None:
+def at_start(run: Run) -> None:
+    """When the model is loaded and has passed its check."""
+    found = run.compression.warnings(run.facts) if run.facts is not None else []
+    for message in [*found, *run.engine.warnings(run.compression)]:
+        log.warning(message)
+    if run.compression.lossy and run.engine.tail_tokens == 0:
+        log.warning(
+            "tail_tokens=0: the first token of every continuation is scored from the uncompressed prompt, so one-token "
+            "choices will show exactly no effect of a compression after the prefill"
+        )
+    if untried := versions.in_use().get("untried"):
+        log.warning("%s: the self-check has passed, the tests have not been run with it", untried)
+    log.info("kvcompressed: %s on %s", run.settings, run.name)
+
+
+def at_end(compression: Compression, summary: dict[str, Any]) -> None:
     """A line or two for the run, and a warning for each task whose requests were all too short to be compressed."""
     if not summary["requests"]:
         log.warning("all answers came from the request cache: there are no numbers on memory or compression")
