@@ -21,7 +21,7 @@ import torch
 from kv_lm_eval.cache.attention import Step
 from kv_lm_eval.cache.face import Face
 from kv_lm_eval.cache.facts import ModelFacts
-from kv_lm_eval.cache.segment import Mode, Segment
+from kv_lm_eval.cache.segment import Mode, Segment, together
 from kv_lm_eval.cache.view import AskedOfCompression
 
 
@@ -147,15 +147,26 @@ class CompressedCache(Face):
         self.keeps_history = keeps
         self.set(keeps_history=keeps)
 
+    def gather(self) -> None:
+        """Joins the segments that may go on as one rectangle, as prompts of any lengths may after their cut."""
+        groups: dict[Hashable, list[int]] = {}
+        for i, segment in enumerate(self.segments):
+            groups.setdefault(segment.joins or i, []).append(i)
+        self._join(list(groups.values()))
+
     def join(self) -> Segment:
         """All rows in one segment, in order, with empty slots before those of rows that hold fewer."""
-        end = self.prefill_end
-        order = torch.tensor([row for rows in self.members for row in rows]).argsort().tolist()
-        whole = Segment.joined(self.segments) if len(self.segments) > 1 else self.segments[0]
-        whole = whole if order == sorted(order) else whole.select(order)
-        whole.prefill_end = end
-        self.segments, self.members = [whole], [sorted(order)]
-        return whole
+        self._join([list(range(len(self.segments)))])
+        return self.segments[0]
+
+    def _join(self, groups: Sequence[Sequence[int]]) -> None:
+        segments, members = list[Segment](), list[list[int]]()
+        for group in groups:
+            rows = [row for i in group for row in self.members[i]]
+            whole, order = Segment.joined([self.segments[i] for i in group]), sorted(rows)
+            segments.append(whole if rows == order else whole.select([rows.index(row) for row in order]))
+            members.append(order)
+        self.segments, self.members = segments, members
 
     def close(self, rows: Sequence[int]) -> None:
         """Frees what these rows hold: they have ended, and only their numbers are asked for from now on."""
@@ -307,12 +318,7 @@ class CompressedCache(Face):
         not compressed."""
         if all(segment.prefill_end is None for segment in self.segments):
             return None
-        return self._gathered(
-            [
-                s.prefill_end or {**(now := s.snapshot()), "compressed": [False] * len(now["seen"])}
-                for s in self.segments
-            ]
-        )
+        return self._together([segment.prefill_end or segment.uncut() for segment in self.segments])
 
     def count_only(self, prefilled: Sequence[int], contexts: Sequence[int]) -> None:
         """Lets the numbers speak of contexts of so many tokens: a continuation scored in the same forward is not
@@ -326,25 +332,18 @@ class CompressedCache(Face):
         They are of the whole model, of which tensor parallelism gives this process a share. `valid` leaves out empty
         slots; `allocated` is the storage as it is now, shared evenly by the rows of the batch.
         """
-        return self._gathered(
+        return self._together(
             [
                 segment.snapshot(None if decode_steps is None else [decode_steps[i] for i in rows])
                 for segment, rows in zip(self.segments, self.members, strict=True)
             ]
         )
 
-    def _gathered(self, snapshots: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Those of the segments as one of the batch."""
-        out: dict[str, Any] = {}
-        for name, value in snapshots[0].items():
-            if isinstance(value, list):
-                rows = [
-                    pair for s, m in zip(snapshots, self.members, strict=True) for pair in zip(m, s[name], strict=True)
-                ]
-                out[name] = [value for _, value in sorted(rows, key=lambda pair: pair[0])]
-            else:
-                out[name] = sum(s[name] * len(m) for s, m in zip(snapshots, self.members, strict=True)) / self.batch
-        return out
+    def _together(self, snapshots: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Those of the segments as one of the batch, in its order."""
+        whole, order = together(snapshots, list(map(len, self.members))), [row for rows in self.members for row in rows]
+        places = [order.index(row) for row in range(len(order))]
+        return {k: [v[i] for i in places] if isinstance(v, list) else v for k, v in whole.items()}
 
 
 def _share(step: Step, fed: Fed) -> Step:

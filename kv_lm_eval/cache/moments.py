@@ -7,6 +7,8 @@ Shapes: B batch rows, H query heads, q queries, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kv_lm_eval.cache.transfer import at_least_float32
@@ -51,6 +53,11 @@ class QueryMoments:
         """A copy with the given batch rows."""
         rows = rows.to(self.count.device)
         return QueryMoments(self.count[rows], self.mean[rows], self.scatter[rows])
+
+    @staticmethod
+    def joined(parts: Sequence[QueryMoments]) -> QueryMoments:
+        """The rows of all."""
+        return QueryMoments(*(torch.cat([getattr(p, name) for p in parts]) for name in ("count", "mean", "scatter")))
 
     @property
     def nbytes(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import ceil
@@ -132,18 +132,35 @@ class Segment:
         new.history = [[step[i] for i in rows] for step in self.history]
         return new
 
+    @property
+    def joins(self) -> Hashable:
+        """Equal for segments whose rows may go on as one rectangle, None where they may not: they hold equally many
+        slots everywhere. On a GPU, which launches kernels for every segment, it is enough that no cut will come, at the
+        price of empty slots and a mask."""
+        if type(self).__name__ not in ("Segment", "Ring") or self.compression.storage.quantises or self.end is not None:
+            return None
+        device = self.stores[0].keys.device
+        if device.type == "cuda" and not (self.compression.schedule.online and self.compression.method.compresses):
+            return "after the last cut"
+        return (self.mode, self.decoded, self.prefill_end is None, *(store.shape for store in self.stores))
+
     @staticmethod
     def joined(segments: Sequence[Segment]) -> Segment:
-        """The rows of all in one rectangle, after the last cut; empty slots come first in rows that hold fewer."""
+        """The rows of all in one rectangle; empty slots come first in rows that hold fewer."""
         new = copy.copy(segments[0])
         new.seen = [n for s in segments for n in s.seen]
         new.peaks = [n for s in segments for n in s.peaks]
         new.held = [[n for s in segments for n in s.held[i]] for i in range(len(new.stores))]
         new.stores = [joined([s.stores[i] for s in segments]) for i in range(len(new.stores))]
-        new.history = [
-            [row for step in steps for row in step] for steps in zip(*(s.history for s in segments), strict=False)
-        ]
+        histories = zip(*(s.history for s in segments), strict=False)
+        new.history = [[row for step in steps for row in step] for steps in histories]
+        if any(s.prefill_end is not None for s in segments):
+            new.prefill_end = together([s.prefill_end or s.uncut() for s in segments], [s.rows for s in segments])
         return new
+
+    def uncut(self) -> dict[str, Any]:
+        """The numbers of rows that have no prefill."""
+        return {**self.snapshot(), "compressed": [False] * self.rows}
 
     def close(self) -> None:
         """Lets go of what the rows hold, and keeps their numbers."""
@@ -536,6 +553,18 @@ class Segment:
             "peak_slots": list(peaks),
             "over_budget": [self.compression.over_budget(n) for n in seen],
         }
+
+
+def together(snapshots: Sequence[dict[str, Any]], rows: Sequence[int]) -> dict[str, Any]:
+    """Those of several segments as one, rows one after the other; what is not by row is their mean."""
+    out: dict[str, Any] = {}
+    for name, first in snapshots[0].items():
+        values = [snapshot[name] for snapshot in snapshots]
+        if isinstance(first, list):
+            out[name] = [x for value in values for x in value]
+        else:
+            out[name] = sum(x * n for x, n in zip(values, rows, strict=True)) / sum(rows)
+    return out
 
 
 def _counted(real: torch.Tensor) -> list[float]:

@@ -94,6 +94,14 @@ class LayerStore:
     def is_empty(self) -> bool:
         return self._keys is None
 
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """Of all that belongs to a row: stores of one shape hold their rows alike."""
+        held = (self._mass, self._bias, self.memory, self.queries, self.moments, self.pristine_sinks)
+        there = [None if x is None else True for x in held]
+        width = None if self.queries is None else self.queries.shape[2]
+        return (self.length, self.pos.shape[1], self.keys.shape[1], width, *there)
+
     def append(self, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor) -> None:
         """Adds q slots: keys, values [B, K, q, D], pos [B, q]."""
         q = keys.shape[2]
@@ -256,24 +264,30 @@ class LayerStore:
 
 
 def joined(stores: Sequence[LayerStore]) -> LayerStore:
-    """The rows of all in one store, with empty slots before those that hold fewer; nothing is observed any more."""
+    """The rows of all in one store, with empty slots before those that hold fewer."""
     new, first = LayerStore(), stores[0]
-    if len(stores) == 1 or first.is_empty:
+    if len(stores) == 1:
         return first
-    new.length = max(store.length for store in stores)
+    new.length, new.holes = max(store.length for store in stores), any(store.holes for store in stores)
+    heads = max(store.pos.shape[1] for store in stores)
 
     def together(parts: Sequence[torch.Tensor], empty: float) -> torch.Tensor:
-        heads = max(x.shape[1] for x in parts)
-        padded = [x.new_full((x.shape[0], heads, new.length, *x.shape[3:]), empty) for x in parts]
-        for into, x in zip(padded, parts, strict=True):
-            into[:, :, new.length - x.shape[2] :] = x
-        return torch.cat(padded)
+        """[B, K, N, ...] each."""
+        after = [(0, 0) * (x.dim() - 3) + (new.length - x.shape[2], 0) for x in parts]
+        return torch.cat([F.pad(x, pad, value=empty) for x, pad in zip(parts, after, strict=True)])
 
     new._keys, new._values = together([s.keys for s in stores], 0), together([s.values for s in stores], 0)
-    new._pos = together([s.pos for s in stores], -1)
+    new._pos = together([s.pos.expand(-1, heads, -1) for s in stores], -1)
+    if first.mass is not None:
+        new._mass = together([s.mass for s in stores if s.mass is not None], 0)
     if any(s.bias is not None for s in stores):
         none = [s.keys.new_zeros(s.keys.shape[:3], dtype=torch.float32) for s in stores]
         new._bias = together([n if s.bias is None else s.bias for s, n in zip(stores, none, strict=True)], 0)
+    for name in ("queries", "query_pos", "memory"):
+        if getattr(first, name) is not None:
+            setattr(new, name, torch.cat([getattr(store, name) for store in stores]))
+    if first.moments is not None:
+        new.moments = QueryMoments.joined([s.moments for s in stores if s.moments is not None])
     sinks = [store.pristine_sinks for store in stores]
     if any(x is not None for x in sinks):
         most = max(x.shape[2] for x in sinks if x is not None)

@@ -92,6 +92,7 @@ def decode(
     while True:
         fed = feed(model, cache, new, keep=1)
         if not len(logits):
+            cache.gather()
             logits = torch.zeros(len(new), fed[0].shape[1], device=input_ids.device)
         rows = list(fed)
         logits[rows] = torch.cat([fed[row] for row in rows]).to(logits)

@@ -39,12 +39,14 @@ class Stops(StoppingCriteria):
         self._after: list[int | None] = [None] * rows  # new tokens up to the first stop string
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """[B] bool: lm-eval's verdict, one for the whole batch."""
+        """[B] bool: the rows that have met a stop string; of beams lm-eval's verdict, one for all."""
         done = [bool(criterion(input_ids, scores)) for criterion in self._criteria]
         for b, known in enumerate(self._after):
             if known is None and any(criterion.done_tracker[b] for criterion in self._criteria):
                 self._after[b] = input_ids.shape[1] - self._width
-        return torch.full((input_ids.shape[0],), any(done), dtype=torch.bool, device=input_ids.device)
+        if self._beams > 1:
+            return torch.full((input_ids.shape[0],), any(done), dtype=torch.bool, device=input_ids.device)
+        return torch.tensor([known is not None for known in self._after], device=input_ids.device)
 
     def own(self, row: int, new: list[int]) -> list[int]:
         """Of the row's new tokens those that it would have had alone, its stop included."""

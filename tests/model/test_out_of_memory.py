@@ -9,6 +9,7 @@ import pytest
 import torch
 from model.test_requests import choices, generations, load
 
+from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.requests.halving import Halving, largest_batch
 from kv_lm_eval.requests.run import Run
 
@@ -22,7 +23,9 @@ def with_memory_for(lm, rows: int, monkeypatch) -> list[int]:
 
     @functools.wraps(forward)  # generate() looks at its signature
     def limited(*args, **kwargs):
-        asked.append((args or (kwargs["input_ids"],))[0].shape[0])
+        cache = next((v for v in kwargs.values() if isinstance(v, CompressedCache)), None)
+        rows_of = [fed.segment.rows for fed in cache._announced or ()] if cache is not None else []
+        asked.append(sum(rows_of) or (args or (kwargs["input_ids"],))[0].shape[0])
         if asked[-1] > rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return forward(*args, **kwargs)
