@@ -8,7 +8,7 @@ Shapes: B rows, H query heads, K KV heads, G = H / K, q new tokens, x queries of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,7 @@ MASK_ELEMENTS = 2**25  # queries are attended in blocks whose mask has at most t
 WEIGHT_ELEMENTS = 2**24  # the same for explicit attention weights, float32
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One layer of one forward: what the model hands over of its new tokens.
 
     Attributes:
@@ -45,8 +44,7 @@ class Step:
         return self.query.shape[2]
 
 
-@dataclass(frozen=True)
-class Visible:
+class Visible(NamedTuple):
     """The slots over which a step attends, its own new pairs among them.
 
     Attributes:

@@ -10,9 +10,9 @@ Shapes: B batch rows, R rows of a segment, n new tokens of each, H heads, D head
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from kv_lm_eval.cache.segment import Mode, Segment, together
 from kv_lm_eval.cache.view import AskedOfCompression
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Fed:
     """A segment's share of a forward: n new tokens of each of its rows.
 
@@ -37,10 +37,10 @@ class Fed:
     tokens: int
     where: slice | torch.Tensor | None = None
 
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """Its own of the forward's x [B, q, ...]: [R, n, ...]."""
-        own = x if self.where is None else x.reshape(-1, *x.shape[2:])[self.where]
-        return own.reshape(self.segment.rows, self.tokens, *x.shape[2:])
+    @property
+    def size(self) -> int:
+        """Tokens of all its rows."""
+        return self.segment.rows * self.tokens
 
 
 class CompressedCache(Face):
@@ -211,14 +211,33 @@ class CompressedCache(Face):
             self._fed, self._announced = self._announced or self._by_mask(mask, *step.pos.shape), None
             self._columns += max((fed.tokens for fed in self._fed if fed.segment.mode != "score"), default=0)
             for fed in self._fed:
-                fed.segment.begin(fed.take(step.pos))
-        outs = [fed.segment.attend(_share(step, fed)) for fed in self._fed]
+                own = step.pos if fed.where is None else step.pos.reshape(-1)[fed.where]
+                fed.segment.begin(own.reshape(-1, fed.tokens))
         if self._fed[0].where is None:
-            return outs[0].transpose(1, 2).contiguous()
-        whole = outs[0].new_zeros(step.pos.numel(), outs[0].shape[1], outs[0].shape[3])
-        for fed, out in zip(self._fed, outs, strict=True):
-            whole[fed.where] = out.transpose(1, 2).flatten(0, 1)
+            segment = self._fed[0].segment
+            return segment.attend(step._replace(pos=segment.new_pos)).transpose(1, 2).contiguous()
+        tokens = (x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (step.query, step.key, step.value))
+        outs = [
+            fed.segment.attend(step._replace(query=q, key=k, value=v, pos=fed.segment.new_pos))
+            .transpose(1, 2)
+            .flatten(0, 1)
+            for fed, q, k, v in zip(self._fed, *map(self._shares, tokens), strict=True)
+        ]
+        if isinstance(self._fed[0].where, slice):
+            whole = torch.cat(outs)
+        else:
+            whole = outs[0].new_zeros(step.pos.numel(), *outs[0].shape[1:])
+            for fed, out in zip(self._fed, outs, strict=True):
+                whole[fed.where] = out
         return whole.view(*step.pos.shape, *whole.shape[1:])
+
+    def _shares(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Of x [B * q, heads, D] each segment's own, [R, heads, n, D]."""
+        assert self._fed is not None
+        packed = isinstance(self._fed[0].where, slice)
+        own = x.split([fed.size for fed in self._fed]) if packed else [x[fed.where] for fed in self._fed]
+        for fed, part in zip(self._fed, own, strict=True):
+            yield part.view(fed.segment.rows, fed.tokens, *x.shape[1:]).transpose(1, 2)
 
     def _by_mask(self, mask: torch.Tensor | None, batch: int, q: int) -> list[Fed]:
         """The shares of a rectangle [B, q] of which the mask [B, >= q] leaves out the padding."""
@@ -344,11 +363,3 @@ class CompressedCache(Face):
         whole, order = together(snapshots, list(map(len, self.members))), [row for rows in self.members for row in rows]
         places = [order.index(row) for row in range(len(order))]
         return {k: [v[i] for i in places] if isinstance(v, list) else v for k, v in whole.items()}
-
-
-def _share(step: Step, fed: Fed) -> Step:
-    """A segment's own of a step of the whole forward."""
-    if fed.where is None:
-        return dataclasses.replace(step, pos=fed.segment.new_pos)
-    query, key, value = (fed.take(x.transpose(1, 2)).transpose(1, 2) for x in (step.query, step.key, step.value))
-    return dataclasses.replace(step, query=query, key=key, value=value, pos=fed.segment.new_pos)

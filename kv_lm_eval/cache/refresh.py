@@ -13,7 +13,6 @@ Shapes: B batch rows, K KV heads, M slots kept, D head size.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -44,7 +43,7 @@ class Refresh(Segment):
             query, key = step.query, step.key
             if self.facts.rope_kinds[step.layer] == "rope":
                 query, key = (rope.rotate(x, delta, step.layer) for x in (query, key))
-            step = dataclasses.replace(step, query=query, key=key, pos=step.pos + delta.to(step.pos.device))
+            step = step._replace(query=query, key=key, pos=step.pos + delta.to(step.pos.device))
         return super().attend(step)
 
     def _counts_of(self, rows: Sequence[int]) -> Segment:

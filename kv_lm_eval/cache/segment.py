@@ -134,13 +134,16 @@ class Segment:
 
     @property
     def joins(self) -> Hashable:
-        """Equal for segments whose rows may go on as one rectangle, None where they may not: they hold equally many
-        slots everywhere. On a GPU, which launches kernels for every segment, it is enough that no cut will come, at the
-        price of empty slots and a mask."""
+        """Equal for segments whose rows may go on as one rectangle, None where they may not.
+
+        They hold equally many slots everywhere. Where no cut will come, it is enough that their heads hold unequally
+        many, so that there is a mask anyway; and on a GPU, which launches kernels for every segment, nothing is asked.
+        """
         if type(self).__name__ not in ("Segment", "Ring") or self.compression.storage.quantises or self.end is not None:
             return None
-        device = self.stores[0].keys.device
-        if device.type == "cuda" and not (self.compression.schedule.online and self.compression.method.compresses):
+        last = not (self.compression.schedule.online and self.compression.method.compresses)
+        uneven = not all(map(self._even, range(len(self.stores))))
+        if last and (uneven or self.stores[0].keys.device.type == "cuda"):
             return "after the last cut"
         return (self.mode, self.decoded, self.prefill_end is None, *(store.shape for store in self.stores))
 
@@ -190,9 +193,9 @@ class Segment:
         if self.per_query_head(step.layer):
             group = step.query.shape[1] // step.key.shape[1]
             key, value = (x.repeat_interleave(group, dim=1) for x in (step.key, step.value))
-            step = dataclasses.replace(step, key=key, value=value)
+            step = step._replace(key=key, value=value)
         if step.pos.device != step.query.device:
-            step = dataclasses.replace(step, pos=step.pos.to(step.query.device))
+            step = step._replace(pos=step.pos.to(step.query.device))
         seen = self._with_stored(step) if self.mode == "score" else self._stored(step)
         method, observes = self.compression.method, self._observes(step.layer)
         mass = None
@@ -216,7 +219,7 @@ class Segment:
         self.held[layer] = [n + step.tokens for n in self.held[layer]]
         if self.facts.compressible(layer):
             self.peaks = [max(p, h) for p, h in zip(self.peaks, self.held[layer], strict=True)]
-        return self._visible(step, Visible(store.keys, store.values, store.pos, old, not gaps, store.bias))
+        return self._visible(step, (store.keys, store.values, store.pos), old, gaps, store.bias)
 
     def _with_stored(self, step: Step) -> Visible:
         """What is there and the new pairs, which are not stored."""
@@ -226,17 +229,23 @@ class Segment:
         keys, values = torch.cat([store.keys, step.key], dim=2), torch.cat([store.values, step.value], dim=2)
         pos = torch.cat([store.pos, new_pos.expand(-1, store.pos.shape[1], -1)], dim=2)
         bias = None if store.bias is None else F.pad(store.bias, (0, q))
-        whole = not self.has_empty(layer)
-        return self._visible(step, Visible(keys, values, pos, store.length, whole, bias, branch))
+        return self._visible(step, (keys, values, pos), store.length, self.has_empty(layer), bias, branch)
 
-    def _visible(self, step: Step, seen: Visible) -> Visible:
-        """The same, with the layer's sight, and as no whole where anything narrows the view."""
-        layer = step.layer
-        sight = self.compression.sight(layer) if self.facts.compressible(layer) else None
-        tokens = max(self.seen) + (step.tokens if self.mode == "score" else 0)
-        beyond = step.window is not None and tokens > step.window
-        narrowed = beyond or any(x is not None for x in (seen.bias, seen.branch, sight))
-        return dataclasses.replace(seen, sight=sight, whole=seen.whole and not narrowed)
+    def _visible(
+        self,
+        step: Step,
+        slots: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        old: int,
+        gaps: bool,
+        bias: torch.Tensor | None,
+        branch: torch.Tensor | None = None,
+    ) -> Visible:
+        """What the step attends over: keys, values and positions of the slots, and all that narrows the view."""
+        sight = self.compression.sight(step.layer) if self.facts.compressible(step.layer) else None
+        whole = not gaps and bias is None and branch is None and sight is None
+        if step.window is not None:
+            whole = whole and max(self.seen) + (step.tokens if self.mode == "score" else 0) <= step.window
+        return Visible(*slots, old, whole, bias, branch, sight)
 
     def _observe(self, step: Step, seen: Visible, mass: torch.Tensor | None) -> None:
         """Notes what scores will ask for: the last queries, the attention that each slot received, query moments."""

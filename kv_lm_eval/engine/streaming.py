@@ -1,7 +1,7 @@
 """Log-likelihood of whole documents with one cache carried from the first token to the last.
 
 No window starts afresh with a context of one token, and the numbers are those of feeding one token at a time, for every
-method. Where the kept tokens follow from positions alone, a chunk of any length is one banded attention (`BandCache`).
+method. Where the kept tokens follow from positions alone, a chunk of any length is one banded attention (`Band`).
 Where a score decides, the document is fed in segments that end where the schedule cuts.
 """
 
