@@ -519,8 +519,7 @@ class Segment:
     # ------------------------------------------------------------------------------------ numbers
 
     def count_only(self, prefilled: Sequence[int], contexts: Sequence[int]) -> None:
-        """Lets the numbers speak of contexts of so many tokens: a continuation scored in the same
-        forward is not kept."""
+        """Lets the numbers speak of contexts of so many tokens: a continuation scored in one forward is not kept."""
         held, peaks = self.held, self.peaks
         for tokens in (prefilled, contexts):
             self.seen = list(tokens)

@@ -264,7 +264,8 @@ class LayerStore:
 
 
 def joined(stores: Sequence[LayerStore]) -> LayerStore:
-    """The rows of all in one store, with empty slots before those that hold fewer."""
+    """The rows of all in one store, with empty slots before those that hold fewer; what only a further cut would ask
+    for is there where all have it."""
     new, first = LayerStore(), stores[0]
     if len(stores) == 1:
         return first
@@ -278,15 +279,16 @@ def joined(stores: Sequence[LayerStore]) -> LayerStore:
 
     new._keys, new._values = together([s.keys for s in stores], 0), together([s.values for s in stores], 0)
     new._pos = together([s.pos.expand(-1, heads, -1) for s in stores], -1)
-    if first.mass is not None:
+    if all(s.mass is not None for s in stores):
         new._mass = together([s.mass for s in stores if s.mass is not None], 0)
     if any(s.bias is not None for s in stores):
         none = [s.keys.new_zeros(s.keys.shape[:3], dtype=torch.float32) for s in stores]
         new._bias = together([n if s.bias is None else s.bias for s, n in zip(stores, none, strict=True)], 0)
     for name in ("queries", "query_pos", "memory"):
-        if getattr(first, name) is not None:
-            setattr(new, name, torch.cat([getattr(store, name) for store in stores]))
-    if first.moments is not None:
+        parts = [getattr(store, name) for store in stores]
+        if len({None if x is None else x.shape[1:] for x in parts}) == 1 and parts[0] is not None:
+            setattr(new, name, torch.cat(parts))
+    if all(s.moments is not None for s in stores):
         new.moments = QueryMoments.joined([s.moments for s in stores if s.moments is not None])
     sinks = [store.pristine_sinks for store in stores]
     if any(x is not None for x in sinks):
