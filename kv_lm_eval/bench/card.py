@@ -247,7 +247,14 @@ def _shared(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
         for name, e in entries.items():
             rows.append((f"{k} choices, {name}", ms(e), ratio(entries["recompute"], e)))
     title = f"## Continuations of one context of {part['context']} tokens"
-    return [title, "", *table(("", "ms", "recompute / this"), rows)]
+    lines = [title, "", *table(("", "ms", "recompute / this"), rows)]
+    asked = []
+    for n, entries in part.get("questions", {}).items():
+        for name, e in entries.items():
+            words = name if name == "the context alone" else f"{n} questions, {name}"
+            asked.append((words, ms(e), ratio(entries["the context for each"], e)))
+    title = f"## Questions on one context of {part['context']} tokens, answers of 8 tokens"
+    return [*lines, "", title, "", *table(("", "ms", "for each / this"), asked)] if asked else lines
 
 
 def _compiled(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:

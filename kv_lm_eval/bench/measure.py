@@ -26,6 +26,7 @@ from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import device_of, logits_of
 from kv_lm_eval.engine.prefill import NewCache, feed, prefill
+from kv_lm_eval.engine.question import Contexts, Tails, prefill_before_question
 from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods import base
@@ -33,6 +34,7 @@ from kv_lm_eval.metrics.latency import spread
 from kv_lm_eval.metrics.memory import PeakMemory
 
 RECOMPUTE = "window recompute"
+QUESTIONS = (5, 20)  # on one context
 
 
 def all_methods() -> list[str]:
@@ -298,7 +300,30 @@ def shared_prefix(bench: Bench, context: int, choices: Sequence[int]) -> dict[st
         }
         times = rounds(works, bench.device, bench.repeats, min(bench.warm_up, 1))
         out[str(k)] = {name: t.record(bench.clock) for name, t in times.items()}
-    return {"context": context, "choices": out}
+    return {"context": context, "choices": out, "questions": {str(n): _questions(bench, row, n) for n in QUESTIONS}}
+
+
+def _questions(bench: Bench, context: list[int], n: int) -> dict[str, Any]:
+    """Several questions on one context under snapkv, each with an answer of 8 tokens: the context read again for each,
+    read once for all, and the reading alone."""
+    questions = [bench.tokens(24, seed=i) for i in range(n)]
+    new_cache = bench.new_cache("snapkv")
+
+    def ask(contexts: Contexts | None) -> None:
+        for question in questions:
+            tails = Tails([len(question)], contexts or Contexts([context]))
+            cache = prefill_before_question(bench.model, new_cache, [[*context, *question]], tails)
+            token = question[-1]
+            for _ in range(8):
+                token = bench.step(cache, token)
+
+    works: dict[str, Callable[[], object]] = {
+        "the context for each": lambda: ask(None),
+        "the context once": lambda: ask(Contexts([context] * n)),
+        "the context alone": lambda: prefill(bench.model, new_cache, [context]),
+    }
+    times = rounds(works, bench.device, bench.repeats, min(bench.warm_up, 1))
+    return {name: t.record(bench.clock) for name, t in times.items()}
 
 
 @torch.inference_mode()

@@ -97,6 +97,17 @@ class CompressedCache(Face):
             self.members[0] = list(range(rows))
             self.segments[0].open(rows, self.around_cut, self.keeps_history)
 
+    def hold(self, rows: Sequence[Segment | None]) -> None:
+        """Takes over rows that were fed elsewhere, each a segment; None: one of which nothing has been fed."""
+        self.segments, self.members = [], [[row] for row in range(len(rows))]
+        for segment in rows:
+            if segment is None:
+                segment = self._new_segment()
+                segment.open(1, self.around_cut, self.keeps_history)
+            segment.around_cut = self.around_cut
+            self.segments.append(segment)
+        self._columns = max(map(max, (segment.seen for segment in self.segments)))
+
     def of_row(self, row: int) -> tuple[Segment, int]:
         """The segment that holds a row, and the row's number in it."""
         for segment, members in zip(self.segments, self.members, strict=True):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.prefill import Logits, NewCache, feed, feed_between_cuts, forward, prefill
-from kv_lm_eval.engine.question import prefill_before_question
+from kv_lm_eval.engine.question import Tails, prefill_before_question
 from kv_lm_eval.methods.compression import compression_of
 
 Score = tuple[float, bool]  # sum of log-probabilities in nats; whether greedy decoding would give the same tokens
@@ -27,7 +27,7 @@ def score_continuations(
     new_cache: NewCache,
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[Sequence[int]]],
-    tail_tokens: int | Sequence[int],
+    tail_tokens: int | Sequence[int] | Tails,
     dtype: torch.dtype | None = None,
 ) -> tuple[list[list[Score]], CompressedCache]:
     """Scores the continuations of a batch of contexts.
@@ -35,7 +35,7 @@ def score_continuations(
     Args:
         contexts: token rows, each at least one token. continuations: for each context, one or more token rows.
         tail_tokens: last tokens of each context that are fed after the compression; one number for each context
-            where they are its question (`question.py`).
+            where they are its question (`question.py`), with the contexts of all questions if more will come.
         dtype: of the softmax; None: that of the logits.
 
     Returns:

@@ -4,33 +4,76 @@ Each row is a head, the context, and a tail, everything from its question on. Th
 tails, but for their last token, are one forward over the compressed cache, in which nothing is cut: a question is read
 whole. The schedule's clock starts with the last token, which every row has, so that a row does not depend on the
 lengths of its neighbours' questions.
+
+Many questions may be asked of one context: it is prefilled and cut once, and each of them goes on from a copy of what
+is left of it, so that nothing of one answer is there for the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.engine.prefill import NewCache, forward, prefill
+
+Head = tuple[int, ...]
+
+
+class Contexts:
+    """Compressed contexts of which more will be asked.
+
+    Args:
+        heads: the context of every question to come, in token ids; one is held from its first question to its last, so
+            that questions of one context should follow each other.
+    """
+
+    def __init__(self, heads: Iterable[Sequence[int]]) -> None:
+        self._left = Counter(map(tuple, heads))
+        self._held: dict[Head, Segment] = {}
+
+    def forks(self, model: PreTrainedModel, new_cache: NewCache, heads: Sequence[Sequence[int]]) -> CompressedCache:
+        """A cache with a row for each head, cut after it; those that are not held are prefilled, each once."""
+        asked = [tuple(head) for head in heads]
+        if new := [head for head in dict.fromkeys(asked) if head and head not in self._held]:
+            cache, _ = prefill(model, new_cache, new)
+            for row, head in enumerate(new):
+                segment, at = cache.of_row(row)
+                self._held[head] = segment if segment.rows == 1 else segment.select([at])
+        cache = new_cache()
+        cache.hold([self._held[head].select([0]) if head else None for head in asked])
+        self._left.subtract(asked)
+        alone = cache.facts.border is not None  # what is rotated next depends on what was rotated last
+        self._held = {head: held for head, held in self._held.items() if self._left[head] > 0 and not alone}
+        return cache
+
+
+class Tails(NamedTuple):
+    """Tokens of each row of a batch from its question on, at least 1, and the contexts of all questions."""
+
+    tokens: Sequence[int]
+    contexts: Contexts
 
 
 @torch.no_grad()  # not inference_mode: generate() goes on with the cache outside of it
 def prefill_before_question(
-    model: PreTrainedModel, new_cache: NewCache, rows: Sequence[Sequence[int]], tails: Sequence[int]
+    model: PreTrainedModel, new_cache: NewCache, rows: Sequence[Sequence[int]], tails: Sequence[int] | Tails
 ) -> CompressedCache:
     """The cache of all tokens but the last of each row, cut after the heads.
 
     Args:
         rows: prompts, token ids. tails: tokens of each row from its question on, at least 1.
     """
-    heads, middles = split(rows, tails)
-    cache = prefill(model, new_cache, heads)[0] if any(heads) else new_cache()
-    online = cache.compression.schedule.online
+    tokens, contexts = tails if isinstance(tails, Tails) else (tails, None)
+    heads, middles = split(rows, tokens)
+    cache = (contexts or Contexts(heads)).forks(model, new_cache, heads)
     if any(middles):
-        cache.set(mode="hold" if online else "decode")
+        cache.set(mode="hold" if cache.compression.schedule.online else "decode")
         forward(model, cache, middles, keep=1)
     cache.set(mode="decode", decoded=0)
     return cache

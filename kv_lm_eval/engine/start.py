@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.forward import device_of
 from kv_lm_eval.engine.prefill import NewCache, feed_beginning
-from kv_lm_eval.engine.question import as_fed, prefill_before_question
+from kv_lm_eval.engine.question import Tails, as_fed, prefill_before_question
 
 
 class Started(NamedTuple):
@@ -30,7 +30,11 @@ class Started(NamedTuple):
 
 
 def start(
-    model: PreTrainedModel, new_cache: NewCache, rows: Sequence[Sequence[int]], tails: Sequence[int] | None, pad: int
+    model: PreTrainedModel,
+    new_cache: NewCache,
+    rows: Sequence[Sequence[int]],
+    tails: Sequence[int] | Tails | None,
+    pad: int,
 ) -> Started:
     """Feeds what comes before generate()'s own first forward.
 
@@ -40,7 +44,7 @@ def start(
     """
     if tails is not None:
         cache = prefill_before_question(model, new_cache, rows, tails)
-        ids, mask = as_fed(rows, tails, pad)
+        ids, mask = as_fed(rows, tails.tokens if isinstance(tails, Tails) else tails, pad)
     else:
         cache = new_cache()
         feed_beginning(model, cache, rows)

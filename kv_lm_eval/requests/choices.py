@@ -11,6 +11,7 @@ from typing import Any
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine import recompute
 from kv_lm_eval.engine.choices import Score, score_continuations
+from kv_lm_eval.engine.question import Contexts, Tails
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.latency import Stopwatch
 from kv_lm_eval.progress import Bar
@@ -31,6 +32,11 @@ class Group:
     boundary: Boundary | None
     members: list[int]
     tokens: int  # with the longest of its continuations
+
+    @property
+    def head(self) -> tuple[int, ...]:
+        """What is compressed before the question is seen."""
+        return self.context[: max(0, len(self.context) - (self.boundary.tail_tokens if self.boundary else 0))]
 
 
 def encode(run: Run, disable_tqdm: bool, of_pair: Callable[[str, str], tuple[list[int], list[int]]]) -> list[Encoded]:
@@ -110,7 +116,7 @@ def _groups(run: Run, requests: list[Encoded]) -> list[Group]:
         Group(context, boundary, of_it, len(context) + max(len(requests[i][2]) for i in of_it))
         for (context, boundary), of_it in members.items()
     ]
-    return sorted(groups, key=lambda g: (-len(g.context), g.context))
+    return sorted(groups, key=lambda g: (-len(g.head), g.head, -len(g.context), g.context))
 
 
 def _tail(run: Run, i: int, context: Sequence[int], found: Boundary | None) -> Boundary | None:
@@ -150,7 +156,8 @@ def _score_groups(run: Run, requests: list[Encoded], groups: list[Group], disabl
     def work(batch: Sequence[Group]) -> tuple[list[list[Score]], CompressedCache, Stopwatch]:
         watch = run.stopwatch()
         continuations = [[requests[i][2] for i in g.members] for g in batch]
-        tails = [g.boundary.tail_tokens for g in batch if g.boundary is not None] or run.engine.tail_tokens
+        asked = [g.boundary.tail_tokens for g in batch if g.boundary is not None]
+        tails = Tails(asked, heads) if asked else run.engine.tail_tokens
         contexts = [g.context for g in batch]
         with run.autocast():
             scores, cache = score_continuations(
@@ -164,6 +171,7 @@ def _score_groups(run: Run, requests: list[Encoded], groups: list[Group], disabl
     }
     rest = (replace(g, members=[i for i in g.members if i not in answers]) for g in groups)
     groups = [group for group in rest if group.members]
+    heads = Contexts(group.head for group in groups)
     todo = len(requests) - len(answers)
     with Bar(total=todo, disable=run.hidden(disable_tqdm), desc="kvcompressed loglikelihood") as bar:
         for batch in _batches(run, groups, work):

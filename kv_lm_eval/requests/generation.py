@@ -21,6 +21,7 @@ from kv_lm_eval.engine.forward import generate_with, logits_of
 from kv_lm_eval.engine.generate import by_rows, noting_first_token
 from kv_lm_eval.engine.lent import starting_anew
 from kv_lm_eval.engine.prefill import prefill
+from kv_lm_eval.engine.question import Contexts, Tails
 from kv_lm_eval.engine.start import left_padded, start
 from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
 from kv_lm_eval.metrics.latency import Timing
@@ -49,6 +50,11 @@ class Prompt:
         return self.settings.max_length or len(self.ids) + self.settings.max_new_tokens
 
     @property
+    def head(self) -> list[int]:
+        """Tokens that are compressed before the question is seen; all of them where it is compressed with them."""
+        return self.ids[: len(self.ids) - self.tail]
+
+    @property
     def tail(self) -> int:
         """Tokens fed after the compression; 0 where the whole prompt is compressed."""
         return min(len(self.ids), self.boundary.tail_tokens) if self.boundary else 0
@@ -60,6 +66,7 @@ def generate(run: Run, disable_tqdm: bool) -> list[str]:
     answers: dict[int, Text] = {p.i: kept for p in asked if (kept := run.kept(p.i, p.boundary)) is not None}
     prompts = [p for p in asked if p.i not in answers]
     size = run.batch_size or _largest_batch(run, prompts)
+    contexts = Contexts(p.head for p in prompts)
     desc = "Running generate_until requests"
     with Bar(total=len(prompts), disable=run.hidden(disable_tqdm), desc=desc) as bar:
         for batch in _batches(run, prompts, size):
@@ -67,7 +74,7 @@ def generate(run: Run, disable_tqdm: bool) -> list[str]:
             bar.set_postfix_str("; ".join(dict.fromkeys(str(doc.get("progress_label", "")) for doc in docs)))
             for part, result in run.halving.run(
                 batch,
-                lambda rows: _generate(run, rows),
+                lambda rows: _generate(run, rows, contexts),
                 lambda p: p.most_tokens,
                 lambda p: bool(run.doc(p.i).get("takes_failures")),
             ):
@@ -125,7 +132,7 @@ def _batches(run: Run, prompts: Sequence[Prompt], size: int) -> Iterator[list[Pr
     for prompt in prompts:
         alike[prompt.settings.key].append(prompt)
     for group in alike.values():
-        ordered = sorted(group, key=lambda p: (-len(p.ids), run.requests[p.i].args[0]))
+        ordered = sorted(group, key=lambda p: (-len(p.head), p.head, -len(p.ids), run.requests[p.i].args[0]))
         for at in range(0, len(ordered), size):
             parts: dict[Any, list[Prompt]] = defaultdict(list)
             for prompt in ordered[at : at + size]:
@@ -163,14 +170,14 @@ def _largest_batch(run: Run, prompts: Sequence[Prompt]) -> int:
 # ------------------------------------------------------------------------------------ one batch
 
 
-def _generate(run: Run, prompts: Sequence[Prompt]) -> list[Text]:
+def _generate(run: Run, prompts: Sequence[Prompt], contexts: Contexts) -> list[Text]:
     """Answers of prompts that have the same settings, from one generate()."""
     lm, settings, rows = run.lm, prompts[0].settings, [p.ids for p in prompts]
     watch, cache, pad = run.stopwatch(), None, lm.tokenizer.pad_token_id
     if run.new_cache is None:
         ids, mask = (t.to(lm.device) for t in left_padded(rows, pad))
     else:
-        tails = [p.tail for p in prompts] if run.question_first else None
+        tails = Tails([p.tail for p in prompts], contexts) if run.question_first else None
         with run.autocast():
             cache, ids, mask = start(lm.model, run.caches(watch), rows, tails, pad)
         if settings.beams > 1 and cache.batch:

@@ -9,7 +9,7 @@ import torch
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
-from kv_lm_eval.engine.question import as_fed, prefill_before_question
+from kv_lm_eval.engine.question import Contexts, as_fed, prefill_before_question
 
 LENGTHS = (50, 31, 9, 40)
 ANY, ONE_LENGTH = (12, 1, 9, 5), (9, 9, 9, 9)  # a question of one token; a prompt that is all question
@@ -160,3 +160,13 @@ def test_continuations_score_as_each_alone_token_by_token(name: str, method: str
                 logits = tiny.forward(pair.model, alone, [[token]], starts=[len(row) - 1 + i])[0, -1]
                 total += float(logits.log_softmax(-1)[target])
             assert score == pytest.approx(total, abs=2e-4)
+
+
+def test_a_context_is_held_from_its_first_question_to_its_last() -> None:
+    pair, heads = tiny.pair("llama"), [tuple(tiny.tokens(n, seed=n)) for n in (14, 9)]
+    asked = [heads[0], heads[1], (), heads[0]]
+    contexts, new_cache = Contexts(asked), lambda: pair.cache(method="knorm", max_capacity_prompt=6)
+    for some, held in (([0], [heads[0]]), ([1, 2], [heads[0]]), ([3], []), ([3, 0], [])):
+        cache = contexts.forks(pair.model, new_cache, [asked[i] for i in some])
+        assert cache.seen == [len(asked[i]) for i in some]
+        assert list(contexts._held) == held
