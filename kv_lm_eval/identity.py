@@ -41,7 +41,8 @@ WITHOUT_EFFECT: dict[str, str] = {
     **dict.fromkeys(("cache_dir", "token", "force_download", "local_files_only"), _FROM),
 }
 PACKAGES = ("lm_eval", "transformers", "torch", "tokenizers", "peft", "accelerate", "safetensors")
-COMPUTES = ("cache", "engine", "methods", "requests", "model.py", "config.py")  # of this package
+# Of this package
+COMPUTES = ("cache", "engine", "methods", "requests", "model.py", "config.py", "settings.py", "coerce.py")
 LARGE_BYTES = 2**20  # files from here on are read once for as long as they are not touched
 Described = Any  # plain values for JSON
 

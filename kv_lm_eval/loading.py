@@ -254,6 +254,20 @@ def check_embeddings(ids: list[int], without: dict[int, str], text: str) -> None
         )
 
 
+@contextmanager
+def chat_template(tokenizer: Any) -> Iterator[None]:
+    """Inside, a tokenizer without a chat template that is asked for it says so in one line."""
+    try:
+        yield
+    except ValueError as error:
+        if getattr(tokenizer, "chat_template", None):
+            raise
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} has no chat template, as of a base model; leave out "
+            "--apply_chat_template, or give tokenizer=NAME in --model_args with one that has"
+        ) from error
+
+
 def _check_finite(model: Any) -> None:
     import torch
 
