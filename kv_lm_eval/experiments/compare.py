@@ -182,6 +182,9 @@ def paragraph(a: Row, b: Row, column: Column, c: Comparison, flipped: Changes | 
     if c.difference is None:
         yield f"  no difference: {c.reason}"
         return
+    if c.verdict == "identical":
+        yield f"  the same on all {c.documents} {c.unit}"
+        return
     line = f"  B - A: {tables.signed(c.difference, theirs)}"
     if c.low is not None and c.high is not None:
         line += f" [{tables.signed(c.low, theirs)}, {tables.signed(c.high, theirs)}]"
