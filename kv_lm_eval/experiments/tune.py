@@ -4,7 +4,7 @@ Scores of the full cache and of a setting are compared document by document; all
 of a needle's filler, the questions on a passage) are one observation. A setting counts as good enough when its mean
 loss is at most --tolerance with --confidence, over everything that was tried for any task; the test may be looked at
 after any number of texts, so easy decisions take few. Budgets are bisected, variants of a budget are halved each time
-the texts double (kv_lm_eval/experiments/paired.py says why that is sound, and what it assumes).
+the texts double (kv_lm_eval/experiments/search.py says why that is sound, and what it assumes).
 
 Usage:
     kv-lm-eval tune --tasks kv_needle_magic,kv_needle_multikey \\
@@ -31,7 +31,7 @@ import numpy as np
 
 from kv_lm_eval import console, files, harness
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.experiments import paired
+from kv_lm_eval.experiments import search
 from kv_lm_eval.experiments.run_point import versions
 from kv_lm_eval.experiments.scores import Scores, Settings, spelled
 from kv_lm_eval.stats import betting
@@ -108,7 +108,7 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
         print(f"left out: {note}")
     number = sum(map(len, budgets))
     questions = [[task] for task in scores.order] + ([list(scores.order)] if len(scores.order) > 1 else [])
-    alpha = paired.alpha_of(budgets, args.confidence, len(questions))
+    alpha = search.alpha_of(budgets, args.confidence, len(questions))
     print(
         f"{number} candidates and {'1 answer' if len(questions) == 1 else f'{len(questions)} answers'}, each tested at "
         f"{100 * (1 - alpha):.4g} % so that all hold together at {100 * args.confidence:g} %"
@@ -126,7 +126,7 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
             )
             answers.append({"tasks": tasks, "model_args": None, "too_few_texts": len(weights)})
             continue
-        answer = paired.search(
+        answer = search.search(
             budgets,
             partial(scores.losses, tasks),
             len(weights),
@@ -173,7 +173,7 @@ def candidates(args: argparse.Namespace, base: Settings) -> tuple[list[list[Sett
 def _report(
     name: str,
     tasks: Sequence[str],
-    answer: paired.Answer[Settings],
+    answer: search.Answer[Settings],
     scores: Scores,
     scale: float,
     args: argparse.Namespace,
@@ -202,7 +202,7 @@ def _report(
     if answer.best is not None:
         recommended = spelled({**scores.base, **answer.best.candidate})
         print(f"\nrecommended: --model_args {recommended}")
-    elif any(v.decision == paired.UNDECIDED for v in answer.verdicts):
+    elif any(v.decision == search.UNDECIDED for v in answer.verdicts):
         most = max(verdict.texts for verdict in answer.verdicts)
         print(f"\nnone within tolerance could be shown with {most} texts ('not shown' may still be)")
     else:
