@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -35,6 +36,7 @@ def settle(arguments: dict[str, Any], own_attention: bool) -> None:
     """
     import torch
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a fork after its first use is warned about
     arguments["device"] = arguments.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.pop("backend", "default") == "seq2seq":
         raise UserError("backend=seq2seq: only causal language models have the KV cache that is compressed here")

@@ -7,7 +7,6 @@ and collation are inherited from lm-eval's `hf` model unchanged, and method=full
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -71,6 +70,7 @@ class KVCompressedLM(HFLM):
         self._warmed_up: set[str] = set()
         self._own_keys: OwnKeys | None = None
         samples.install()
+        quiet.install()
         resolved = tiny.resolve(pretrained) if isinstance(pretrained, str) else pretrained
         with loading.loading(resolved, rest):
             super().__init__(resolved, backend="causal", **rest)
@@ -235,7 +235,3 @@ class KVCompressedLM(HFLM):
         own = cache_hook.dbdict is not None and self._run().question_first
         self._own_keys = OwnKeys(cache_hook.dbdict) if own else None
         super().set_cache_hook(cache_hook)
-
-
-quiet.install()
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
