@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import types
-import typing
-from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from kv_lm_eval import files
+from kv_lm_eval.coerce import coerce, dataclass_of
 from kv_lm_eval.errors import WHICH_MODEL, UserError, close_names
 from kv_lm_eval.methods import base, evicted
 from kv_lm_eval.methods.budget import Budget, Everything, Heads, Layers, PerHead, Ratio, RatioAbove, Slots
@@ -22,6 +19,7 @@ from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.methods.evicted import Drop, Evicted
 from kv_lm_eval.methods.schedule import Schedule
 from kv_lm_eval.methods.storage import Storage
+from kv_lm_eval.settings import EngineSettings
 
 ALIASES = {  # names used by the papers and their repositories -> ours
     "start_size": "n_sink",
@@ -34,14 +32,7 @@ ALIASES = {  # names used by the papers and their repositories -> ours
     "window_sizes": "window_size",
     "kernel_sizes": "kernel_size",
 }
-VALUE_ALIASES: dict[tuple[str, str], Any] = {
-    ("pooling", "maxpool"): "max",
-    ("pooling", "avgpool"): "avg",
-    ("block_size", "fullc"): "full",
-}
-VALUE_ALIASES |= {("nbits", "None"): 0, ("nbits", "none"): 0}
 BUDGET_KEYS = ("max_capacity_prompt", "keep_ratio", "compression_ratio")
-LARGEST = 2**31 - 1  # positions are 32-bit numbers
 
 
 def _names(*parts: Any) -> set[str]:
@@ -60,128 +51,6 @@ FROM_PRETRAINED_KEYS = frozenset(
     bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant load_in_4bit load_in_8bit quantization_config
     """.split()
 )
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """How requests are run, whatever the method."""
-
-    tail_tokens: int = dataclasses.field(
-        default=1,
-        metadata={
-            "help": "loglikelihood: context tokens fed after the compression, before the continuation; with 0 the "
-            "first continuation token would be scored from the uncompressed prompt"
-        },
-    )
-    rolling_compress_every: int = dataclasses.field(
-        default=64,
-        metadata={"help": "loglikelihood_rolling: cut the cache every this many tokens, where compress_every is 0"},
-    )
-    overlong: str = dataclasses.field(
-        default="error",
-        metadata={
-            "help": "a prompt longer than the model's maximum: stop with an error before any work, or cut it from the "
-            "left as lm-eval does",
-            "choices": ("error", "truncate_left"),
-        },
-    )
-    question_in_prompt: bool = dataclasses.field(
-        default=True,
-        metadata={
-            "help": "True: the whole prompt is compressed, its question included; False: what stands before the "
-            "question is compressed first, and the question is fed over the compressed cache"
-        },
-    )
-    question_field: str | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "question_in_prompt=False: the document's field with the question; None: the first of question, "
-            "input, query, problem, goal that is found in the prompt"
-        },
-    )
-
-    prefill_chunk: int | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "feed a prompt in chunks of this many tokens and cut after the last one: the same answers in less "
-            "memory; None: in one forward"
-        },
-    )
-    prefill_evict: int | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "the same with a cut after every chunk, so that the memory does not grow with the prompt: OTHER "
-            "answers, since later chunks do not see what was evicted; for methods that work online (not for documents, "
-            "which are streamed anyway)"
-        },
-    )
-
-    compile: bool = dataclasses.field(
-        default=False,
-        metadata={
-            "help": "generate_until: decode by one compiled graph (a CUDA graph on CUDA), for method=streaming_ring "
-            "and for compress_every=0; compiling takes a minute for each batch size and number of slots"
-        },
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("prefill_chunk", "prefill_evict"):
-            if (size := getattr(self, name)) is not None and size < 1:
-                raise UserError(f"{name}={size} must be at least 1 token; None feeds a prompt in one forward")
-        if self.prefill_chunk is not None and self.prefill_evict is not None:
-            raise UserError(
-                f"prefill_chunk={self.prefill_chunk} and prefill_evict={self.prefill_evict} both cut the prompt up; "
-                "give the first for the answers of one forward, the second for memory that does not grow"
-            )
-        if self.question_field is not None and self.question_in_prompt:
-            raise UserError(
-                f"question_field={self.question_field} has no effect with question_in_prompt=True, under which the "
-                "whole prompt is compressed; add question_in_prompt=False"
-            )
-        if self.tail_tokens < 0:
-            raise UserError(f"tail_tokens={self.tail_tokens} is negative; it counts context tokens, 0 or more")
-        if self.rolling_compress_every < 1:
-            raise UserError(f"rolling_compress_every={self.rolling_compress_every} must be at least 1 token")
-
-    def warnings(self, compression: Compression) -> list[str]:
-        """Settings that do nothing with this compression; they are no mistake where runs of a sweep share them."""
-        out, name, every = [], compression.method.name, compression.schedule.compress_every
-        if self.rolling_compress_every != EngineSettings.rolling_compress_every:
-            if every:
-                out.append(
-                    f"rolling_compress_every has no effect beside compress_every={every}, which cuts documents too"
-                )
-            elif not compression.method.compresses:
-                out.append(f"rolling_compress_every has no effect: method={name} evicts nothing")
-        if not compression.lossy:
-            if self.tail_tokens != EngineSettings.tail_tokens:
-                out.append(
-                    f"tail_tokens={self.tail_tokens} has no effect: method={name} compresses nothing before them"
-                )
-            if not self.question_in_prompt:
-                out.append(
-                    f"question_in_prompt=False has no effect: method={name} compresses nothing before the question"
-                )
-        return out
-
-    def check(self, method: base.Method) -> None:
-        """Raises UserError for settings that do nothing, or nothing sensible, with this method."""
-        for name in ("prefill_chunk", "prefill_evict"):
-            if getattr(self, name) is not None and not method.uses_cache:
-                raise UserError(f"{name}={getattr(self, name)} has no effect: method={method.name} has no cache")
-        if self.prefill_evict is None or method.evicts_in_prefill:
-            return
-        if not method.compresses:
-            raise UserError(
-                f"prefill_evict={self.prefill_evict} has no effect: method={method.name} evicts nothing; "
-                f"prefill_chunk={self.prefill_evict} feeds the prompt in chunks"
-            )
-        online = ", ".join(name for name in base.available() if base.load(name).evicts_in_prefill)
-        raise UserError(
-            f"prefill_evict={self.prefill_evict} would cut in the middle of the prompt, where method={method.name} is "
-            "defined by its end: each chunk's own last tokens would vote, which is another method. Use "
-            f"prefill_chunk={self.prefill_evict} for the same answers in less memory, or one of: {online}"
-        )
 
 
 def parse(
@@ -229,7 +98,7 @@ def parse(
     rest.update(args)
     if rest.get("max_length") is not None:
         rest["max_length"] = _tokens("max_length", rest["max_length"])
-    compression, engine = _build(cls, ours), _dataclass(EngineSettings, ours)
+    compression, engine = _build(cls, ours), dataclass_of(EngineSettings, ours)
     engine.check(compression.method)
     return compression, engine, rest
 
@@ -290,7 +159,7 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
 
 
 def _build(cls: type[base.Method], ours: dict[str, Any]) -> Compression:
-    method = _dataclass(cls, ours)
+    method = dataclass_of(cls, ours)
     method.validate()
     values = {**cls.presets, **ours}
     storage = _storage(cls, values, ours)
@@ -299,7 +168,7 @@ def _build(cls: type[base.Method], ours: dict[str, Any]) -> Compression:
     for key, why in method.without_effect.items():
         if key in ours:
             raise UserError(f"{key}={ours[key]} has no effect: {why}")
-    schedule, layers, heads = (_dataclass(part, values) for part in (Schedule, Layers, Heads))
+    schedule, layers, heads = (dataclass_of(part, values) for part in (Schedule, Layers, Heads))
     budget = _budget(method, values)
     _check_shares(method, budget, layers, heads, ours)
     compression = Compression(method, budget, schedule, _evicted(method, values), heads, storage, layers)
@@ -349,13 +218,13 @@ def _budget(method: base.Method, values: dict[str, Any]) -> Budget:
                 f"prune_after={values['prune_after']} has no effect without keep_ratio or compression_ratio: a fixed "
                 "number of slots is kept whatever is held"
             )
-        return _dataclass(Slots, values)
-    share = _coerce(values[given[0]], float, given[0])
+        return dataclass_of(Slots, values)
+    share = coerce(values[given[0]], float, given[0])
     if given[0] == "compression_ratio":
         if not 0 <= share < 1:
             raise UserError(f"compression_ratio={share:g} is outside [0, 1): it is the share of pairs that is removed")
         share = float(round(1 - share, 12))
-    return _dataclass(RatioAbove if values.get("prune_after") is not None else Ratio, {**values, "keep_ratio": share})
+    return dataclass_of(RatioAbove if values.get("prune_after") is not None else Ratio, {**values, "keep_ratio": share})
 
 
 def _check_shares(method: base.Method, budget: Budget, layers: Layers, heads: Heads, ours: dict[str, Any]) -> None:
@@ -383,7 +252,7 @@ def _check_shares(method: base.Method, budget: Budget, layers: Layers, heads: He
 
 
 def _storage(cls: type[base.Method], values: dict[str, Any], ours: dict[str, Any]) -> Storage:
-    storage = _dataclass(Storage, values)
+    storage = dataclass_of(Storage, values)
     if not storage.quantises:
         if given := sorted(STORAGE_KEYS & set(ours) - {"nbits"}):
             raise UserError(f"{given[0]}={ours[given[0]]} has no effect without nbits=2, 4 or 8")
@@ -394,7 +263,7 @@ def _storage(cls: type[base.Method], values: dict[str, Any], ours: dict[str, Any
 
 def _evicted(method: base.Method, values: dict[str, Any]) -> Evicted:
     name = str(values.get("evicted", "drop"))
-    treatment = _dataclass(evicted.load(name), values)
+    treatment = dataclass_of(evicted.load(name), values)
     for key in sorted(set(values) - TREATMENTS[name] - _names(method)):
         if others := [other for other, keys in TREATMENTS.items() if key in keys]:
             raise UserError(
@@ -402,84 +271,6 @@ def _evicted(method: base.Method, values: dict[str, Any]) -> Evicted:
             )
     treatment.check(method)
     return treatment
-
-
-def _dataclass(cls: Any, values: dict[str, Any]) -> Any:
-    """Builds a settings dataclass from the keys that it has, with types coerced and choices checked."""
-    hints = typing.get_type_hints(cls)
-    taken = {}
-    for field in dataclasses.fields(cls):
-        if field.name in values:
-            value = VALUE_ALIASES.get((field.name, str(values[field.name])), values[field.name])
-            choices = field.metadata.get("choices", ())
-            if "none" in choices and str(value).lower() == "none":  # a choice by that name, not a missing value
-                value = "none"
-            else:
-                value = _coerce(value, hints[field.name], field.name)
-            if choices and value not in choices:
-                allowed = ", ".join(map(str, choices))
-                raise UserError(
-                    f"{field.name}={value} is not one of: {allowed}{close_names(str(value), map(str, choices))}"
-                )
-            taken[field.name] = value
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{cls.name or cls.__name__} needs {field.name}: {field.metadata.get('help', '')}")
-    return cls(**taken)
-
-
-def _coerce(value: Any, kind: Any, name: str) -> Any:
-    """The CLI turns -1 into -1.0 and 1e3 into 1000.0: integers come back as integers, fractions as errors."""
-    options = (
-        typing.get_args(kind)
-        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-        else (kind,)
-    )
-    if value is None or (isinstance(value, str) and value.lower() == "none"):
-        if type(None) in options:
-            return None
-        raise UserError(f"{name}=None: a value is needed")
-    target = next(o for o in options if o is not type(None))
-    try:
-        if typing.get_origin(target) is tuple:
-            return _whole_numbers(value, name)
-        if target is bool:
-            if isinstance(value, bool):
-                return value
-            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
-        if target is int:
-            if isinstance(value, bool) or float(value) != int(float(value)):
-                raise ValueError
-            if abs(float(value)) > LARGEST:
-                raise UserError(f"{name}={value} is beyond the numbers that tokens are counted in, at most {LARGEST}")
-            return int(float(value))
-        if target is float:
-            if isinstance(value, bool) or not isfinite(float(value)):
-                raise ValueError
-            return float(value)
-        if target is str and isinstance(value, float) and value.is_integer():
-            return str(int(value))
-        return target(value) if target is str else value
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, OverflowError):
-        names = {
-            "int": "a whole number",
-            "float": "a finite number",
-            "bool": "True or False",
-        }
-        wanted = names.get(target.__name__, target.__name__)
-        raise UserError(f"{name}={value!r} must be {wanted}") from None
-
-
-def _whole_numbers(value: Any, name: str) -> tuple[int, ...]:
-    """0, [0, 1], "[0,1]" or "0;1" as a tuple."""
-    if isinstance(value, str):
-        value = [v for v in value.strip("[]() ").replace(";", ",").split(",") if v.strip()]
-    values = value if isinstance(value, (list, tuple)) else [value]
-    try:
-        return tuple(_coerce(v, int, name) for v in values)
-    except UserError as error:
-        raise UserError(f"{name}={value!r} must be whole numbers, as [0,1]: {error}") from None
 
 
 def check_pretrained(pretrained: Any) -> None:

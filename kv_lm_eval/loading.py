@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -35,6 +36,7 @@ def settle(arguments: dict[str, Any], own_attention: bool) -> None:
     """
     import torch
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a fork after its first use is warned about
     arguments["device"] = arguments.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.pop("backend", "default") == "seq2seq":
         raise UserError("backend=seq2seq: only causal language models have the KV cache that is compressed here")
@@ -252,6 +254,20 @@ def check_embeddings(ids: list[int], without: dict[int, str], text: str) -> None
             f"a prompt holds the token {without[found[0]]!r} ({found[0]}), for which the model has no embedding; "
             f"resize the embeddings, or change the prompt: {text[:60]!r}"
         )
+
+
+@contextmanager
+def chat_template(tokenizer: Any) -> Iterator[None]:
+    """Inside, a tokenizer without a chat template that is asked for it says so in one line."""
+    try:
+        yield
+    except ValueError as error:
+        if getattr(tokenizer, "chat_template", None):
+            raise
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} has no chat template, as of a base model; leave out "
+            "--apply_chat_template, or give tokenizer=NAME in --model_args with one that has"
+        ) from error
 
 
 def _check_finite(model: Any) -> None:

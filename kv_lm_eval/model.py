@@ -7,7 +7,6 @@ and collation are inherited from lm-eval's `hf` model unchanged, and method=full
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +26,6 @@ from kv_lm_eval.engine.check import Roads, wrap
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import logits_of
 from kv_lm_eval.engine.lent import as_found
-from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.compression import CompressionLog
 from kv_lm_eval.metrics.memory import PeakMemory
 from kv_lm_eval.requests import choices, generation, remarks, request_cache, samples
@@ -48,7 +46,7 @@ class KVCompressedLM(HFLM):
         method: a name from `kv-lm-eval methods`, or path/to/file.py:Class; its settings follow as flat keys, or
             together as compression={...} (a dict, a JSON string or a YAML file).
         tail_tokens, rolling_compress_every, overlong, question_in_prompt, question_field, prefill_chunk,
-            prefill_evict, compile: see `config.EngineSettings`.
+            prefill_evict, compile: see `settings.EngineSettings`.
 
     Raises:
         UserError: before any weights are loaded for settings; after loading for a model the self-check refuses.
@@ -72,6 +70,7 @@ class KVCompressedLM(HFLM):
         self._warmed_up: set[str] = set()
         self._own_keys: OwnKeys | None = None
         samples.install()
+        quiet.install()
         resolved = tiny.resolve(pretrained) if isinstance(pretrained, str) else pretrained
         with loading.loading(resolved, rest):
             super().__init__(resolved, backend="causal", **rest)
@@ -182,15 +181,8 @@ class KVCompressedLM(HFLM):
             return logits_of(self.model, ids, cache=cache, keep=count)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        try:
+        with loading.chat_template(self.tokenizer):
             return str(super().apply_chat_template(chat_history, add_generation_prompt))
-        except ValueError as error:
-            if getattr(self.tokenizer, "chat_template", None):
-                raise
-            raise UserError(
-                f"the tokenizer {self.tokenizer.name_or_path} has no chat template, as of a base model; leave out "
-                "--apply_chat_template, or give tokenizer=NAME in --model_args with one that has"
-            ) from error
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         ids: list[int] = super().tok_encode(string, *args, **kwargs)
@@ -243,7 +235,3 @@ class KVCompressedLM(HFLM):
         own = cache_hook.dbdict is not None and self._run().question_first
         self._own_keys = OwnKeys(cache_hook.dbdict) if own else None
         super().set_cache_hook(cache_hook)
-
-
-quiet.install()
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -27,7 +27,7 @@ from kv_lm_eval.errors import UserError
 from kv_lm_eval.reporting import believed, cells, compare, flips, grouping, load, rows, tables
 from kv_lm_eval.reporting.believed import Said
 from kv_lm_eval.reporting.cells import Column, Row
-from kv_lm_eval.reporting.flips import Flips
+from kv_lm_eval.reporting.flips import Changes
 from kv_lm_eval.reporting.run import Run, is_number
 from kv_lm_eval.stats.paired import Comparison
 
@@ -173,7 +173,7 @@ def _run(row: Row, task: str) -> Run:
 # ---------------------------------------------------------------------------------------------- what is said
 
 
-def paragraph(a: Row, b: Row, column: Column, c: Comparison, flipped: Flips | None, most: int) -> Iterator[str]:
+def paragraph(a: Row, b: Row, column: Column, c: Comparison, flipped: Changes | None, most: int) -> Iterator[str]:
     """A score's lines."""
     ours, theirs = a.cells[column].value, b.cells[column].value
     assert ours is not None and theirs is not None
@@ -181,6 +181,9 @@ def paragraph(a: Row, b: Row, column: Column, c: Comparison, flipped: Flips | No
     yield f"  A {tables.number(ours)}   B {tables.number(theirs)}"
     if c.difference is None:
         yield f"  no difference: {c.reason}"
+        return
+    if c.verdict == "identical":
+        yield f"  the same on all {c.documents} {c.unit}"
         return
     line = f"  B - A: {tables.signed(c.difference, theirs)}"
     if c.low is not None and c.high is not None:
@@ -194,12 +197,12 @@ def paragraph(a: Row, b: Row, column: Column, c: Comparison, flipped: Flips | No
         yield f"  {c.changed} of {c.documents} {c.unit}{about} have another score{left}"
     if flipped is None:
         return
-    if flipped.mcnemar is not None:
-        alone = f"  right in A alone {flipped.a_alone}, in B alone {flipped.b_alone}"
+    if (test := flipped.test) is not None:
+        alone = f"  right in A alone {test.right_to_wrong}, in B alone {test.wrong_to_right}"
         caveat = ", which takes documents about one text for several" if c.clusters < c.documents else ""
-        yield f"{alone}: McNemar's exact p = {flipped.mcnemar:.2g}{caveat}"
+        yield f"{alone}: McNemar's exact p = {test.p:.2g}{caveat}"
     for flip in flipped.changed[:most]:
-        change = ("A right, B wrong" if flip.change < 0 else "A wrong, B right") if flipped.right_or_wrong else ""
+        change = ("A right, B wrong" if flip.change < 0 else "A wrong, B right") if test else ""
         change = change or f"{tables.signed(flip.change, None)}"
         yield f"    document {flip.a.doc_id}: {change}; A {_short(flip.a.answer)}, B {_short(flip.b.answer)}"
     if len(flipped.changed) > most:
@@ -211,7 +214,7 @@ def _short(answer: str) -> str:
     return repr(text if len(text) <= SHOWN else text[: SHOWN - 3] + "...")
 
 
-def document(a: Row, b: Row, column: Column, c: Comparison, flipped: Flips | None) -> dict[str, Any]:
+def document(a: Row, b: Row, column: Column, c: Comparison, flipped: Changes | None) -> dict[str, Any]:
     """The same for the JSON document, every flip in it."""
     found: dict[str, Any] = {
         "task": column.task,
@@ -224,6 +227,6 @@ def document(a: Row, b: Row, column: Column, c: Comparison, flipped: Flips | Non
         **{name: getattr(c, name) for name in ("documents", "clusters", "changed", "left_out", "unit")},
     }
     if flipped is not None:
-        found["mcnemar_p"] = flipped.mcnemar
+        found["mcnemar_p"] = flipped.test.p if flipped.test else None
         found["flips"] = [{"doc_id": flip.a.doc_id, "change": flip.change} for flip in flipped.changed]
     return found

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kv_lm_eval import identity, plugin
+from kv_lm_eval import contents, plugin
 from kv_lm_eval.tasks.longbench_tasks.data import VARIABLE
 
 
@@ -32,7 +32,7 @@ def of(names: Sequence[str], include_path: Any = None) -> dict[str, Any]:
     for name in names:
         _find(name, manager, found)
     if any(name.startswith("kv_longbench") for name in found) and (folder := os.environ.get(VARIABLE)):
-        found[VARIABLE] = identity.contents(folder)
+        found[VARIABLE] = contents.contents(folder)
     return found
 
 
@@ -75,9 +75,9 @@ def _files(yaml_file: Path) -> dict[str, Any]:
     code = ours or [file for part in chain for file in sorted(part.parent.glob("*.py"))]
     config = load_yaml(yaml_file, resolve_func=False)
     return {
-        "yaml": [(file.name, identity.file_digest(file)) for file in chain],
-        "code": identity.files_of(dict.fromkeys(code), only=".py"),
-        "data": [behind for text in _strings(config) if (behind := identity.contents(text)) is not None],
+        "yaml": [(file.name, contents.file_digest(file)) for file in chain],
+        "code": contents.files_of(dict.fromkeys(code), only=".py"),
+        "data": [behind for text in _strings(config) if (behind := contents.contents(text)) is not None],
     }
 
 

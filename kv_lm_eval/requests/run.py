@@ -20,7 +20,6 @@ from lm_eval.models.huggingface import HFLM
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
-from kv_lm_eval.config import EngineSettings
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.lent import our_attention, see_last, without_cache
 from kv_lm_eval.errors import UserError
@@ -31,6 +30,7 @@ from kv_lm_eval.metrics.memory import PeakMemory
 from kv_lm_eval.requests.boundaries import Boundary, tokens_by_offsets, tokens_by_prefix
 from kv_lm_eval.requests.halving import Halving
 from kv_lm_eval.requests.own_keys import OwnKeys
+from kv_lm_eval.settings import EngineSettings
 
 log = logging.getLogger("lm_eval.models.kvcompressed")  # below lm-eval's logger: its format, its verbosity
 

@@ -177,15 +177,6 @@ def compare(
     )
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """The exact two-sided test of right and wrong answers: documents that one run alone has right, each way.
-
-    Takes every document for one observation. Paper: McNemar 1947; the exact form is a sign test, binomial with 1/2.
-    """
-    n, fewer = gained + lost, min(gained, lost)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
-
-
 def standard_error(table: Array, aggregation: Aggregation, clusters: NDArray[Any]) -> float | None:
     """Of one run's number, its documents drawn cluster by cluster; None of a single cluster."""
     task = _by_cluster([Pair(table, table, aggregation, clusters)])[0]

@@ -14,7 +14,7 @@ from reporting.results import FULL, mean_task, perplexity_task, run, snapkv
 
 from kv_lm_eval import cli
 from kv_lm_eval.reporting import load, rows
-from kv_lm_eval.stats import paired
+from kv_lm_eval.stats import mcnemar
 
 A = [1, 1, 1, 0, 1, 1, 0, 1, 1, 1, 0, 1]
 B = [1, 0, 1, 0, 0, 1, 1, 1, 0, 1, 0, 0]
@@ -86,7 +86,10 @@ def test_mcnemar_is_the_share_of_coin_tosses_at_least_as_uneven():
         n, uneven = gained + lost, abs(gained - lost)
         tosses = list(itertools.product((1, -1), repeat=n))
         expected = sum(abs(sum(toss)) >= uneven for toss in tosses) / len(tosses)
-        assert paired.mcnemar(gained, lost) == pytest.approx(expected)
+        right = [True] * lost + [False] * gained
+        found = mcnemar.flips(right, [not was for was in right])
+        assert (found.right_to_wrong, found.wrong_to_right) == (lost, gained)
+        assert found.p == pytest.approx(expected)
 
 
 WRONG = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kv_lm_eval.experiments import tune
+from kv_lm_eval.experiments import scores, tune
 from kv_lm_eval.stats import betting  # noqa: E402
 
 ARGUMENTS = [
@@ -79,11 +79,11 @@ def test_an_interrupted_search_goes_on_with_its_scores(asked: list[Any], tmp_pat
 
 def test_documents_about_one_text_are_drawn_together_and_alike_for_all_tasks() -> None:
     labels = [[0, 0, 1, 1, 2, 2, 3, 3], [3, 2, 1, 0], [9]]
-    one, two, three = tune.drawn_texts(labels, 5, None)
+    one, two, three = scores.drawn_texts(labels, 5, None)
     assert sorted(map(tuple, one)) == [(0, 1), (2, 3), (4, 5), (6, 7)] and three == [[0]]
     assert [labels[0][text[0]] for text in one] == [labels[1][text[0]] for text in two], "the same text first"
-    assert tune.drawn_texts(labels, 5, 5)[0] == one[:2], "whole texts"
-    orders = {str(tune.drawn_texts(labels, seed, None)[0]) for seed in range(20)}
+    assert scores.drawn_texts(labels, 5, 5)[0] == one[:2], "whole texts"
+    orders = {str(scores.drawn_texts(labels, seed, None)[0]) for seed in range(20)}
     assert len(orders) > 10
 
 

@@ -19,7 +19,7 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
-from kv_lm_eval import config, identity, tiny
+from kv_lm_eval import config, contents, identity, tiny
 from kv_lm_eval.model import KVCompressedLM
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -202,17 +202,17 @@ def test_every_argument_that_names_files_brings_their_contents(argument: str, fo
 
 def test_a_large_file_is_read_once_and_again_when_it_was_changed(tmp_path: Path, monkeypatch: Any) -> None:
     file = tmp_path / "large.bin"
-    file.write_bytes(bytes(2 * identity.LARGE_BYTES))
-    now = identity.time.time_ns()
-    monkeypatch.setattr(identity.time, "time_ns", lambda: now + 10**10)  # it has been lying there
-    first = identity.file_digest(file)
+    file.write_bytes(bytes(2 * contents.LARGE_BYTES))
+    now = contents.time.time_ns()
+    monkeypatch.setattr(contents.time, "time_ns", lambda: now + 10**10)  # it has been lying there
+    first = contents.file_digest(file)
     reads: list[Path] = []
     original = Path.open
     monkeypatch.setattr(Path, "open", lambda self, *a, **k: (reads.append(self), original(self, *a, **k))[1])
-    assert identity.file_digest(file) == first and not reads
-    identity.time.sleep(0.02)
+    assert contents.file_digest(file) == first and not reads
+    contents.time.sleep(0.02)
     edit(file)
-    assert identity.file_digest(file) != first
+    assert contents.file_digest(file) != first
 
 
 def test_results_and_checkpoints_below_a_model_do_not_count(folder: Path) -> None:
@@ -233,7 +233,7 @@ def hub_cache(root: Path, commit: str = "a" * 40) -> Path:
     snapshot.mkdir(parents=True, exist_ok=True)
     (repo / "refs" / "main").write_text(commit)
     for file in Path(tiny.path()).iterdir():
-        blob = repo / "blobs" / identity.file_digest(file)
+        blob = repo / "blobs" / contents.file_digest(file)
         shutil.copy(file, blob)
         (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
     return snapshot
@@ -300,7 +300,7 @@ def test_a_settings_file_counts_by_what_it_says(tmp_path: Path) -> None:
 
 def test_the_code_that_computes_is_known_by_its_contents() -> None:
     package = Path(identity.__file__).parent
-    named = {name for name, _ in identity.files_of([package / part for part in identity.COMPUTES], only=".py")}
+    named = {name for name, _ in contents.files_of([package / part for part in identity.COMPUTES], only=".py")}
     for part in ("cache/attention.py", "engine/choices.py", "methods/snapkv.py", "requests/documents.py"):
         assert part in named
     assert not any("reporting" in name for name in named)

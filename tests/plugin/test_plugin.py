@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import kv_lm_eval
-from kv_lm_eval import cli, plugin
+from kv_lm_eval import cli, plugin, preflight
 
 TASK = """\
 task: {name}
@@ -213,7 +213,7 @@ def test_a_users_mistake_is_a_message_and_status_2(
     def refuse(asked: dict[str, object]) -> None:
         raise kv_lm_eval.UserError("window_size=64 is too large;\nlower it")
 
-    monkeypatch.setattr(cli, "check", refuse)
+    monkeypatch.setattr(preflight, "check", refuse)
     assert cli.main(["run", "--tasks", "kv_x"]) == 2
     assert capsys.readouterr().err == "\nkv-lm-eval stopped: window_size=64 is too large;\n  lower it\n"
 
@@ -225,7 +225,7 @@ def test_config_file_names_the_tasks(tmp_path: Path, installed: None) -> None:
     config.write_text("tasks: [kv_quickstart_needle]\n")
 
     def small(**arguments: object) -> bool:
-        return cli._small_index_will_do(cli._asked(argparse.Namespace(command="run", **arguments)))
+        return preflight.small_index_will_do(preflight.asked_for(argparse.Namespace(command="run", **arguments)))
 
     assert small(config=str(config))
     assert not small(config=str(config), tasks=["hellaswag"])

@@ -8,12 +8,13 @@ import types
 import typing
 from typing import Any
 
-from kv_lm_eval.config import EngineSettings, parse
+from kv_lm_eval.config import parse
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods import base, evicted
 from kv_lm_eval.methods.budget import Heads, Layers
 from kv_lm_eval.methods.schedule import Schedule
 from kv_lm_eval.methods.storage import Storage
+from kv_lm_eval.settings import EngineSettings
 
 WHOLE = (0, 1, 2, 3, 4, 5, 7, 8, 16, 31, 32, 50, 64, 100, 200, 512)
 SHARES = (0, 0.01, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.99, 1)

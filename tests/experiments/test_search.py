@@ -7,7 +7,7 @@ from math import ceil, log
 import numpy as np
 import pytest
 
-from kv_lm_eval.experiments import paired
+from kv_lm_eval.experiments import search
 from kv_lm_eval.stats import betting
 
 TOLERANCE = 0.05
@@ -20,7 +20,7 @@ def draw(rng: np.random.Generator, mean: float, n: int, noise: float = 0.1) -> n
     return np.where(u < worse, 1.0, np.where(u < worse + better, -1.0, 0.0))
 
 
-def search(rng, truth, documents=2000, confidence=0.95, first_look=32, noise=0.02):
+def searched(rng, truth, documents=2000, confidence=0.95, first_look=32, noise=0.02):
     """truth[budget][variant] is the true mean loss; documents are shared, as in a real run."""
     losses = {(b, v): draw(rng, mean, documents, noise) for b, row in enumerate(truth) for v, mean in enumerate(row)}
     budgets = [[(b, v) for v in range(len(row))] for b, row in enumerate(truth)]
@@ -30,7 +30,7 @@ def search(rng, truth, documents=2000, confidence=0.95, first_look=32, noise=0.0
         asked.append(n)
         return losses[candidate][:n]
 
-    return paired.search(budgets, look, documents, TOLERANCE, confidence, first_look), asked
+    return search.search(budgets, look, documents, TOLERANCE, confidence, first_look), asked
 
 
 def test_log_capital_is_the_plain_product() -> None:
@@ -62,7 +62,7 @@ def test_looking_after_every_document_does_not_make_errors_more_frequent(mean: f
 def test_a_search_over_many_bad_settings_rarely_recommends_one() -> None:
     rng = np.random.default_rng(2)
     truth = [[TOLERANCE + 0.005] * 4] * 5
-    recommended = sum(search(rng, truth, 800, confidence=0.9)[0].best is not None for _ in range(100))
+    recommended = sum(searched(rng, truth, 800, confidence=0.9)[0].best is not None for _ in range(100))
     assert recommended <= 10 + 3 * 3
 
 
@@ -83,7 +83,7 @@ def test_no_answer_of_several_is_wrong_more_often_than_it_says_however_much_text
             losses = [np.mean([seen[t][b].mean(axis=1) for t in tasks], axis=0) for b in range(3)]
             budgets = [[b] for b in range(3)]
             answers.append(
-                paired.search(budgets, lambda b, n, of=losses: of[b][:n], 200, TOLERANCE, confidence, 32, 5).best
+                search.search(budgets, lambda b, n, of=losses: of[b][:n], 200, TOLERANCE, confidence, 32, 5).best
             )
         wrong += any(answer is not None for answer in answers)
     assert wrong / repeats <= 0.2 + 3 * (0.2 * 0.8 / repeats) ** 0.5
@@ -117,7 +117,7 @@ def test_texts_of_unequal_size_are_weighted() -> None:
 def test_smallest_budget_that_is_good_enough_is_found() -> None:
     rng = np.random.default_rng(3)
     truth = [[0.8], [0.4], [0.15], [0.0], [0.0], [0.0]]
-    found = [search(rng, truth)[0].best for _ in range(30)]
+    found = [searched(rng, truth)[0].best for _ in range(30)]
     assert all(best is not None for best in found)
     budgets = [best.candidate[0] for best in found]
     assert min(budgets) == 3 and budgets.count(3) >= 27
@@ -126,20 +126,20 @@ def test_smallest_budget_that_is_good_enough_is_found() -> None:
 def test_best_variant_of_a_budget_survives_the_halving() -> None:
     rng = np.random.default_rng(4)
     truth = [[0.5, 0.3, 0.0, 0.4, 0.6, 0.3]]
-    found = [search(rng, truth)[0].best for _ in range(20)]
+    found = [searched(rng, truth)[0].best for _ in range(20)]
     assert [best.candidate for best in found] == [(0, 2)] * 20
 
 
 def test_none_within_tolerance_is_shown_with_few_documents() -> None:
-    answer, asked = search(np.random.default_rng(5), [[0.9], [0.6], [0.5]])
+    answer, asked = searched(np.random.default_rng(5), [[0.9], [0.6], [0.5]])
     assert answer.best is None
-    assert {v.decision for v in answer.verdicts} == {paired.OUTSIDE}
+    assert {v.decision for v in answer.verdicts} == {search.OUTSIDE}
     assert max(asked) <= 64
 
 
 def test_too_few_documents_prove_nothing_even_without_a_difference() -> None:
-    answer, _ = search(np.random.default_rng(6), [[0.0]], documents=40, noise=0.0)
-    assert answer.best is None and answer.verdicts[0].decision == paired.UNDECIDED
+    answer, _ = searched(np.random.default_rng(6), [[0.0]], documents=40, noise=0.0)
+    assert answer.best is None and answer.verdicts[0].decision == search.UNDECIDED
     assert answer.verdicts[0].mean_loss == 0 and answer.verdicts[0].at_most > TOLERANCE
 
 
@@ -159,5 +159,5 @@ def test_upper_bound_covers_the_truth() -> None:
 
 
 def test_looks_double_and_end_with_all_documents() -> None:
-    assert paired.looks(32, 200) == [32, 64, 128, 200]
-    assert paired.looks(32, 20) == [20]
+    assert search.looks(32, 200) == [32, 64, 128, 200]
+    assert search.looks(32, 20) == [20]
