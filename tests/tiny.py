@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -113,12 +113,17 @@ def pair(name: str) -> Pair:
     return Pair(model, stock, facts)
 
 
-def cases(
-    methods: Iterable[str], models: Iterable[str] = CORE, moving: Iterable[str] = ("streaming_llm in_cache",)
-) -> list[tuple[str, str]]:
+def cases(settings: Mapping[str, dict[str, object]], models: Iterable[str] = CORE) -> list[tuple[str, str]]:
     """Every model with every method; without those that move keys on models that wrap() refuses for them."""
-    refused = list(itertools.product(("gpt2", "mistral_sliding"), moving))
-    return [case for case in itertools.product(models, methods) if case not in refused]
+    refused = list(itertools.product(("gpt2", "mistral_sliding"), (n for n, args in settings.items() if moves(**args))))
+    return [case for case in itertools.product(models, settings) if case not in refused]
+
+
+def moves(method: str, **args: object) -> bool:
+    """Whether these settings move keys in position, whatever the budget."""
+    cls = base.load(method)
+    scorer = cls(**{k: v for k, v in args.items() if k in fields_of(cls)})
+    return bool(scorer.in_cache_sinks) or scorer.moments_from is not None
 
 
 def compression(**settings: object) -> Compression:

@@ -393,7 +393,8 @@ class Segment:
             return self.compression.keep(self.seen, held, layer, layers, most)
         if self.mode != "decode":
             return held
-        keep = self.compression.after_forward(self.seen, held, self.decoded, self.decoded + q, layer, layers, most)
+        clock = (self.decoded, self.decoded + q)
+        keep = self.compression.after_forward(self.seen, held, clock, layer, layers, most)
         return held if keep is None else keep
 
     def until_due(self, limit: int) -> int:

@@ -303,13 +303,12 @@ class AskedOfCompression(Protocol):
         self,
         seen: list[int],
         held: list[float],
-        before: int,
-        after: int,
+        clock: tuple[int, int],
         layer: int,
         layers: Sequence[int],
         most: int | None = None,
     ) -> list[float] | None:
-        """The same after a forward that took the clock from `before` to `after`; None: no cut is due."""
+        """The same after a forward that took the schedule's clock from the one to the other; None: no cut is due."""
 
     def counts(
         self,

@@ -115,15 +115,18 @@ class Compression:
         self,
         seen: list[int],
         held: list[float],
-        before: int,
-        after: int,
+        clock: tuple[int, int],
         layer: int,
         layers: Sequence[int],
         most: int | None = None,
     ) -> list[float] | None:
-        """Slots each row has after a forward that took the clock from `before` to `after`; None: no cut is due."""
+        """Slots each row has after a forward; None: no cut is due.
+
+        Args:
+            clock: the schedule's, before the forward and after it. The others are those of `keep`.
+        """
         schedule = self.schedule
-        if not schedule.online or (schedule.trigger == "clock" and not schedule.due(before, after)):
+        if not schedule.online or (schedule.trigger == "clock" and not schedule.due(*clock)):
             return None
         keep = self.keep(seen, held, layer, layers, most)
         if schedule.trigger == "excess" and layer not in schedule.skip_layers:
@@ -142,7 +145,7 @@ class Compression:
             held += 1
             after = None
             if self.method.compresses:
-                after = self.after_forward([prompt + t + 1], [held], t, t + 1, layer, layers)
+                after = self.after_forward([prompt + t + 1], [held], (t, t + 1), layer, layers)
             kept = held if after is None else after[0]
             yield held, kept
             held = kept

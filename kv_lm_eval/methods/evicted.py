@@ -58,6 +58,7 @@ class Drop(Evicted):
     forgets: ClassVar[bool] = True
 
     def cut(self, method: Method, view: View, scores: torch.Tensor, counts: torch.Tensor) -> Kept:
+        """The slots with the highest scores [B, 1 or K, N], counts [B, 1 or K] of them; M is the most of these."""
         return gather(view, *choose(scores, view.pos, counts))
 
 

@@ -51,6 +51,7 @@ class ExpectedAttention(Method):
         return self.n_sink
 
     def score(self, view: View) -> Tensor:
+        """[B, K, N]: the sinks always, then expected weight times norm of the value."""
         first, keys = view.first(self.n_sink), at_least_float32(view.keys)
         logits = view.scaling * torch.einsum("bkgd,bknd->bkgn", self._mean(view), keys)
         covariance = self._covariance(view)

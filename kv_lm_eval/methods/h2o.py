@@ -33,8 +33,10 @@ class H2O(Method):
         return self.window_size or 0
 
     def weights(self, view: View) -> Tensor:
+        """[B, K, N]: attention received from all queries."""
         return view.mass
 
     def score(self, view: View) -> Tensor:
+        """[B, K, N]: the newest always, then the attention received so far."""
         recent = [keep // 2 for keep in view.keep] if self.window_size is None else self.window_size
         return view.mass.masked_fill(view.recent(recent), float("inf"))

@@ -232,6 +232,7 @@ class HeadAware(Method):
             )
 
     def score(self, view: View) -> torch.Tensor:
+        """[B, 1 or K, N]: the sinks always, but in heads that keep none, then the newest."""
         score, first = view.pos.float(), view.first(self._sinks)
         slots = None if self._slots is None else self._slots[view.layer]
         if slots is not None:

@@ -22,6 +22,7 @@ class KeyDiff(Method):
     evicts_in_prefill = True
 
     def score(self, view: View) -> Tensor:
+        """[B, K, N]: minus the cosine between each key and the mean direction of its head's keys."""
         wide = sum_dtype(view.keys.device)
         blocks, real = view.keys.split(BLOCK, dim=2), (view.pos >= 0).unsqueeze(-1).split(BLOCK, dim=2)
         anchor = torch.zeros_like(view.keys[:, :, :1], dtype=wide)

@@ -49,6 +49,7 @@ class Knorm(Method):
         return []
 
     def score(self, view: View) -> Tensor:
+        """[B, K, N]: the smallest norms, each KV head for itself."""
         return (-key_norms(view)).masked_fill(view.recent(self.recent_protected), float("inf"))
 
 

@@ -64,6 +64,7 @@ class L2Fixed(Method):
         return self.strategy == "recent_only"
 
     def score(self, view: View) -> Tensor:
+        """[B, K, N]: the newest always, then by norm or chance; [B, 1 or K, N] where only position counts."""
         if self.strategy == "recent_only":
             return view.pos.float()
         if self.strategy == "random":

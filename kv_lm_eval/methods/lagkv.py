@@ -41,6 +41,7 @@ class LagKV(Method):
         return self.n_sink
 
     def score(self, view: View) -> Tensor:
+        """[B, K, N]: the sinks always, then the newest, then the ranks within each partition, from -1 down."""
         b, k, n, _ = view.keys.shape
         scores = torch.arange(n, device=view.keys.device).repeat(b, k, 1).float()  # what is not ranked: newest first
         empty = (view.pos < 0).expand(b, k, n).sum(-1).tolist()  # slots that come before a row's first token

@@ -19,6 +19,7 @@ class Random(Method):
     seed: int = setting(0, "another seed, another choice")
 
     def score(self, view: View) -> Tensor:
+        """[B, K, N]: a hash of where and in which head each token stands."""
         return position_hash(view, self.seed)
 
 

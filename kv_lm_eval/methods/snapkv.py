@@ -65,9 +65,11 @@ class SnapKV(Method):
         return []
 
     def weights(self, view: View) -> Tensor:
-        return view.attention(self.window_size).sum(3).mean(2)  # [B, K, N]
+        """[B, K, N]: attention of the window's queries, summed over these, mean over the query heads of a group."""
+        return view.attention(self.window_size).sum(3).mean(2)
 
     def score(self, view: View) -> Tensor:
+        """[B, K, N]: the window always, then the votes, pooled over neighbours."""
         recent = view.recent(self.window_size)
         votes = self.weights(view).masked_fill(recent, 0.0)
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d

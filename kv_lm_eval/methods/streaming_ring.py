@@ -49,4 +49,5 @@ class StreamingRing(Method):
         return self.n_sink
 
     def score(self, view: View) -> Tensor:
+        """[B, 1 or K, N]: the sinks always, then the newest, the same for all heads."""
         return view.pos.float().masked_fill(view.first(self.n_sink), float("inf"))

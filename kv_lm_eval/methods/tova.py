@@ -27,7 +27,9 @@ class TOVA(Method):
         return True
 
     def weights(self, view: View) -> Tensor:
+        """[B, K, N]: the last query's attention, mean over the query heads of a group."""
         return view.attention(1).sum(3).mean(2)
 
     def score(self, view: View) -> Tensor:
+        """[B, 1, N]: the last query's attention, mean over all heads."""
         return self.weights(view).mean(1, keepdim=True)

@@ -36,4 +36,5 @@ class Window(Method):
         return 0
 
     def score(self, view: View) -> Tensor:
+        """[B, 1 or K, N]: the newest first, the same for all heads."""
         return view.pos.float()

@@ -11,28 +11,21 @@ import tiny
 import torch
 import transformers as tf
 
+from kv_lm_eval.methods import base
+
 LENGTHS = (100, 61, 33)  # over 87 slots, the stores of sliding layers drop what can never be seen again
 CHUNKS = (1, 5, 20)
 BUDGET = 20
+
+
+def drops(cls: type[base.Method]) -> bool:
+    """Whether what a method evicts is gone and what stays is as it was, on every model."""
+    return tiny.chooses(cls) and "evicted" not in cls.presets and cls().moments_from is None
+
+
 METHODS = {
-    "snapkv max": {"method": "snapkv", "window_size": 6, "kernel_size": 5, "max_capacity_prompt": BUDGET},
+    **{name: tiny.free(name, BUDGET, compress_every=0) for name in tiny.methods(drops)},
     "snapkv avg": {"method": "snapkv", "window_size": 6, "pooling": "avg", "max_capacity_prompt": BUDGET},
-    "knorm": {"method": "knorm", "max_capacity_prompt": BUDGET},
-    "h2o": {"method": "h2o", "max_capacity_prompt": BUDGET, "compress_every": 0},
-    "tova": {"method": "tova", "max_capacity_prompt": BUDGET, "compress_every": 0},
-    "random": {"method": "random", "max_capacity_prompt": BUDGET},
-    "window": {"method": "window", "window_size": BUDGET, "compress_every": 0},
-    "streaming_llm": {
-        "method": "streaming_llm",
-        "n_sink": 4,
-        "window_size": BUDGET - 4,
-        "positions": "absolute",
-        "compress_every": 0,
-    },
-    "keydiff": {"method": "keydiff", "max_capacity_prompt": BUDGET},
-    "lagkv": {"method": "lagkv", "lag_size": 8, "max_capacity_prompt": BUDGET},
-    "pyramidkv": {"method": "pyramidkv", "window_size": 6, "max_capacity_prompt": BUDGET},
-    "adakv": {"method": "adakv", "window_size": 6, "max_capacity_prompt": BUDGET},
     "pyramid, ada and a skipped layer": {
         "method": "knorm",
         "max_capacity_prompt": BUDGET,
@@ -106,14 +99,15 @@ def test_chunks_after_a_cut_see_exactly_what_was_kept(name: str, method: str) ->
         got.append(tiny.forward(pair.model, cache, part, starts=[n + done for n in LENGTHS]))
         done += chunk
     for b, (row, n) in enumerate(zip(rows, LENGTHS, strict=True)):
-        if "head_budget" not in METHODS[method] and method not in ("pyramidkv", "adakv"):
+        compression = tiny.compression(**METHODS[method])
+        if not (compression.layers.differ or compression.heads.differ):
             cut = [layer for layer in layers if pair.facts.compressible(layer)]
             assert all(len(head) == BUDGET for layer in cut for head in kept[b][layer])
         hidden = masked_logits(stock, row, n, kept[b])[n:]
         unmasked = masked_logits(stock, row, n, [[list(range(n))]] * len(layers))[n:]
         logits = torch.cat([g[b] for g in got])
         assert (logits - hidden).abs().max() <= 1e-4, f"row of {n} tokens"
-        if pair.facts.all_sliding and method in ("window", "streaming_llm"):
+        if pair.facts.all_sliding and compression.method.sinks_and_recent is not None:
             continue  # a window of 20 within the model's own of 24
         assert (logits - unmasked).abs().max() > 0.1, "the comparison would not notice a wrong mask"
 

@@ -9,19 +9,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 METHODS = {
-    "snapkv": {"method": "snapkv", "window_size": 4, "kernel_size": 3},
+    **{
+        name: {k: v for k, v in tiny.free(name, 8).items() if k not in ("max_capacity_prompt", "cache_size")}
+        for name in tiny.methods(tiny.chooses)
+    },
     "snapkv avg": {"method": "snapkv", "window_size": 4, "kernel_size": 5, "pooling": "avg"},
-    "knorm": {"method": "knorm"},
-    "h2o": {"method": "h2o"},
-    "tova": {"method": "tova"},
-    "random": {"method": "random"},
-    "window": {"method": "window"},
-    "streaming_llm": {"method": "streaming_llm", "n_sink": 4, "positions": "absolute"},
     "streaming_llm in_cache": {"method": "streaming_llm", "n_sink": 4},
-    "keydiff": {"method": "keydiff"},
-    "snapkv_comp": {"method": "snapkv_comp", "window_size": 4, "block_size": 5},
-    "lagkv": {"method": "lagkv", "n_sink": 2, "lag_size": 5},
-    "adakv": {"method": "adakv", "window_size": 4},
     "knorm ada": {"method": "knorm", "head_budget": "ada", "alpha": 0},
 }
 STEPS = 8

@@ -14,15 +14,12 @@ from kv_lm_eval.engine.choices import score_continuations
 CONTEXTS = (41, 24, 9)
 CONTINUATIONS = ((1, 4, 9), (2,), (6, 3))
 METHODS = {
-    "snapkv": {"method": "snapkv", "window_size": 4, "kernel_size": 3, "max_capacity_prompt": 12},
+    **{name: tiny.free(name, 12) for name in tiny.methods(tiny.chooses)},
     "snapkv online": {"method": "snapkv", "window_size": 4, "max_capacity_prompt": 12, "compress_every": 3},
     "knorm": {"method": "knorm", "keep_ratio": 0.4},
-    "h2o": {"method": "h2o", "max_capacity_prompt": 12},
     "h2o every 3": {"method": "h2o", "max_capacity_prompt": 12, "compress_every": 3},
-    "tova": {"method": "tova", "max_capacity_prompt": 12},
     "random": {"method": "random", "max_capacity_prompt": 12, "compress_every": 2},
     "window": {"method": "window", "window_size": 12, "compress_every": 4},
-    "streaming_llm": {"method": "streaming_llm", "n_sink": 2, "window_size": 10, "positions": "absolute"},
     "streaming_llm in_cache": {"method": "streaming_llm", "n_sink": 2, "window_size": 10, "compress_every": 2},
 }
 Score = tuple[float, bool]
@@ -148,7 +145,8 @@ def test_one_letter_answers_feel_the_compression_only_behind_a_tail(method: str)
     blind = scored(pair, rows, letters, 0, **METHODS[method])
     felt = scored(pair, rows, letters, 1, **METHODS[method])
     assert blind == full, "difference exactly 0.0"
-    assert all(abs(a[0] - b[0]) > 1e-2 for a, b in zip(felt[0], full[0], strict=True))
+    moved = [abs(a[0] - b[0]) for a, b in zip(felt[0], full[0], strict=True)]
+    assert min(moved) > 0 and max(moved) > 1e-2
 
 
 def test_scoring_leaves_the_cache_of_the_contexts_as_it_was() -> None:

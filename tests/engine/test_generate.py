@@ -12,15 +12,10 @@ from kv_lm_eval.errors import UserError
 
 NEW = 10
 METHODS = {
-    "full": {"method": "full"},
-    "snapkv": {"method": "snapkv", "window_size": 4, "max_capacity_prompt": 12},
+    **{name: tiny.free(name, 12) for name in tiny.methods(lambda cls: cls.uses_cache and not cls.ring)},
     "snapkv online": {"method": "snapkv", "window_size": 4, "max_capacity_prompt": 12, "compress_every": 3},
     "knorm": {"method": "knorm", "keep_ratio": 0.4},
-    "h2o": {"method": "h2o", "max_capacity_prompt": 12},
     "tova": {"method": "tova", "max_capacity_prompt": 12, "compress_every": 2},
-    "random": {"method": "random", "max_capacity_prompt": 12},
-    "window": {"method": "window", "window_size": 12},
-    "streaming_llm": {"method": "streaming_llm", "n_sink": 2, "window_size": 10, "positions": "absolute"},
     "streaming_llm in_cache": {"method": "streaming_llm", "n_sink": 2, "window_size": 10, "compress_every": 4},
 }
 

@@ -14,22 +14,11 @@ from kv_lm_eval.engine.question import prefill_before_question
 from kv_lm_eval.errors import UserError
 
 METHODS: dict[str, dict[str, object]] = {
-    "full": {"method": "full"},
-    "snapkv": {"method": "snapkv", "max_capacity_prompt": 16, "window_size": 6},
-    "snapkv_comp": {"method": "snapkv_comp", "max_capacity_prompt": 16, "window_size": 6},
-    "pyramidkv": {"method": "pyramidkv", "max_capacity_prompt": 16, "window_size": 4},
-    "adakv": {"method": "adakv", "max_capacity_prompt": 16, "window_size": 4},
-    "h2o": {"method": "h2o", "max_capacity_prompt": 12},
+    **{name: tiny.example(name, 12) for name in tiny.methods(lambda cls: cls.uses_cache)},
     "h2o once": {"method": "h2o", "max_capacity_prompt": 12, "compress_every": 0},
-    "tova": {"method": "tova", "max_capacity_prompt": 12},
     "knorm": {"method": "knorm", "keep_ratio": 0.4},
     "lagkv": {"method": "lagkv", "max_capacity_prompt": 24, "n_sink": 2, "lag_size": 5},
-    "keydiff": {"method": "keydiff", "max_capacity_prompt": 10},
     "random": {"method": "random", "max_capacity_prompt": 9},
-    "window": {"method": "window", "window_size": 11},
-    "streaming_llm": {"method": "streaming_llm", "n_sink": 3, "window_size": 9},
-    "streaming_ring": {"method": "streaming_ring", "n_sink": 3, "window_size": 9},
-    "expected_attention": {"method": "expected_attention", "max_capacity_prompt": 14, "n_sink": 2},
     "quantized": {"method": "quantized", "nbits": 8, "group_size": 8},
 }
 LENGTHS = (43, 22, 5)

@@ -6,25 +6,49 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
+from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine import sharded
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods import base
 
 BUDGET = {"max_capacity_prompt": 64}
-TOGETHER = {"random", "tova", "adakv", "head_aware"}  # by number, by the mean of all heads, by a shared budget
-OTHERS = [m for m in base.available() if base.load(m).uses_cache and base.load(m).compresses]
+KNOWN = {"snapkv": True, "random": False, "tova": False, "adakv": False}  # by number, by a mean, by a shared budget
 
 
-@pytest.mark.parametrize("method", [m for m in OTHERS if m not in ("head_aware",)])
-def test_each_method_is_known_for_what_it_looks_at(method: str) -> None:
-    own = {"streaming_llm": {"window_size": 30}, "streaming_ring": {"window_size": 30}, "l2_fixed": {"cache_size": 40}}
-    compression = tiny.compression(method=method, **own.get(method, BUDGET))
-    assert sharded.each_head_by_itself(compression) == (method not in TOGETHER)
+def kept_by_head(change: Callable[[torch.Tensor], torch.Tensor], **settings: object) -> list[list[int]]:
+    """What the two KV heads of a model's one layer keep, with changed weights: `change` gets them as [K, ...]."""
+    model = tiny.build("llama", num_hidden_layers=1)
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj):
+            part.weight.copy_(change(part.weight.unflatten(0, (2, -1))).flatten(0, 1))
+    facts = tiny.wrap(model, tiny.compression(method="streaming_llm", window_size=8))
+    cache = make_cache(tiny.compression(**settings), facts)
+    tiny.forward(model, cache, [tiny.tokens(60)])
+    kept = tiny.kept(cache, 0)
+    return kept * 2 if len(kept) == 1 else kept
+
+
+def other_second(weight: torch.Tensor) -> torch.Tensor:
+    """The second head's weights are others."""
+    return torch.stack([weight[0], weight[1].roll(1, 0) * 1.7])
+
+
+@pytest.mark.parametrize("method", tiny.methods(tiny.chooses))
+def test_a_method_is_known_for_what_it_looks_at(method: str) -> None:
+    """A head chooses by itself where what it keeps is the same whatever the other head is, and whichever it is."""
+    settings = tiny.example(method, 16)
+    one, two = kept_by_head(lambda weight: weight, **settings)
+    changed = kept_by_head(other_second, **settings)[0]
+    swapped = kept_by_head(lambda weight: weight.flip(0), **settings)
+    apart = changed == one and swapped == [two, one]
+    assert sharded.each_head_by_itself(tiny.compression(**settings)) == apart == KNOWN.get(method, apart)
 
 
 @pytest.mark.parametrize(

@@ -11,21 +11,9 @@ from kv_lm_eval.engine.streaming import score_documents
 
 PREFIX = 5
 METHODS = {
-    "full": {"method": "full"},
-    "snapkv": {"method": "snapkv", "window_size": 4, "kernel_size": 3, "max_capacity_prompt": 14},
-    "knorm": {"method": "knorm", "max_capacity_prompt": 14},
+    **{name: tiny.free(name, 14) for name in tiny.methods(lambda c: c.uses_cache and c.takes_budget and not c.ring)},
     "knorm ratio": {"method": "knorm", "keep_ratio": 0.5},
-    "h2o": {"method": "h2o", "max_capacity_prompt": 14},
-    "tova": {"method": "tova", "max_capacity_prompt": 14},
-    "random": {"method": "random", "max_capacity_prompt": 14},
-    "window": {"method": "window", "window_size": 14},
-    "streaming_llm": {"method": "streaming_llm", "n_sink": 2, "window_size": 12, "positions": "absolute"},
     "streaming_llm in_cache": {"method": "streaming_llm", "n_sink": 2, "window_size": 12},
-    "keydiff": {"method": "keydiff", "max_capacity_prompt": 14},
-    "snapkv_comp": {"method": "snapkv_comp", "window_size": 4, "block_size": 5, "max_capacity_prompt": 14},
-    "adakv": {"method": "adakv", "window_size": 4, "max_capacity_prompt": 14},
-    "pyramidkv": {"method": "pyramidkv", "window_size": 4, "max_capacity_prompt": 14},
-    "l2_fixed": {"method": "l2_fixed", "cache_size": 14},
 }
 
 

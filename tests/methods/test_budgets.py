@@ -18,9 +18,8 @@ ONLINE = {  # those that share nothing out: every head and layer keeps the budge
     name: {k: v for k, v in tiny.free(name, 8).items() if k not in ("max_capacity_prompt", "cache_size")}
     for name in tiny.methods(lambda cls: tiny.chooses(cls) and not {"layer_budget", "head_budget"} & set(cls.presets))
 }
-MOVING = [name for name, args in ONLINE.items() if tiny.compression(**args, max_capacity_prompt=12).moves_keys]
 every_method = pytest.mark.parametrize("method", ONLINE)
-everywhere = pytest.mark.parametrize(("name", "method"), tiny.cases(ONLINE, moving=MOVING))
+everywhere = pytest.mark.parametrize(("name", "method"), tiny.cases(ONLINE))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ class Middle(Method):
         return self.recent
 
     def score(self, view: View) -> torch.Tensor:
+        """[B, 1 or K, N]: the last few always, then by the distance from the middle."""
         middle = torch.tensor(view.seen, device=view.pos.device).view(-1, 1, 1) / 2
         return (-(view.pos - middle).abs()).masked_fill(view.recent(self.recent), float("inf"))
 '''
@@ -49,7 +50,7 @@ print("config", parse({"method": "middle", "keep_ratio": 0.5, "recent": 3})[0].m
 print("registries", "middle" in measure.all_methods(), base.example("middle", 32), flush=True)
 print("quickstart", cli.main(["quickstart", "--methods", "full,middle", "--budget", "32", "--limit", "1"]), flush=True)
 # Every test that is about all methods, and those of the pages.
-folders = [f"tests/{name}" for name in ("methods", "cache", "engine")]
+folders = [f"tests/{name}" for name in ("methods", "cache")]
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *folders, "-k", "middle or test_docs"]))
 """
 

@@ -41,6 +41,7 @@ class CaM(Evicted):
         needs_weights(method, "evicted=cam compares", "use evicted=d2o, which compares keys")
 
     def cut(self, method: Method, view: View, scores: torch.Tensor, counts: torch.Tensor) -> Kept:
+        """The counts [B, 1 or K] best slots by scores [B, 1 or K, N]; values [B, K, M, D] have shares of the rest."""
         weights = method.weights(view)
         assert weights is not None
         index, valid = choose(scores, view.pos, counts)

@@ -78,6 +78,7 @@ class Compensate(Evicted):
             needs_weights(method, "evicted=compensate,weight=attn averages by", "use weight=uniform")
 
     def cut(self, method: Method, view: View, scores: torch.Tensor, counts: torch.Tensor) -> Kept:
+        """The best slots by scores [B, 1 or K, N] and averages of the rest, counts [B, 1 or K] of both, M the most."""
         b, k, n, _ = view.keys.shape
         each = torch.ones(b, k, n, device=view.keys.device) if view.bias is None else view.bias.exp()
         weights = method.weights(view) if self.weight == "attn" else each  # each: pairs that a slot stands for

@@ -49,6 +49,7 @@ class D2O(Evicted):
             )
 
     def cut(self, method: Method, view: View, scores: torch.Tensor, counts: torch.Tensor) -> Kept:
+        """The counts [B, 1 or K] best slots by scores [B, 1 or K, N]; pairs [B, K, M, D] are merged with the rest."""
         index, valid = choose(scores, view.pos, counts)
         kept = gather(view, index, valid)
         _, gone = split(view, index, valid)
