@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kv_lm_eval.analysis import ablate, analyze, head_profile
+from kv_lm_eval.analysis import ablate, analyze
+from kv_lm_eval.methods import head_profile
 
 
 @pytest.fixture(scope="module")
