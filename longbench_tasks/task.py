@@ -16,6 +16,7 @@ from packaging.version import Version
 
 from kv_lm_eval import quiet
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.requests import boundaries
 
 from . import aggregate, data, metrics
 from .scoring import best_score
@@ -209,8 +210,13 @@ class LongBenchTask(ConfigurableTask):
     # ------------------------------------------------------------------------------------ requests and results
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Any:
-        """As lm-eval's; kvcompressed is told that an answer ends at an end token, never at text that spells one."""
-        return super().construct_requests({**doc, "eos_text_is_no_stop": True}, ctx, **kwargs)
+        """As lm-eval's; kvcompressed is told where the question begins, and that an answer ends at an end token, never
+        at text that spells one."""
+        told: dict[str, Any] = {"eos_text_is_no_stop": True}
+        tail = self.spec.from_question(doc)
+        if tail and (begins := ctx.rfind(tail)) >= 0:
+            told[boundaries.BEGINS] = begins
+        return super().construct_requests({**doc, **told}, ctx, **kwargs)
 
     def build_all_requests(self, *, cache_requests: bool = False, **kwargs: Any) -> None:
         """As lm-eval's, without its request cache, which would mix up data folders, lengths and protocols."""

@@ -4,8 +4,9 @@ A prompt is one text, few-shot examples, chat template and instructions included
 are the tail of the prompt, which is fed over the compressed cache. A task that makes its own prompts says where its
 question begins (BEGINS). Else it is the text of a field of the document, where it last stands in the prompt as words of
 its own, but not inside the document's context: a context may hold the same words. A document whose question is empty (a
-summary, code to go on with) has the rest of the prompt after its context as its tail. A field that holds the whole
-prompt is no question; what it asks is then looked for in the wording of RULER, whose documents are like that.
+summary, code to go on with), or whose task asks it in other words, has the rest of the prompt after its context as its
+tail. A field that holds the whole prompt is no question; what it asks is then looked for in the wording of RULER, whose
+documents are like that.
 
 A boundary that leaves (nearly) nothing before it would compress nothing under the name of this protocol: it is refused.
 """
@@ -37,7 +38,7 @@ RULER_QUESTIONS = {
 }
 RULER_QUESTION = re.compile("|".join(one.pattern for one in RULER_QUESTIONS.values()))
 TokensFrom = Callable[[str, int], int]  # tokens from a character of a text on, of the tokenizer in use
-Encode = Callable[[str], list[int]]  # without special tokens
+Encode = Callable[[str], Sequence[Any]]  # without special tokens
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,11 @@ def find(prompt: str, doc: Mapping[str, Any], field: str | None, name: str, toke
             return Boundary(tail, False)
     if refused:
         raise UserError(_too_little(name, refused))
+    end = _context(prompt, doc)[1]
     if "" in texts.values():
-        return Boundary(max(1, tokens_from(prompt, _context(prompt, doc)[1])), True)
+        return Boundary(max(1, tokens_from(prompt, end)), True)
+    if field is None and texts and prompt[end:].strip():  # its words were changed on the way into the prompt
+        return Boundary(max(1, tokens_from(prompt, end)), False)
     if texts:
         lacking = f"the text of its {' or '.join(texts)} is not in the prompt"
     else:

@@ -170,7 +170,7 @@ def _generated(name: str, recipe: Recipe, length: int, asking: Asking) -> Iterat
         made = generate.frequent_words(rng, seed, room, count)
     else:
         maker = _maker(recipe, rng, length, asking)
-        made = generate.samples(maker, room, answer_tokens, count, name)
+        made = generate.samples(maker, room, answer_tokens, count)
         if isinstance(maker, generate.Documents):
             most = min(most, len(maker.questions.asked))
     for _ in range(most):
@@ -282,7 +282,7 @@ def _json(name: str, folder: str | None) -> Any:
 
 
 def check(name: str, recipe: Recipe, asking: Asking) -> None:
-    """Raises Lacking where a task's data is not here, or its prompts pass what the model takes."""
+    """Raises Lacking where a task's data is not here, or a length is too short for it, or too long for the model."""
     settings = asking.settings
     if settings.ruler_dir is not None:
         for length in settings.lengths:
@@ -299,3 +299,8 @@ def check(name: str, recipe: Recipe, asking: Asking) -> None:
             f"{split.MAX_NEW_TOKENS['fwe']} pass the model's {asking.limit}: give shorter lengths, or "
             f'"reserved_tokens": {split.MAX_NEW_TOKENS["fwe"]}'
         )
+    try:
+        for length in settings.lengths:
+            next(_generated(name, recipe, length, asking))
+    except generate.DoesNotFit as error:
+        raise Lacking(str(error)) from None

@@ -93,11 +93,15 @@ class Maker(ABC):
         return sample
 
 
-def samples(maker: Maker, length: int, answer_tokens: int, count: Count, name: str) -> Iterator[Sample]:
+class DoesNotFit(UserError):
+    """A length that holds not even the smallest prompt of a task."""
+
+
+def samples(maker: Maker, length: int, answer_tokens: int, count: Count) -> Iterator[Sample]:
     """Prompts that fit `length` tokens with their answer, without end.
 
     Raises:
-        UserError: not even the smallest does.
+        DoesNotFit: not even the smallest does.
     """
     size = _size(maker, length, answer_tokens, count)
     while True:
@@ -108,9 +112,9 @@ def samples(maker: Maker, length: int, answer_tokens: int, count: Count, name: s
             if tokens <= length:
                 break
             if used <= maker.least:
-                raise UserError(
-                    f"{name}: its smallest prompt and answer take {tokens} tokens, more than the length of {length}; "
-                    "raise the length"
+                raise DoesNotFit(
+                    f"has prompts that with their answer take {tokens} tokens at least, more than {length}: give "
+                    "longer lengths"
                 )
             used = max(used - maker.step, maker.least)
         yield maker.finished(sample)
@@ -246,7 +250,7 @@ class Variables(Maker):
         self.rng, self.numbers, self.letters = rng, numbers, 3 if example else 5
         self.step, self.extra_tokens, self._example = 5 if example else 10, 0, ""
         if not example:
-            one = next(samples(Variables(rng, numbers, count, answer_tokens, True), 500, answer_tokens, count, "vt"))
+            one = next(samples(Variables(rng, numbers, count, answer_tokens, True), 500, answer_tokens, count))
             self._example = f"{one.text} {' '.join(one.outputs)}\n\n"
             self.extra_tokens = count(self._example)
 
@@ -330,7 +334,7 @@ def frequent_words(rng: random.Random, seed: int, length: int, count: Count) -> 
     """
     vocabulary, step = length // 50, length // 32
     if vocabulary < 4 or step < 1:
-        raise UserError(f"fwe: {length} tokens are too few for three coded words; give a length of 200 or more")
+        raise DoesNotFit(f"has three coded words, for which {length} tokens are too few: give lengths of 200 or more")
 
     def words() -> list[str]:
         def word() -> str:
@@ -359,7 +363,7 @@ def frequent_words(rng: random.Random, seed: int, length: int, count: Count) -> 
         while count(text(of, used)) > length:
             used -= step
             if used <= 0:
-                raise UserError(f"fwe: {length} tokens do not hold its prompt; raise the length")
+                raise DoesNotFit(f"has a prompt that {length} tokens do not hold: give longer lengths")
         yield Sample(text(of, used), of[1:4])
 
 

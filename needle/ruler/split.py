@@ -16,6 +16,10 @@ from kv_lm_eval.requests.boundaries import RULER_QUESTIONS
 
 ANSWERS = {"niah": re.compile(r"The special magic")}  # in the question's part, the first match; the others' is:
 ANSWER = re.compile(r"Answer:")
+TASKS = (
+    *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    *("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2"),
+)
 MAX_NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 
 

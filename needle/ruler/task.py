@@ -7,7 +7,9 @@ only as far as a run asks for them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from statistics import fmean
 from typing import Any
 
 from lm_eval.api.task import ConfigurableTask
@@ -75,8 +77,11 @@ class RulerTask(ConfigurableTask):
                 "max_gen_toks": split.MAX_NEW_TOKENS[split.kind(self.ruler_name)],
             },
             metric_list=[
-                {"metric": name, "aggregation": "mean", "higher_is_better": True}
-                for name in ("string_match", *(f"string_match_{length}" for length in lengths))
+                {"metric": "string_match", "aggregation": "mean", "higher_is_better": True},
+                *(
+                    {"metric": f"string_match_{n}", "aggregation": partial(of_length, n), "higher_is_better": True}
+                    for n in lengths
+                ),
             ],
         )
         metadata["ruler"] = {
@@ -173,4 +178,11 @@ class RulerTask(ConfigurableTask):
         line_break = "" if self.asking.settings.protocol == "kvpress" else "\n"
         score = 100 * protocol.score(self.ruler_name, str(results[0]), doc["answer"], line_break)
         lengths = self.asking.settings.lengths
-        return {"string_match": score, **({f"string_match_{doc['length']}": score} if len(lengths) > 1 else {})}
+        by_length = {f"string_match_{n}": (score, doc["length"]) for n in lengths if len(lengths) > 1}
+        return {"string_match": score, **by_length}
+
+
+def of_length(length: int, scored: Iterable[tuple[float, int]]) -> float:
+    """Aggregation: the mean of the documents of a length, NaN where there is none."""
+    own = [score for score, n in scored if n == length]
+    return fmean(own) if own else float("nan")
