@@ -119,6 +119,7 @@ def find(prompt: str, doc: Mapping[str, Any], field: str | None, name: str, toke
         return Boundary(max(1, tokens_from(prompt, end)), False)
     if texts:
         lacking = f"the text of its {' or '.join(texts)} is not in the prompt"
+        lacking += " outside its context" * (end < len(prompt))
     else:
         lacking = f"its document has no text named {' or '.join(fields)}, only {', '.join(sorted(doc)) or 'nothing'}"
     raise UserError(
@@ -176,7 +177,9 @@ def _context(prompt: str, doc: Mapping[str, Any]) -> tuple[int, int]:
                 end = last + len(text[-CONTEXT_END:])
                 whole = prompt.rfind(text, 0, end)
                 first = whole if whole >= 0 else prompt.rfind(text[:CONTEXT_END], 0, end)
-                return (first if first >= 0 else last), end
+                if first < 0:  # as far back as they agree
+                    first = end - len(os.path.commonprefix([prompt[:end][::-1], text[::-1]]))
+                return first, end
     return len(prompt), len(prompt)
 
 
