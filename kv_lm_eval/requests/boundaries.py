@@ -175,11 +175,9 @@ def _context(prompt: str, doc: Mapping[str, Any]) -> tuple[int, int]:
             last = prompt.rfind(text[-CONTEXT_END:])
             if last >= 0:
                 end = last + len(text[-CONTEXT_END:])
-                whole = prompt.rfind(text, 0, end)
-                first = whole if whole >= 0 else prompt.rfind(text[:CONTEXT_END], 0, end)
-                if first < 0:  # as far back as they agree
-                    first = end - len(os.path.commonprefix([prompt[:end][::-1], text[::-1]]))
-                return first, end
+                agreed = end - len(os.path.commonprefix([prompt[:end][::-1], text[::-1]]))  # as far back as they do
+                first = prompt.rfind(text[:CONTEXT_END], 0, agreed)
+                return (first if first >= 0 and agreed > end - len(text) else agreed), end
     return len(prompt), len(prompt)
 
 
