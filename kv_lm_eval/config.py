@@ -122,10 +122,14 @@ def _preset(args: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
         UserError: there is none of that name, or another method than its own is asked for.
     """
     found: dict[str, Any] = {}
-    for key, value in presets.of(args)[0].items():
+    name = presets.named({**ours, **args})
+    if name is None:
+        return found
+    for key, value in presets.load(name)["model"].items():
         _put(found, key, value)
-    name, asked = args.pop(presets.KEY, None), ours.get("method", found.get("method"))
-    if name is not None and str(asked) != str(found.get("method")):
+    asked = ours.get("method", found.get("method"))
+    args.pop(presets.KEY)
+    if str(asked) != str(found.get("method")):
         raise UserError(f"method={asked} and preset={name}, which is method={found.get('method')}; give one of them")
     return found
 

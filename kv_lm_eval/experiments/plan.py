@@ -225,7 +225,7 @@ def _point(full: dict[str, Any], entry: Mapping[str, Any], axes: list[str], of_t
     deciding = {**{key: full.get(key) for key in DECIDING_KEYS}, "tasks": tasks}
     point: Point = {
         "name": str(full.get("name") or ""),
-        "method": str(model_args.get("method", "")),
+        "method": str(model_args.get("method") or presets.of(model_args)[0].get("method", "")),
         "settings": settings,
         "axes": axes,
         "label": str(full.get("label") or "+".join(tasks)),

@@ -1,8 +1,8 @@
 """Presets: settings under a name, `preset=leaderboard/snapkv` in --model_args.
 
-Every YAML file below this folder is one, and its name is its path without the ending; nothing else lists them. A file
-says settings of --model_args (`model`) and may say what tasks are told (`tasks`), of which each task takes what it
-knows. What is given beside a preset wins.
+Every YAML file in a folder below this one is one, and its name is its path without the ending; nothing else lists them.
+A file says settings of --model_args (`model`) and may say what tasks are told (`tasks`), of which each task takes what
+it knows. What is given beside a preset wins.
 """
 
 from __future__ import annotations
@@ -57,9 +57,18 @@ def load(name: str) -> Preset:
     return preset
 
 
+def named(args: Mapping[str, Any]) -> str | None:
+    """The preset that --model_args name; None where `preset` is a setting of the method's own, which has no folder."""
+    name = args.get(KEY)
+    if name is None or ("/" not in str(name) and args.get("method") is not None):
+        return None
+    return str(name)
+
+
 def of(args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the preset named in --model_args says to the model and to tasks; nothing where none is named."""
-    if args.get(KEY) is None:
+    name = named(args)
+    if name is None:
         return {}, {}
-    preset = load(str(args[KEY]))
+    preset = load(name)
     return dict(preset["model"]), dict(preset.get("tasks", {}))

@@ -92,10 +92,8 @@ def write(results_file: Path, folder: Path) -> list[Path]:
 
 def _row(results: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """The leaderboard's name of a method: the preset's, else the method's own."""
-    if given.get(presets.KEY):
-        preset = presets.load(str(given[presets.KEY]))
-        if "row" in preset:
-            return preset["row"]
+    if (name := presets.named(given)) and "row" in (preset := presets.load(name)):
+        return preset["row"]
     method = str((results["config"].get("kv_compression") or {}).get("method", "full"))
     return "no_press" if method == "full" else method
 
