@@ -115,10 +115,10 @@ def test_a_context_of_number_signs_is_not_taken_for_the_separator():
 
 @pytest.mark.parametrize("name", BOARD)
 def test_presets_keep_as_many_pairs_as_kvpress(name):
-    ratio = {} if name.endswith("no_press") else {"compression_ratio": 0.1}
+    ratio = {} if "no_press" in name else {"compression_ratio": 0.1}
     for removed in (0.1, 0.25, 0.3, 0.5, 0.75, 0.875, 0.9):
         compression, engine, rest = config.parse({"preset": name, **{key: removed for key in ratio}})
-        assert not rest and engine.question_in_prompt is name.endswith("no_press")
+        assert not rest and not engine.question_in_prompt
         if ratio and compression.heads.exact and not compression.heads.differ:
             assert isinstance(compression.budget, Ratio) and compression.schedule.compress_every == 0
             assert [compression.budget.share(n) for n in range(1, 5000, 7)] == [
