@@ -19,7 +19,7 @@ usage: kv-lm-eval COMMAND ...
 
   run ...          evaluate, as `lm_eval run`; the word may be left out
   ls WHAT          list our tasks, groups, subtasks or tags
-  validate ...     whether tasks are there, as `lm_eval validate`
+  validate ...     whether tasks are there; with --question, where they ask it
   methods [NAME]   list the compression methods, or explain one
   quickstart ...   a first table with the built-in model: no network, no GPU
   sweep FILE ...   many runs from one YAML file; it goes on where it was
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return console.command("kv-lm-eval", lambda: _methods(names), lists=True)
         case [str(name), *rest] if name in MAINS:
             return int(import_module(MAINS[name]).main(rest))
+        case ["validate", *rest] if "--question" in rest:
+            return int(import_module("kv_lm_eval.question").main(rest))
         case [str(word), *_] if not word.startswith("-") and word not in COMMANDS:
             return console.command("kv-lm-eval", lambda: _unknown(word))
     run = Evaluation(arguments)

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kv_lm_eval import files
+from kv_lm_eval import files, presets
 from kv_lm_eval.coerce import coerce, dataclass_of
 from kv_lm_eval.errors import WHICH_MODEL, UserError, close_names
 from kv_lm_eval.methods import base, evicted
@@ -59,8 +59,8 @@ def parse(
     """Splits --model_args into ours and those of lm-eval's HF model.
 
     Args:
-        args: as lm-eval hands them over; may hold `compression` (a dict, a JSON string or the path of a YAML file)
-            and `model_kwargs` (a dict handed to from_pretrained unread).
+        args: as lm-eval hands them over; may hold `compression` (a dict, a JSON string or the path of a YAML file),
+            `preset` (a name; what else is given wins) and `model_kwargs` (a dict handed to from_pretrained unread).
         pass_through: names that lm-eval's HF model class takes.
 
     Returns:
@@ -76,6 +76,8 @@ def parse(
     if args.get("method") is not None:
         _put(ours, "method", args["method"])
     args.pop("method", None)
+    preset = _preset(args, ours)
+    ours.setdefault("method", preset.pop("method", None))
     if ours.get("method") is None:
         raise UserError(f"which method? Add method=NAME to --model_args, one of: {', '.join(base.available())}.")
     cls = base.load(str(ours.pop("method")))
@@ -89,6 +91,7 @@ def parse(
     for key in list(args):
         if ALIASES.get(key, key) in known:
             _put(ours, key, args.pop(key))
+    ours = {**preset, **ours}
     if unknown := [k for k in ours if k not in known]:
         raise UserError(_unknown(unknown[0], cls, known, known))
     allowed = (pass_through or set()) | FROM_PRETRAINED_KEYS
@@ -110,6 +113,25 @@ def _tokens(name: str, value: Any) -> int:
             f"{name}={value!r} is no number of tokens: give a whole one from 1 to {2**31 - 1:,}, or leave it out"
         )
     return int(value)
+
+
+def _preset(args: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Takes `preset` out of the arguments; its settings under our names, none where none is named.
+
+    Raises:
+        UserError: there is none of that name, or another method than its own is asked for.
+    """
+    found: dict[str, Any] = {}
+    name = presets.named({**ours, **args})
+    if name is None:
+        return found
+    for key, value in presets.load(name)["model"].items():
+        _put(found, key, value)
+    asked = ours.get("method", found.get("method"))
+    args.pop(presets.KEY)
+    if str(asked) != str(found.get("method")):
+        raise UserError(f"method={asked} and preset={name}, which is method={found.get('method')}; give one of them")
+    return found
 
 
 def _put(ours: dict[str, Any], key: str, value: Any) -> None:

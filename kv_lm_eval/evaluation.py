@@ -33,8 +33,8 @@ OF_LM_EVAL = {  # commands that lm-eval parses, with what our help says of them
         "kv-lm-eval ls tasks",
     ),
     "validate": (
-        "usage: kv-lm-eval validate --tasks TASK,... [--include_path DIR]",
-        "Whether tasks are there and can be read.",
+        "usage: kv-lm-eval validate --tasks TASK,... [--include_path DIR] [--question]",
+        "Whether tasks are there and can be read; with --question, where their prompts' questions begin.",
         "kv-lm-eval validate --tasks kv_quickstart,kv_needle_magic",
     ),
 }

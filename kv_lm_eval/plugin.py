@@ -131,6 +131,36 @@ def _wrap_task_manager() -> None:
 
     init.wrapped_by_kv_lm_eval = True  # type: ignore[attr-defined]
     TaskManager.__init__ = init
+    load_all = TaskManager.load
+
+    @functools.wraps(load_all)
+    def load(self: Any, task_list: Any) -> Any:
+        return _without_lacking(load_all(self, task_list), task_list)
+
+    TaskManager.load = load
+
+
+def _without_lacking(loaded: Any, asked: Any) -> Any:
+    """Takes out of groups what says that it cannot run here, and names it.
+
+    Raises:
+        UserError: such a task was asked for by its name, or nothing else is left.
+    """
+    from kv_lm_eval.errors import UserError
+
+    lacking = {name: why for name, task in loaded["tasks"].items() if (why := getattr(task, "lacking", ""))}
+    nothing_left = len(lacking) == len(loaded["tasks"])
+    for name, why in lacking.items():
+        if nothing_left or name in _as_list(asked):
+            raise UserError(f"{name} {why}")
+        del loaded["tasks"][name]
+        for group in loaded.get("groups", {}).values():
+            group.pop(name)
+    for why in dict.fromkeys(lacking.values()):
+        log.warning("left out: %s. Each %s", ", ".join(name for name, own in lacking.items() if own == why), why)
+    if lacking:
+        loaded["group_map"] = {group.name: group.child_names for group in loaded.get("groups", {}).values()}
+    return loaded
 
 
 def _write_files_whole() -> None:

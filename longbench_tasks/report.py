@@ -18,12 +18,18 @@ from kv_lm_eval import files
 from . import predictions
 from .aggregate import AVERAGES, BUCKETS, averages
 from .specs import CATEGORIES, official
+from .v2 import report as v2
 
 
 def write(results_file: Path) -> str:
     """Writes the official numbers of a results file beside it; returns the page to print, "" without LongBench."""
     results_file = Path(results_file)
-    found = summary(read(results_file))
+    results = read(results_file)
+    return "\n".join(said for said in (_first(results_file, results), v2.page(results)) if said)
+
+
+def _first(results_file: Path, results: Mapping[str, Any]) -> str:
+    found = summary(results)
     if not found:
         return ""
     date = results_file.stem.rsplit("_", 1)[-1]  # it has no underscore

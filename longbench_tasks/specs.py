@@ -63,6 +63,15 @@ class Spec:
             raise UserError(f"{where}: `longbench` needs {', '.join(missing)}")
         return cls(**{**section, "extra_metrics": tuple(section.get("extra_metrics", ()))})
 
+    def from_question(self, row: Mapping[str, Any]) -> str:
+        """The prompt's text from the question on, without white space around it; empty where a row asks none.
+
+        What follows the context is the same for all rows of a data set without questions.
+        """
+        if "{input}" not in self.prompt or not str(row.get("input", "")).strip():
+            return ""
+        return self.prompt[self.prompt.rindex("{input}") :].format(**row).strip()
+
 
 @lru_cache(maxsize=1)
 def official() -> dict[str, Spec]:

@@ -16,6 +16,7 @@ from packaging.version import Version
 
 from kv_lm_eval import quiet
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.requests import boundaries
 
 from . import aggregate, data, metrics
 from .scoring import best_score
@@ -43,6 +44,8 @@ class LongBenchTask(ConfigurableTask):
             LongBench-E version. Its `metadata` holds --model_args and --metadata too (settings.py).
     """
 
+    RECORD = "longbench"  # of a task's metadata: how it was run
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         _check_lm_eval(version("lm-eval"))
         config = dict(config)
@@ -51,7 +54,7 @@ class LongBenchTask(ConfigurableTask):
         self.is_e = bool(config.pop("longbench_e", False))
         config.pop("class", None)
         metadata = config["metadata"] = dict(config.get("metadata") or {})
-        self.settings = Settings.from_metadata(metadata)
+        self.settings = self._read_settings(metadata)
         self._scorer = metrics.load(self.spec.metric)
         self._extras = {m: metrics.load(m) for m in self.spec.extra_metrics if self.settings.extra_metrics}
         self._fitted: dict[int, Fitted] = {}
@@ -62,7 +65,7 @@ class LongBenchTask(ConfigurableTask):
             generation_kwargs=self._generation_settings(),
             metric_list=self._metric_list(),
         )
-        metadata["longbench"] = self._record = {
+        metadata[self.RECORD] = self._record = {
             "dataset": self.spec.dataset,
             "longbench_e": self.is_e,
             "category": self.spec.category,
@@ -76,6 +79,9 @@ class LongBenchTask(ConfigurableTask):
         super().__init__(config=config)
 
     # ------------------------------------------------------------------------------------ set up
+
+    def _read_settings(self, metadata: Mapping[str, Any]) -> Settings:
+        return Settings.from_metadata(metadata)
 
     def _generation_settings(self) -> dict[str, Any]:
         """Greedy, no stop string. The end-of-text tokens are the model's own, but where a newline ends the answer."""
@@ -175,7 +181,7 @@ class LongBenchTask(ConfigurableTask):
 
     def _fit(self, doc: dict[str, Any], template: Callable[[str], str] | None) -> str:
         settings = self.settings
-        prompt = self.spec.prompt.format(**doc)
+        prompt = self._prompt(doc)
         wrap = settings.protocol.wrap(settings.model)
         if wrap is not None:
             prompt = wrap.format(prompt=prompt)
@@ -184,7 +190,7 @@ class LongBenchTask(ConfigurableTask):
             return template(prompt) if template else prompt
         length = settings.max_length
         while True:
-            fitted = truncate_middle(prompt, settings.tokenizer, length)
+            fitted = self._truncate(prompt, length)
             text = template(fitted.text) if template else fitted.text
             over = self._tokens_over(text) if settings.shrinks else 0
             if over <= 0:
@@ -195,6 +201,16 @@ class LongBenchTask(ConfigurableTask):
                 raise UserError(f"{self.spec.dataset}: template and answer alone take the model's {limit} tokens")
         self._fitted[doc["row"]] = fitted
         return text
+
+    def _prompt(self, doc: Mapping[str, Any]) -> str:
+        return self.spec.prompt.format(**doc)
+
+    def _from_question(self, doc: Mapping[str, Any]) -> str:
+        """The uncut prompt's text from the question on; empty where a row asks none."""
+        return self.spec.from_question(doc)
+
+    def _truncate(self, prompt: str, length: int) -> Fitted:
+        return truncate_middle(prompt, self.settings.tokenizer, length)
 
     def _tokens_over(self, text: str) -> int:
         assert self.settings.model_max_length is not None
@@ -209,8 +225,13 @@ class LongBenchTask(ConfigurableTask):
     # ------------------------------------------------------------------------------------ requests and results
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Any:
-        """As lm-eval's; kvcompressed is told that an answer ends at an end token, never at text that spells one."""
-        return super().construct_requests({**doc, "eos_text_is_no_stop": True}, ctx, **kwargs)
+        """As lm-eval's; kvcompressed is told where the question begins, and that an answer ends at an end token, never
+        at text that spells one."""
+        told: dict[str, Any] = {"eos_text_is_no_stop": True}
+        tail = self._from_question(doc)
+        if tail and (begins := ctx.rfind(tail)) >= 0:
+            told[boundaries.BEGINS] = begins
+        return super().construct_requests({**doc, **told}, ctx, **kwargs)
 
     def build_all_requests(self, *, cache_requests: bool = False, **kwargs: Any) -> None:
         """As lm-eval's, without its request cache, which would mix up data folders, lengths and protocols."""

@@ -1,7 +1,7 @@
-"""Heat-maps beside lm-eval's results file, called by `kv-lm-eval run ... --output_path DIR` (kv_lm_eval/reports.py).
+"""Heat-maps and RULER's numbers beside lm-eval's results file (kv_lm_eval/reports.py).
 
-Each run gets its own files; and because all methods of a model share one folder, a second set compares the latest run
-of every method setting that was asked the same grid.
+Each run gets its own files; and because all methods of a model share one folder, a second set of heat-maps compares the
+latest run of every method setting that was asked the same grid.
 """
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ from pathlib import Path
 
 from . import heatmap
 from .heatmap import Panel
+from .ruler import report as ruler
 
 
 def write(results_file: Path) -> str:
-    """Writes the heat-maps of every needle task in a results file; returns what to print, "" if there is none."""
+    """Writes what belongs beside a results file; returns what to print, "" without a needle or RULER task."""
+    return "\n".join(said for said in (_heat_maps(results_file), ruler.write(results_file)) if said)
+
+
+def _heat_maps(results_file: Path) -> str:
     try:
         panels = heatmap.read([results_file])
     except ValueError:

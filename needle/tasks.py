@@ -357,12 +357,16 @@ def _counter(name: str, add_special_tokens: bool | None, trust_remote_code: bool
     return Counter(AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code), add_special_tokens)
 
 
-def setup(metadata: Mapping[str, Any]) -> tuple[Settings, Counter]:
-    """The settings, and the counter of the evaluated model's tokenizer."""
-    settings = parse(metadata)
+def counter_of(metadata: Mapping[str, Any]) -> Counter:
+    """Counts as the evaluated model's tokenizer does."""
     bos = metadata.get("add_bos_token")
     remote = bool(metadata.get("trust_remote_code", False))
-    counter = _counter(_tokenizer_name(metadata), bos if isinstance(bos, bool) else None, remote)
+    return _counter(_tokenizer_name(metadata), bos if isinstance(bos, bool) else None, remote)
+
+
+def setup(metadata: Mapping[str, Any]) -> tuple[Settings, Counter]:
+    """The settings, and the counter of the evaluated model's tokenizer."""
+    settings, counter = parse(metadata), counter_of(metadata)
     limit = model_max_length(metadata, counter.tokenizer)
     if limit is not None and max(settings.lengths) > limit and not cuts_long_prompts(metadata):
         raise UserError(

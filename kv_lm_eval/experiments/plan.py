@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from kv_lm_eval import files, harness, identity, plugin
+from kv_lm_eval import files, harness, identity, plugin, presets
 from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.experiments import task_files
 from kv_lm_eval.experiments.references import calculate, names_in, resolve
@@ -225,7 +225,7 @@ def _point(full: dict[str, Any], entry: Mapping[str, Any], axes: list[str], of_t
     deciding = {**{key: full.get(key) for key in DECIDING_KEYS}, "tasks": tasks}
     point: Point = {
         "name": str(full.get("name") or ""),
-        "method": str(model_args.get("method", "")),
+        "method": str(model_args.get("method") or presets.of(model_args)[0].get("method", "")),
         "settings": settings,
         "axes": axes,
         "label": str(full.get("label") or "+".join(tasks)),
@@ -233,6 +233,8 @@ def _point(full: dict[str, Any], entry: Mapping[str, Any], axes: list[str], of_t
         **deciding,
         **{key: full.get(key) for key in OTHER_KEYS},
     }
+    if told := presets.of(model_args)[1]:  # by a preset, which says the rest to the model
+        deciding["told"] = told
     asked = (tuple(tasks), str(full.get("include_path")))
     if asked not in of_tasks:  # read once a plan
         of_tasks[asked] = task_files.of(tasks, full.get("include_path"))

@@ -189,13 +189,14 @@ def _summary(records: list[RequestRecord]) -> dict[str, Any]:
         "peak_slots": max(r.peak_slots for r in records),
         "over_budget": sum(r.over_budget for r in records),
     }
-    if questions := [r.question_tokens for r in records if r.question_tokens is not None]:
-        out["question_tokens"] = _range(questions)
+    if questions := [(r.question_tokens, r.prompt_tokens) for r in records if r.question_tokens is not None]:
+        out["question_tokens"] = _range([asked for asked, _ in questions])
+        out["context_share"] = _range([round(1 - min(asked, n) / n, 4) for asked, n in questions if n])
         out["empty_questions"] = sum(r.question_empty for r in records)
     if timings := [r.timing for r in records if r.timing is not None]:
         out["efficiency"] = latency.summary(timings)
     return out
 
 
-def _range(values: list[int]) -> dict[str, float]:
+def _range(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": median(values), "max": max(values)}

@@ -15,9 +15,9 @@ from kv_lm_eval.reporting.rerun import metadata
 from kv_lm_eval.reporting.run import Run, digest
 
 BUDGETS = ("max_capacity_prompt", "cache_size", "keep_ratio", "compression_ratio")
-# Arguments of the model that name it, or that decide no answer.
+# Arguments of the model that name it, or that decide no answer; a preset's are in the settings and the task's record.
 NO_CONDITION = frozenset(
-    "pretrained method compression device device_map parallelize max_memory_per_gpu max_cpu_memory max_memory "
+    "pretrained method compression preset device device_map parallelize max_memory_per_gpu max_cpu_memory max_memory "
     "batch_size max_batch_size cache_dir local_files_only low_cpu_mem_usage force_download token use_safetensors "
     "offload_folder offload_buffers offload_state_dict".split()
 )

@@ -1,10 +1,12 @@
 """Where the question begins in a prompt: with question_in_prompt=False, what stands before it is compressed unseen.
 
-A prompt is one text, few-shot examples, chat template and instructions included. Its question is the text of a field
-of the document, where it last stands in the prompt as words of its own; the question and all that follows it are the
-tail of the prompt, which is fed over the compressed cache. A document whose question is empty (a summary, code to go on
-with) has the rest of the prompt after its context as its tail. A field that holds the whole prompt is no question; what
-it asks is then looked for in the wording of RULER, whose documents are like that.
+A prompt is one text, few-shot examples, chat template and instructions included. The question and all that follows it
+are the tail of the prompt, which is fed over the compressed cache. A task that makes its own prompts says where its
+question begins (BEGINS). Else it is the text of a field of the document, where it last stands in the prompt as words of
+its own, but not inside the document's context: a context may hold the same words. A document whose question is empty (a
+summary, code to go on with), or whose task asks it in other words, has the rest of the prompt after its context as its
+tail. A field that holds the whole prompt is no question; what it asks is then looked for in the wording of RULER, whose
+documents are like that.
 
 A boundary that leaves (nearly) nothing before it would compress nothing under the name of this protocol: it is refused.
 """
@@ -23,16 +25,20 @@ from kv_lm_eval.errors import UserError
 QUESTION_FIELDS = ("question", "input", "query", "problem", "goal")  # tried in this order
 CONTEXT_FIELDS = ("context", "passage", "article", "text")  # where a context ends is looked for by its last characters
 CONTEXT_END = 40  # as many of them: a context may have lost its middle, not its end
+BEGINS = "question_begins"  # of a document: the character of its prompt where its question begins
+APART = "tokenised_apart"  # of a document: the prompt's two parts are, without special tokens
 LEAST_CONTEXT = 0.1  # of a prompt's tokens must stand before its question
 # Where kvpress splits RULER's prompts (simonjegou/ruler); the last match counts, since examples may come before it.
-RULER_QUESTION = re.compile(
-    r"What (?:is|are all) the special magic|"
-    r"Question: Find all variables that are assigned the value|"
-    r"Question: What are the 10 most common words in the above list\?|"
-    r"Question: Do not provide any explanation\.|"
-    r"Answer the question based on the given documents\."
-)
+RULER_QUESTIONS = {
+    "niah": re.compile(r"What (?:is|are all) the special magic"),
+    "vt": re.compile(r"Question: Find all variables that are assigned the value"),
+    "cwe": re.compile(r"Question: What are the 10 most common words in the above list\?"),
+    "fwe": re.compile(r"Question: Do not provide any explanation\."),
+    "qa": re.compile(r"Answer the question based on the given documents\."),
+}
+RULER_QUESTION = re.compile("|".join(one.pattern for one in RULER_QUESTIONS.values()))
 TokensFrom = Callable[[str, int], int]  # tokens from a character of a text on, of the tokenizer in use
+Encode = Callable[[str], Sequence[Any]]  # without special tokens
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,24 @@ class Boundary:
     empty: bool
 
 
+def apart(prompt: str, doc: Any) -> tuple[str, str] | None:
+    """The two parts of a prompt that are tokenised apart, where its document says so."""
+    if not isinstance(doc, dict) or not doc.get(APART):
+        return None
+    return prompt[: doc[BEGINS]], prompt[doc[BEGINS] :]
+
+
 def find_all(
-    requests: Sequence[Any], field: str | None, tokens_from: TokensFrom, called: Callable[[int], str]
+    requests: Sequence[Any],
+    field: str | None,
+    tokens_from: TokensFrom,
+    called: Callable[[int], str],
+    encode: Encode | None = None,
 ) -> list[Boundary | None]:
     """The boundary of every request; None for an empty prompt.
 
     Args:
-        called: a request's name in an error.
+        called: a request's name in an error. encode: for prompts whose parts are tokenised apart.
 
     Raises:
         UserError: before any work is done, as `find`.
@@ -60,7 +77,10 @@ def find_all(
         prompt, doc = request.args[0], request.doc if isinstance(request.doc, dict) else {}
         # lm-eval moves the spaces at the end of a context to its continuations
         text = prompt.rstrip() if request.request_type == "loglikelihood" else prompt
-        found.append(find(text, doc, field, called(i), tokens_from) if text else None)
+        if encode is not None and (parts := apart(prompt, doc)) is not None:
+            found.append(Boundary(max(1, len(encode(parts[1]))), False))
+        else:
+            found.append(find(text, doc, field, called(i), tokens_from) if text else None)
     return found
 
 
@@ -75,11 +95,13 @@ def find(prompt: str, doc: Mapping[str, Any], field: str | None, name: str, toke
     Raises:
         UserError: no such field, its text is not in the prompt, or it leaves nearly nothing before it.
     """
+    if field is None and isinstance(begins := doc.get(BEGINS), int):
+        return Boundary(max(1, tokens_from(prompt, begins)), False)
     fields = QUESTION_FIELDS if field is None else (field,)
     texts = {key: doc[key].strip() for key in fields if isinstance(doc.get(key), str)}
     whole, refused = tokens_from(prompt, 0), None
     for key, text in texts.items():
-        if text and (start := _last(text, prompt)) >= 0:
+        if text and (start := _last(text, prompt, _context(prompt, doc))) >= 0:
             tail = max(1, tokens_from(prompt, start))
             if leaves_context(whole, tail):
                 return Boundary(tail, False)
@@ -90,10 +112,14 @@ def find(prompt: str, doc: Mapping[str, Any], field: str | None, name: str, toke
             return Boundary(tail, False)
     if refused:
         raise UserError(_too_little(name, refused))
+    end = _context(prompt, doc)[1]
     if "" in texts.values():
-        return Boundary(max(1, tokens_from(prompt, _end_of_context(prompt, doc))), True)
+        return Boundary(max(1, tokens_from(prompt, end)), True)
+    if field is None and texts and prompt[end:].strip():  # its words were changed on the way into the prompt
+        return Boundary(max(1, tokens_from(prompt, end)), False)
     if texts:
         lacking = f"the text of its {' or '.join(texts)} is not in the prompt"
+        lacking += " outside its context" * (end < len(prompt))
     else:
         lacking = f"its document has no text named {' or '.join(fields)}, only {', '.join(sorted(doc)) or 'nothing'}"
     raise UserError(
@@ -103,11 +129,17 @@ def find(prompt: str, doc: Mapping[str, Any], field: str | None, name: str, toke
     )
 
 
-def _last(text: str, prompt: str) -> int:
-    """Where a text last begins in a prompt, rather as words of its own than inside others: "A" is not in "Answer:"."""
+def _last(text: str, prompt: str, context: tuple[int, int]) -> int:
+    """Where a text last begins in a prompt outside of its context, -1 where it does not.
+
+    Rather as words of its own than inside others: "A" is not in "Answer:". What ends with the context is not inside it.
+    """
     before, after = (r"(?<!\w)" if re.match(r"\w", text) else "", r"(?!\w)" if re.search(r"\w\Z", text) else "")
-    whole = [match.start() for match in re.finditer(before + re.escape(text) + after, prompt)]
-    return whole[-1] if whole else prompt.rfind(text)
+    for pattern in (before + re.escape(text) + after, re.escape(text)):
+        found = [m.start() for m in re.finditer(f"(?={pattern})", prompt)]
+        if outside := [at for at in found if not (context[0] <= at and at + len(text) < context[1])]:
+            return outside[-1]
+    return -1
 
 
 def leaves_context(tokens: int, tail_tokens: int) -> bool:
@@ -135,14 +167,18 @@ def _too_little(name: str, got: str) -> str:
     )
 
 
-def _end_of_context(prompt: str, doc: Mapping[str, Any]) -> int:
-    """The first character after the context, the prompt's end where no context is found in it."""
+def _context(prompt: str, doc: Mapping[str, Any]) -> tuple[int, int]:
+    """First character of the document's context in a prompt and the first after it; twice the prompt's end where no
+    context is found in it. It may have lost its middle, or its beginning."""
     for name in CONTEXT_FIELDS:
-        if isinstance(doc.get(name), str) and (text := doc[name].rstrip()[-CONTEXT_END:]):
-            start = prompt.rfind(text)
-            if start >= 0:
-                return start + len(text)
-    return len(prompt)
+        if isinstance(doc.get(name), str) and (text := doc[name].strip()):
+            last = prompt.rfind(text[-CONTEXT_END:])
+            if last >= 0:
+                end = last + len(text[-CONTEXT_END:])
+                agreed = end - len(os.path.commonprefix([prompt[:end][::-1], text[::-1]]))  # as far back as they do
+                first = prompt.rfind(text[:CONTEXT_END], 0, agreed)
+                return (first if first >= 0 and agreed > end - len(text) else agreed), end
+    return len(prompt), len(prompt)
 
 
 def tokens_by_offsets(offsets: Sequence[tuple[int, int]], start: int) -> int:

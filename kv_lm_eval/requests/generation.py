@@ -98,11 +98,11 @@ def read(run: Run) -> list[Prompt]:
     lm = run.lm
     settings = [GenSettings.read(run, i) for i in range(len(run.requests))]
     room = [lm.max_length - s.max_new_tokens for s in settings]
-    ids = [_encode(run, request.args[0]) for request in run.requests]
+    ids = [_encode(run, i) for i in range(len(run.requests))]
     run.check_prompts(list(map(len, ids)), room)
     found: list[Boundary | None] = [None] * len(ids)
     if run.question_first:
-        found = boundaries.find_all(run.requests, run.engine.question_field, run.tokens_from, run.called)
+        found = boundaries.find_all(run.requests, run.engine.question_field, run.tokens_from, run.called, run.encode)
     prompts = []
     for i, (row, most, one, boundary) in enumerate(zip(ids, room, settings, found, strict=True)):
         prompt = Prompt(i, row[-most:], one, boundary)
@@ -119,8 +119,11 @@ def read(run: Run) -> list[Prompt]:
     return prompts
 
 
-def _encode(run: Run, text: str) -> list[int]:
+def _encode(run: Run, i: int) -> list[int]:
     """A prompt's tokens as lm-eval has them for a prompt alone: in a batch it asks the first text about BOS."""
+    text = run.requests[i].args[0]
+    if (parts := boundaries.apart(text, run.doc(i))) is not None:
+        return [token for part in parts for token in run.encode(part)]
     ids, _ = run.lm.tok_batch_encode([text], truncation=run.lm.truncation)
     return [int(token) for token in ids[0].tolist()]
 

@@ -49,6 +49,13 @@ def at_end(compression: Compression, summary: dict[str, Any]) -> None:
             summary["requests"],
         )
     for task, one in summary["by_task"].items():
+        if share := one.get("context_share"):
+            log.info(
+                "%s: question_in_prompt=False, and %.1f to %.1f %% of a prompt (median %.1f %%) stand before its "
+                "question and are compressed",
+                task or "this run",
+                *(100 * share[key] for key in ("min", "max", "median")),
+            )
         asked = one.get("question_tokens")
         if asked and 2 * asked["median"] > one["prompt_tokens"]["median"]:
             log.warning(

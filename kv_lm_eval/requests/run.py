@@ -146,6 +146,10 @@ class Run:
         encoded = lm.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
         return tokens_by_offsets(encoded["offset_mapping"], start)
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a part of a prompt, no special ones put before it."""
+        return [int(token) for token in self.lm.tok_encode(text, add_special_tokens=False)]
+
     def doc(self, i: int) -> dict[str, Any]:
         """A request's document."""
         doc = self.requests[i].doc if i < len(self.requests) else None

@@ -151,3 +151,12 @@ def test_shipped_full_configurations_can_run(file: Path) -> None:
     needs_a_profile = [p for p in found if "profile" in p["settings"]]
     plan.check([p for p in found if p not in needs_a_profile])
     assert (CONFIGS / "tiny" / file.name).is_file(), "each has a tiny form"
+
+
+def test_presets_that_tell_tasks_other_things_are_other_points() -> None:
+    """Equal points are run once; these two have the same settings of the model."""
+    names = ["leaderboard/snapkv", "leaderboard/snapkv_query_aware"]
+    config = {"models": ["kv-tiny"], "tasks": ["kv_ruler_vt"], "methods": [{"preset": names, "keep_ratio": 0.5}]}
+    first, second = plan.points(config)
+    assert first["hash"] != second["hash"] and {first["method"], second["method"]} == {"snapkv"}
+    assert [p["model_args"]["preset"] for p in (first, second)] == names

@@ -254,3 +254,37 @@ def test_a_dataset_of_ones_own_is_one_yaml(tmp_path, folder):
         index = TaskManager(include_path=str(tmp_path), metadata={"pretrained": "kv-tiny", "longbench_dir": folder})
         task = index.load(["my_task"])["tasks"]["my_task"]
     assert prompts(task)[0] == "Short. What? "
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_requests_say_where_the_question_begins(chat, load):
+    """The question's words stand in the long context too, which is cut in its middle."""
+    from kv_lm_eval.requests import boundaries
+
+    tasks = load("kv_longbench", longbench_max_length=600)
+    for name, task in tasks.items():
+        for doc in task.eval_docs:
+            doc = {**doc, "context": f"What? {doc['context']} What?", "input": "What? now"}
+            prompt = task.fewshot_context(doc, 0, apply_chat_template=chat, chat_template=template if chat else None)
+            request = task.construct_requests(doc, prompt, metadata=(name, 0, 1))
+            if "{input}" not in task.spec.prompt:
+                assert boundaries.BEGINS not in request.doc
+                continue
+            rest = task.spec.prompt.split("{input}")[1].strip()
+            asked = prompt[request.doc[boundaries.BEGINS] :]
+            assert asked.startswith("What? now") and rest in asked and asked.count("What?") == 1
+            found = boundaries.find(prompt, request.doc, None, name, lambda text, start: len(text) - start)
+            assert found.tail_tokens == len(asked) and not found.empty
+    without = {name for name, task in tasks.items() if "{input}" not in task.spec.prompt}
+    assert without == {f"kv_longbench_{n}" for n in ("gov_report", "multi_news", "vcsum", "lcc", "passage_count")}
+
+
+def test_a_row_without_a_question_has_the_end_of_its_context(load):
+    from kv_lm_eval.requests import boundaries
+
+    task = load("kv_longbench_gov_report")
+    doc = {**task.eval_docs[0], "input": ""}
+    prompt = task.fewshot_context(doc, 0)
+    request = task.construct_requests(doc, prompt, metadata=("t", 0, 1))
+    found = boundaries.find(prompt, request.doc, None, "t", lambda text, start: len(text) - start)
+    assert found.empty and prompt[-found.tail_tokens :] == task.spec.prompt.split("{context}")[1]

@@ -107,6 +107,89 @@ def test_fwe_prompts_that_lm_eval_makes_are_split_before_their_question():
     assert record.question_tokens in (asked, asked + 1) and asked < record.prompt_tokens / 5 and record.compressed
 
 
+# What the benchmarks ask with, by lm-eval's tasks: (prompt, document, the tail).
+ELSEWHERE = {
+    "babilong": (
+        f"{STORY * 2}\nWhere is Charlie?",
+        {"input": STORY * 2, "question": "Where is Charlie?"},
+        "Where is Charlie?",
+    ),
+    "infinitebench passkey": (
+        f"{STORY * 2}\n\nWhat is the pass key?",
+        {"context": STORY * 2, "input": "What is the pass key?", "answer": ["1"]},
+        "What is the pass key?",
+    ),
+    "infinitebench longbook_qa": (
+        f"{STORY * 2}\n\nQuestion: Who saw it?\n\nBe very concise.",
+        {"context": STORY * 2, "input": "Who saw it?", "answer": ["x"]},
+        "Who saw it?\n\nBe very concise.",
+    ),
+    "infinitebench code_run, in other words": (
+        f"Following is a set of functions.\n\n{STORY * 2}\n\nPlease give me the value of func_1(3). Be concise.",
+        {"context": STORY * 2, "input": "Please give me the exact number of func_1(3).", "answer": ["x"]},
+        "\n\nPlease give me the value of func_1(3). Be concise.",
+    ),
+    "infinitebench longdialogue, no question": (
+        f"Below is a dialogue script.\n\n{STORY * 2}\n\nThe name that has been replaced is most likely",
+        {"context": STORY * 2, "input": "", "answer": ["x"]},
+        "\n\nThe name that has been replaced is most likely",
+    ),
+    "loogle": (
+        f"Please answer by the text: {STORY * 2}\nQuestion: Who saw it?\nAnswer:",
+        {"context": STORY * 2, "question": "Who saw it?", "answer": "x"},
+        "Who saw it?\nAnswer:",
+    ),
+    "longbench2": (
+        f"Please read the text.\n<text>\n{STORY * 2}</text>\n\nWhat is the correct answer to this question: Who?\n"
+        "Choices:\n(A) I\n(B) You\n\nAnswer:",
+        {"context": STORY * 2, "question": "Who?", "choices": ["I", "You"], "answer": 0},
+        "Who?\nChoices:\n(A) I\n(B) You\n\nAnswer:",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_the_questions_of_other_benchmarks_are_found(what):
+    prompt, doc, tail = ELSEWHERE[what]
+    assert find(prompt, doc).strip() == tail.strip()
+
+
+REPEATED = "Who saw the ferry?"
+
+
+@pytest.mark.parametrize("field", [None, "question"])
+def test_words_of_the_question_inside_the_context_do_not_move_the_boundary(field):
+    context = f"{STORY}{REPEATED} {STORY * 2}{REPEATED} {STORY}"
+    doc = {"context": context, "question": REPEATED}
+    assert find(f"Read. {context}\nQuestion: {REPEATED}\nAnswer:", doc, field) == f"{REPEATED}\nAnswer:"
+    asked_otherwise = f"Read. {context}\nSay who saw it.\nAnswer:"
+    if field is None:
+        assert find(asked_otherwise, doc).strip() == "Say who saw it.\nAnswer:"
+    else:
+        with pytest.raises(UserError, match="question is not in the prompt outside its context"):
+            find(asked_otherwise, doc, field)
+
+
+def test_a_context_that_has_lost_its_middle_or_its_beginning_is_still_the_context():
+    context = f"{STORY * 3}{REPEATED} {STORY[:90]}"
+    cut = context[:120] + context[-150:]
+    for left in (cut, context[-150:]):
+        prompt = f"{left}\nSay who.\nAnswer:"
+        assert find(prompt, {"context": context, "question": REPEATED}).strip() == "Say who.\nAnswer:"
+
+
+def test_a_context_field_that_ends_with_the_question_is_split_before_it():
+    prompt = f"{STORY * 2}{REPEATED}"
+    assert find(f"{prompt}\nAnswer:", {"context": prompt, "question": REPEATED}) == f"{REPEATED}\nAnswer:"
+
+
+def test_a_task_that_says_where_its_question_begins_is_believed():
+    prompt = f"{STORY} {REPEATED} {STORY} {REPEATED} Answer:"
+    doc = {"question": REPEATED, boundaries.BEGINS: prompt.index(REPEATED)}
+    assert find(prompt, doc) == prompt[prompt.index(REPEATED) :]
+    assert find(prompt, doc, "question") == f"{REPEATED} Answer:"
+
+
 NO_CONTEXT = {
     "the whole prompt": (f"{STORY}Number:", {"input": f"{STORY}Number:"}),
     "all but a template's head": (f"<user>\n{STORY * 2}</user>", {"question": STORY * 2}),
