@@ -49,13 +49,13 @@ def asked(monkeypatch, whole) -> list[int]:
 
     log, original = Asked(), generation._generate
 
-    def generate(run, prompts):
+    def generate(run, prompts, contexts):
         log.append(tuple(len(prompt.ids) for prompt in prompts))
         if len(log) > log.stop_at:
             raise KeyboardInterrupt
         if len(prompts) >= log.fail[0] and max(log[-1]) >= log.fail[1]:
             raise torch.OutOfMemoryError("no memory")
-        return original(run, prompts)
+        return original(run, prompts, contexts)
 
     monkeypatch.setattr(generation, "_generate", generate)
     return log
