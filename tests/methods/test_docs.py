@@ -43,7 +43,8 @@ def test_a_table_that_is_not_what_the_method_files_say_is_named_with_the_command
     (tmp_path / "docs").mkdir()
     for page in ("README.md", "docs/methods.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
-        (tmp_path / page).write_text(text.replace("| `snapkv` |", "| `snapkw` |"), encoding="utf-8")
+        before, mark, table = text.partition("<!-- methods -->")
+        (tmp_path / page).write_text(before + mark + table.replace("| `snapkv` |", "| `snapkw` |", 1), encoding="utf-8")
     assert method_tables.main(["--folder", str(tmp_path)]) == 1
     said = capsys.readouterr().err.strip()
     assert "\n" not in said and "README.md" in said and "`python scripts/methods_doc.py --write`" in said
