@@ -1,11 +1,11 @@
-"""How far one distribution over the next token is from another: the numbers per token that a fidelity report is made of.
+"""How far one distribution over the next token is from another: the numbers per token of a fidelity report.
 
 The base (teacher) is the full cache, the other one (student) the method under test. The divergence is KL(base || ours),
 in nats, as llama.cpp's: what the base thinks possible and the method thinks less possible is what counts.
 
-Each term of the sum is taken as p (exp(d) - 1 - d) with d = log q - log p, which is never negative and sums to the same,
-since both distributions sum to 1. So float32 logits that differ by rounding alone (1e-6) give a divergence of 1e-12,
-where p log(p/q) would give the rounding itself, 1e-7 of either sign.
+Each term of the sum is taken as p (exp(d) - 1 - d) with d = log q - log p, which is never negative and sums to the
+same, since both distributions sum to 1. So float32 logits that differ by rounding alone (1e-6) give a divergence of
+1e-12, where p log(p/q) would give the rounding itself, 1e-7 of either sign.
 
 Shapes: n tokens, V vocabulary.
 """
@@ -65,7 +65,7 @@ def of_logits(base: torch.Tensor, ours: torch.Tensor, targets: torch.Tensor) -> 
 
 def _block(
     base: torch.Tensor, ours: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     ours = ours.to(base.device)
     same_top = base.argmax(-1) == ours.argmax(-1)
     log_p, log_q = (x.log_softmax(-1, dtype=dtype) for x in (base, ours))

@@ -108,7 +108,8 @@ def _plain_field(value: Any) -> Any:
 
 def _document(stored: dict[str, Any]) -> Any:
     record = DocumentRecord(**{name: _field(value) for name, value in stored.items()})
-    if not len(record.tokens) == len(record.log_probs) == len(record.greedy):
+    beside = [x for x in (record.kl, record.base_log_probs, record.same_top) if x is not None]
+    if {len(x) for x in (record.log_probs, record.greedy, *beside)} != {len(record.tokens)}:
         raise ValueError("arrays of several lengths")
     return DocumentScore(record)
 

@@ -1,0 +1,99 @@
+"""A method and the full cache in step over the same tokens: how far apart their next-token distributions are.
+
+The teacher (full cache) and the student (the method) run over one text, each in forwards of its own length, and every
+block of logits is compared as soon as both are there. Nothing is stored but a few numbers a token; what is held are one
+block of each, whose size streaming.py bounds. The teacher's numbers are those of a run with method=full.
+
+Shapes: n tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+from transformers import PreTrainedModel
+
+from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.engine.check import FULL
+from kv_lm_eval.engine.prefill import NewCache
+from kv_lm_eval.engine.streaming import ScoredDocument, logit_blocks, score_documents
+from kv_lm_eval.metrics.divergence import Divergence, joined, of_logits
+
+Blocks = Iterator[tuple[int, list[tuple[int, torch.Tensor]]]]
+FLOOR_FORWARD = 37  # tokens of a forward of the noise floor's second run: no length that the first one has
+
+
+class Ahead:
+    """A stream of logits that is read a little at a time: runs on when what is asked for has not come yet."""
+
+    def __init__(self, blocks: Blocks, rows: int) -> None:
+        self._blocks = blocks
+        self._held: list[list[tuple[int, torch.Tensor]]] = [[] for _ in range(rows)]
+
+    def take(self, row: int, start: int, stop: int) -> torch.Tensor:
+        """Logits [n, V] that predict a row's tokens from `start` to `stop`; what stands before is let go of."""
+        held = self._held[row]
+        while not held or held[-1][0] + len(held[-1][1]) < stop:
+            done, blocks = next(self._blocks)
+            for b, logits in blocks:
+                self._held[b].append((done, logits))
+        held[:] = [(at, logits) for at, logits in held if at + len(logits) > start]
+        parts = [x[max(0, start - at) : stop - at] for at, x in held if at < stop]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def score_beside(
+    model: PreTrainedModel,
+    new_cache: NewCache,
+    prefix_token: int,
+    documents: Sequence[Sequence[int]],
+    every: int,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+    prefill_tokens: int = 0,
+) -> tuple[list[ScoredDocument], CompressedCache, list[Divergence]]:
+    """`streaming.score_documents` with the full cache beside it: also each document's numbers per token."""
+    rows = [[prefix_token, *d] for d in documents]
+    full = CompressedCache(FULL, new_cache().facts)
+    teacher = Ahead(logit_blocks(model, full, rows), len(rows))
+    parts: list[list[Divergence]] = [[] for _ in rows]
+
+    def observe(row: int, done: int, logits: torch.Tensor) -> None:
+        stop = done + len(logits)
+        base = teacher.take(row, done, stop)
+        parts[row].append(of_logits(base, logits, torch.tensor(rows[row][done + 1 : stop + 1])))
+
+    scored, cache = score_documents(
+        model, new_cache, prefix_token, documents, every, dtype, progress, prefill_tokens, observe
+    )
+    return scored, cache, list(map(joined, parts))
+
+
+def noise_floor(
+    model: PreTrainedModel,
+    facts: ModelFacts,
+    prefix_token: int,
+    tokens: Sequence[int],
+    dtype: torch.dtype | None = None,
+) -> Divergence:
+    """The full cache against itself in shorter forwards: what a divergence is where nothing differs but rounding.
+
+    Args:
+        dtype: in which the second run computes its matrix products (torch.autocast); None: the model's own.
+    """
+    row = [prefix_token, *tokens]
+    once = Ahead(logit_blocks(model, CompressedCache(FULL, facts), [row]), 1)
+    device = next(model.parameters()).device.type
+    parts: list[Divergence] = []
+    again = logit_blocks(model, CompressedCache(FULL, facts), [row], most=FLOOR_FORWARD)
+    while True:
+        with torch.autocast(device, dtype=dtype) if dtype else nullcontext():
+            found = next(again, None)
+        if found is None:
+            return joined(parts)
+        done, ((_, logits),) = found
+        stop = done + len(logits)
+        parts.append(of_logits(once.take(0, done, stop), logits, torch.tensor(row[done + 1 : stop + 1])))
