@@ -18,12 +18,18 @@ from transformers import PreTrainedModel
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.engine.check import FULL
+from kv_lm_eval.engine.choices import Score, score_continuations
 from kv_lm_eval.engine.prefill import NewCache
 from kv_lm_eval.engine.streaming import ScoredDocument, logit_blocks, score_documents
 from kv_lm_eval.metrics.divergence import Divergence, joined, of_logits
 
 Blocks = Iterator[tuple[int, list[tuple[int, torch.Tensor]]]]
 FLOOR_FORWARD = 37  # tokens of a forward of the noise floor's second run: no length that the first one has
+
+
+def full_cache(facts: ModelFacts) -> NewCache:
+    """Makes the teacher's caches."""
+    return lambda: CompressedCache(FULL, facts)
 
 
 class Ahead:
@@ -57,8 +63,7 @@ def score_beside(
 ) -> tuple[list[ScoredDocument], CompressedCache, list[Divergence]]:
     """`streaming.score_documents` with the full cache beside it: also each document's numbers per token."""
     rows = [[prefix_token, *d] for d in documents]
-    full = CompressedCache(FULL, new_cache().facts)
-    teacher = Ahead(logit_blocks(model, full, rows), len(rows))
+    teacher = Ahead(logit_blocks(model, full_cache(new_cache().facts)(), rows), len(rows))
     parts: list[list[Divergence]] = [[] for _ in rows]
 
     def observe(row: int, done: int, logits: torch.Tensor) -> None:
@@ -70,6 +75,35 @@ def score_beside(
         model, new_cache, prefix_token, documents, every, dtype, progress, prefill_tokens, observe
     )
     return scored, cache, list(map(joined, parts))
+
+
+def continue_beside(
+    model: PreTrainedModel,
+    new_cache: NewCache,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    tail_tokens: int | Sequence[int] | Tails,
+    dtype: torch.dtype | None = None,
+) -> tuple[list[list[Score]], CompressedCache, list[list[Score]], list[list[Divergence]]]:
+    """`choices.score_continuations` under the method and under the full cache: also the latter's scores, and the
+    numbers per token of every continuation.
+
+    An answer that was generated is a continuation too: its tokens under both caches, fed as decoding feeds them.
+    """
+    facts = new_cache().facts
+    base: dict[tuple[int, int], torch.Tensor] = {}
+    found: dict[tuple[int, int], Divergence] = {}
+
+    def keep(b: int, i: int, logits: torch.Tensor) -> None:
+        base[b, i] = logits
+
+    def compare(b: int, i: int, logits: torch.Tensor) -> None:
+        found[b, i] = of_logits(base.pop((b, i)), logits, torch.tensor(continuations[b][i]))
+
+    wanted, _ = score_continuations(model, full_cache(facts), contexts, continuations, tail_tokens, dtype, keep)
+    scores, cache = score_continuations(model, new_cache, contexts, continuations, tail_tokens, dtype, compare)
+    beside = [[found[b, i] for i in range(len(group))] for b, group in enumerate(continuations)]
+    return scores, cache, wanted, beside
 
 
 def noise_floor(
@@ -85,10 +119,10 @@ def noise_floor(
         dtype: in which the second run computes its matrix products (torch.autocast); None: the model's own.
     """
     row = [prefix_token, *tokens]
-    once = Ahead(logit_blocks(model, CompressedCache(FULL, facts), [row]), 1)
+    once = Ahead(logit_blocks(model, full_cache(facts)(), [row]), 1)
     device = next(model.parameters()).device.type
     parts: list[Divergence] = []
-    again = logit_blocks(model, CompressedCache(FULL, facts), [row], most=FLOOR_FORWARD)
+    again = logit_blocks(model, full_cache(facts)(), [row], most=FLOOR_FORWARD)
     while True:
         with torch.autocast(device, dtype=dtype) if dtype else nullcontext():
             found = next(again, None)

@@ -12,6 +12,7 @@ p < e^-16); no error where there are fewer than two tokens, where theirs is 0 up
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,10 @@ def of_tokens(kl: np.ndarray, base_log_probs: np.ndarray, log_probs: np.ndarray,
 
 def interval(kl: Sequence[np.ndarray], texts: Sequence[Hashable] | None = None) -> dict[str, Any]:
     """Mean KL with an interval that knows of neighbouring tokens; one array a document, see `blocks.interval`."""
-    return blocks.interval([np.asarray(x, dtype=np.float64) for x in kl], texts=texts)
+    found = blocks.interval([np.asarray(x, dtype=np.float64) for x in kl], texts=texts)
+    if found["low"] is not None:
+        found["low"] = max(0.0, found["low"])  # no divergence is below
+    return found
 
 
 def _mean(values: np.ndarray) -> Estimate:
@@ -139,3 +143,20 @@ def _percentile(ordered: np.ndarray, share: float) -> float:
     if not part:
         return float(ordered[below])
     return float((1 - part) * ordered[below] + part * ordered[below + 1])
+
+
+def as_plain(found: Statistics) -> dict[str, Any]:
+    """For JSON, one level deep: "kl", "kl_se", "kl_max", "kl_p99.9", "kl_min", ..."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(found):
+        value = getattr(found, field.name)
+        if isinstance(value, Estimate):
+            out |= {field.name: value.value, f"{field.name}_se": value.error}
+        elif isinstance(value, Spread):
+            name = field.name.removesuffix("_spread")
+            out[f"{name}_max"] = value.largest
+            out |= {f"{name}_p{p:g}": x for p, x in value.percentiles.items()}
+            out[f"{name}_min"] = value.smallest
+        else:
+            out[field.name] = value
+    return out

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kv_lm_eval import plugin, tiny
+from kv_lm_eval import tiny
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.stats import blocks, fidelity
 
@@ -18,34 +18,14 @@ KNORM = {"method": "knorm", "max_capacity_prompt": 64}
 
 
 @pytest.fixture(scope="module")
-def run():
-    plugin.install()
-    import lm_eval
-    from lm_eval.tasks import TaskManager
+def ask(run):
+    def texts(task="kv_fidelity_file", tokens=400, metadata=None, **asked):
+        return run(task, metadata={"text_files": str(TEXTS), "max_eval_tokens": tokens, **(metadata or {})}, **asked)
 
-    def evaluate(
-        task="kv_fidelity_file", model="kvcompressed", batch=1, use_cache=None, metadata=None, tokens=400, **model_args
-    ):
-        pretrained = "kv-tiny" if model == "kvcompressed" else tiny.path()
-        model_args = {"pretrained": pretrained, "dtype": "float32", **model_args}
-        metadata = {"text_files": str(TEXTS), "max_eval_tokens": tokens, **(metadata or {})}
-        with plugin.only_our_tasks():
-            index = TaskManager(metadata={**model_args, **metadata})
-        return lm_eval.simple_evaluate(
-            model=model, model_args=model_args, tasks=[task], task_manager=index, device="cpu", batch_size=batch,
-            bootstrap_iters=0, use_cache=use_cache,
-        )  # fmt: skip
-
-    done = {}
-
-    def once(**asked):
-        """The same run is made once for all tests."""
-        key = repr(sorted(asked.items()))
-        if key not in done:
-            done[key] = evaluate(**asked)
-        return done[key]
-
-    return once
+    texts.anew = lambda **asked: run.anew(
+        "kv_fidelity_file", metadata={"text_files": str(TEXTS), "max_eval_tokens": 100}, **asked
+    )
+    return texts
 
 
 def scores(results):
@@ -58,8 +38,8 @@ def per_token(results):
     return [s["doc"]["per_token"] for s in sorted(samples, key=lambda s: s["doc_id"])]
 
 
-def test_every_number_of_the_table_is_that_of_all_tokens_together(run):
-    results = run(**KNORM)
+def test_every_number_of_the_table_is_that_of_all_tokens_together(ask):
+    results = ask(**KNORM)
     got, records = scores(results), per_token(results)
     kl = np.concatenate([r["kl"] for r in records])
     ours, base = (-np.concatenate([r[name] for r in records]) for name in ("nll", "base_nll"))
@@ -80,16 +60,16 @@ def test_every_number_of_the_table_is_that_of_all_tokens_together(run):
     assert 0 <= got["kl_noise_floor"] < 1e-9 < got["kl_noise_floor_bfloat16"] < got["kl_mean"]
 
 
-def test_both_perplexities_are_those_of_runs_of_their_own(run):
-    beside = scores(run(**KNORM))
-    alone = scores(run(task="kv_ppl_file", **KNORM))
-    full = scores(run(task="kv_ppl_file", method="full"))
+def test_both_perplexities_are_those_of_runs_of_their_own(ask):
+    beside = scores(ask(**KNORM))
+    alone = scores(ask(task="kv_ppl_file", **KNORM))
+    full = scores(ask(task="kv_ppl_file", method="full"))
     assert beside["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
     assert beside["perplexity_base"] == pytest.approx(full["perplexity"], rel=1e-6)
 
 
-def test_the_full_cache_is_at_no_distance_from_itself(run):
-    got = scores(run(method="full"))
+def test_the_full_cache_is_at_no_distance_from_itself(ask):
+    got = scores(ask(method="full"))
     assert got["kl_max"] < 1e-9 and got["same_top"] == 1
     assert got["kl_after_eviction"] == "N/A"
 
@@ -104,28 +84,27 @@ def in_order(found):
 
 
 @pytest.mark.parametrize("method", ["knorm", "snapkv"])
-def test_the_less_is_kept_the_larger_the_divergence(run, method):
+def test_the_less_is_kept_the_larger_the_divergence(ask, method):
     more = {"window_size": 16} if method == "snapkv" else {}
-    assert in_order([run(method=method, keep_ratio=share, tokens=300, **more) for share in (0.5, 0.25, 0.1)])
+    assert in_order([ask(method=method, keep_ratio=share, tokens=300, **more) for share in (0.5, 0.25, 0.1)])
 
 
-def test_the_fewer_bits_the_larger_the_divergence(run):
-    assert in_order([run(method="quantized", nbits=bits, tokens=300) for bits in (8, 4, 2)])
+def test_the_fewer_bits_the_larger_the_divergence(ask):
+    assert in_order([ask(method="quantized", nbits=bits, tokens=300) for bits in (8, 4, 2)])
 
 
-def test_a_batch_and_the_request_cache_give_the_same_numbers(run, tmp_path):
+def test_a_batch_and_the_request_cache_give_the_same_numbers(ask, tmp_path):
     cache = str(tmp_path / "answers")
-    first = run(use_cache=cache, tokens=100, **KNORM)
-    again = run(use_cache=cache, tokens=100, batch=3, **KNORM)
+    first, again = (ask.anew(use_cache=cache, **KNORM) for _ in range(2))
     assert scores(again) == scores(first)
     assert again["config"]["kv_stats"]["requests"] == 0
-    together, apart = (scores(run(**{"batch": size} if size > 1 else {}, **KNORM)) for size in (2, 1))
+    together, apart = (scores(ask(**{"batch": size} if size > 1 else {}, **KNORM)) for size in (2, 1))
     for name, value in apart.items():
         assert together[name] == value or together[name] == pytest.approx(value, rel=1e-3, abs=1e-8), name
 
 
-def test_the_setting_adds_the_numbers_to_other_tasks_of_documents_and_takes_the_times_away(run):
-    plain, beside = run(task="kv_ppl_file", **KNORM), run(task="kv_ppl_file", fidelity=True, **KNORM)
+def test_the_setting_adds_the_numbers_to_other_tasks_of_documents_and_takes_the_times_away(ask):
+    plain, beside = ask(task="kv_ppl_file", **KNORM), ask(task="kv_ppl_file", fidelity=True, **KNORM)
     assert scores(plain) == scores(beside)
     assert "kl" not in per_token(plain)[0]
     assert len(per_token(beside)[0]["kl"]) == 400
@@ -142,6 +121,6 @@ def test_the_setting_adds_the_numbers_to_other_tasks_of_documents_and_takes_the_
         ({"method": "no_cache", "fidelity": True}, "has none"),
     ],
 )
-def test_what_cannot_be_compared_is_told(run, more, message):
+def test_what_cannot_be_compared_is_told(ask, more, message):
     with pytest.raises(UserError, match=message):
-        run(**more)
+        ask(**more)
