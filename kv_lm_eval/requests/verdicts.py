@@ -18,7 +18,7 @@ import numpy as np
 
 from kv_lm_eval.metrics.divergence import Divergence
 from kv_lm_eval.requests.beside import Beside
-from kv_lm_eval.stats import fidelity, mcnemar
+from kv_lm_eval.stats import curves, fidelity, mcnemar
 
 log = logging.getLogger("lm_eval.models.kvcompressed")
 Pairs = dict[str, list[tuple[float, float]]]  # of a metric, document by document: the full cache's value and ours
@@ -32,6 +32,7 @@ class Found:
     requests: list[Beside] = field(default_factory=list)
     texts: list[int] = field(default_factory=list)  # which document each request is of
     documents: list[Divergence] = field(default_factory=list)  # of loglikelihood_rolling
+    cuts: list[list[int]] = field(default_factory=list)  # tokens fed before each cut of each document
     choices: list[bool] = field(default_factory=list)  # of documents with several continuations: whether both chose one
     metrics: Pairs = field(default_factory=dict)
     noise_floor: dict[str, float] | None = None
@@ -41,6 +42,7 @@ class Found:
         self.requests += other.requests
         self.texts += other.texts
         self.documents += other.documents
+        self.cuts += other.cuts
         self.choices += other.choices
         for name, pairs in other.metrics.items():
             self.metrics.setdefault(name, []).extend(pairs)
@@ -56,7 +58,13 @@ class Found:
             out["answers"] = _of_answers(answers)
             own = [one.along_own for one in self.requests]
             out["along_own"] = _statistics([one for one in own if one is not None], self.texts)
-        out["along_base"] = _statistics(along, self.texts or range(len(along)))
+        texts = self.texts or range(len(along))
+        out["along_base"] = _statistics(along, texts)
+        kl = [one.kl for one in along]
+        out["by_position"] = curves.by_place(kl, [np.arange(len(one)) for one in kl], texts)
+        if self.documents:
+            out |= self._around_cuts(kl)
+            return out
         binary = {name: pairs for name, pairs in self.metrics.items() if _is_binary(pairs)}
         out["flips"] = {
             name: asdict(mcnemar.flips([b == 1 for b, _ in pairs], [o == 1 for _, o in pairs]))
@@ -68,12 +76,28 @@ class Found:
         }
         return out
 
+    def _around_cuts(self, kl: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Before and after the first cut of each document, and by the distance from it and from the latest one."""
+        pairs = list(zip(map(len, kl), self.cuts, strict=True))
+        first, last = ([since(n, cuts) for n, cuts in pairs] for since in (curves.since_first, curves.since_last))
+        late = [place >= 0 for place in first]
+        before = [np.where(now, np.nan, x) for x, now in zip(kl, late, strict=True)]
+        after = [np.where(now, x, np.nan) for x, now in zip(kl, late, strict=True)]
+        return {
+            "before_eviction": fidelity.interval(before),
+            "after_eviction": fidelity.interval(after),
+            "by_distance": curves.by_place(kl, first),
+            "since_latest_cut": curves.by_place(kl, last),
+        }
+
 
 def add(lm: Any, tasks: Any, results: Any) -> None:
     """Adds `fidelity` to an evaluation's results; called in every process, of which one has results."""
-    if not getattr(getattr(lm, "engine", None), "fidelity", False):
+    every = dict(_tasks(tasks))
+    asked = [getattr(lm, "engine", None), *(getattr(task, "reading", None) for task in every.values())]
+    if not any(getattr(one, "fidelity", None) for one in asked):
         return
-    found = {name: one for name, task in _tasks(tasks) if (one := _found(task))}
+    found = {name: one for name, task in every.items() if (one := _found(task))}
     if lm.world_size > 1:
         parts = lm.gather_object(found) or []
         found = {}
@@ -108,6 +132,7 @@ def _found(task: Any) -> Found | None:
     records: list[Any] = [r for a in answers if getattr(r := getattr(a, "record", None), "kl", None) is not None]
     if records:
         out.documents = [Divergence(r.kl, r.base_log_probs, r.log_probs, r.same_top) for r in records]
+        out.cuts = [[fed for fed, _ in r.evictions] for r in records]
         out.noise_floor = records[0].noise_floor
         return out
     compared = [b for a in answers if isinstance(b := getattr(a, "beside", None), Beside)]
