@@ -47,8 +47,6 @@ OF_STATISTICS: dict[str, tuple[Callable[[Statistics], Number], bool | None]] = {
     "same_top_se": (lambda s: s.same_top.error, None),
     "delta_p_mean": (lambda s: s.delta_p.value, True),
     "delta_p_rms": (lambda s: s.delta_p_rms.value, False),
-    "perplexity": (lambda s: s.ppl.value, False),
-    "perplexity_base": (lambda s: s.ppl_base.value, None),
     "ppl_ratio": (lambda s: s.ppl_ratio.value, False),
     "ppl_ratio_se": (lambda s: s.ppl_ratio.error, None),
     "log_prob_correlation": (lambda s: s.correlation, True),
@@ -99,6 +97,8 @@ class FidelityTask(PerplexityTask):
         "kl_after_eviction": (perplexity.ratio, False),
         **{name: (partial(_floor, kind), None) for name, kind in FLOORS.items()},
         "same_top": (perplexity.ratio, True),
+        "perplexity": (perplexity.perplexity, False),
+        "perplexity_base": (perplexity.perplexity, None),
         **{name: (partial(_all_tokens, number), better) for name, (number, better) in OF_STATISTICS.items()},
         "scored_tokens": (perplexity.total, None),
         "documents": (perplexity.total, None),
@@ -116,7 +116,7 @@ class FidelityTask(PerplexityTask):
     def numbers_of(self, doc: dict[str, Any], score: DocumentScore) -> dict[str, Any]:
         """Sums and counts, and the document itself for what is no quotient of sums."""
         record = score.record
-        kl, _, _, same_top = _of(record)
+        kl, base, _, same_top = _of(record)
         late = record.after_first_eviction()
         own = statistics([record])
         sums = kl.astype(np.float64)
@@ -125,6 +125,8 @@ class FidelityTask(PerplexityTask):
             "kl_before_eviction": (float(sums[~late].sum()), int((~late).sum())),
             "kl_after_eviction": (float(sums[late].sum()), int(late.sum())),
             "same_top": (int(same_top.sum()), len(kl)),
+            "perplexity": (float(score), len(kl)),
+            "perplexity_base": (float(base.sum(dtype=np.float64)), len(kl)),
             **{name: Measured(own.kl.value, record) for name in ("kl_low", "kl_high", *FLOORS)},
             **{name: Measured(_or_nan(number(own)), record) for name, (number, _) in OF_STATISTICS.items()},
             "scored_tokens": len(kl),
