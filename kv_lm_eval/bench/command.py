@@ -34,7 +34,7 @@ from kv_lm_eval.methods import names
 if TYPE_CHECKING:  # torch takes seconds, and a mistake is told before
     from kv_lm_eval.bench.measure import Bench
 
-PARTS = ("generation", "decode", "prefill", "memory", "scoring", "shared_prefix", "compiled")
+PARTS = ("generation", "decode", "prefill", "memory", "scoring", "fidelity", "shared_prefix", "compiled")
 DECODED = "full,streaming_llm,streaming_ring,snapkv,h2o"
 GENERATED = "full,streaming_ring,snapkv,h2o"
 

@@ -111,23 +111,26 @@ def noise_floor(
     facts: ModelFacts,
     prefix_token: int,
     tokens: Sequence[int],
-    dtype: torch.dtype | None = None,
-) -> Divergence:
+    dtypes: Sequence[torch.dtype | None] = (None,),
+) -> list[Divergence]:
     """The full cache against itself in shorter forwards: what a divergence is where nothing differs but rounding.
 
     Args:
-        dtype: in which the second run computes its matrix products (torch.autocast); None: the model's own.
+        dtypes: in which the matrix products of further runs are computed (torch.autocast); None: the model's own.
+
+    Returns:
+        one for each of dtypes.
     """
     row = [prefix_token, *tokens]
     once = Ahead(logit_blocks(model, full_cache(facts)(), [row]), 1)
+    others = [logit_blocks(model, full_cache(facts)(), [row], most=FLOOR_FORWARD) for _ in dtypes]
     device = next(model.parameters()).device.type
-    parts: list[Divergence] = []
-    again = logit_blocks(model, full_cache(facts)(), [row], most=FLOOR_FORWARD)
-    while True:
-        with torch.autocast(device, dtype=dtype) if dtype else nullcontext():
-            found = next(again, None)
-        if found is None:
-            return joined(parts)
-        done, ((_, logits),) = found
-        stop = done + len(logits)
-        parts.append(of_logits(once.take(0, done, stop), logits, torch.tensor(row[done + 1 : stop + 1])))
+    parts: list[list[Divergence]] = [[] for _ in dtypes]
+    for done in range(0, len(tokens), FLOOR_FORWARD):
+        stop = min(done + FLOOR_FORWARD, len(tokens))
+        base, targets = once.take(0, done, stop), torch.tensor(tokens[done:stop])
+        for found, blocks, dtype in zip(parts, others, dtypes, strict=True):
+            with torch.autocast(device, dtype=dtype) if dtype else nullcontext():
+                _, ((_, logits),) = next(blocks)
+            found.append(of_logits(base, logits, targets))
+    return list(map(joined, parts))

@@ -12,12 +12,14 @@ Shapes: n tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-BLOCK_ELEMENTS = 2**23  # of the vocabulary by tokens, computed at a time: what is held beside the logits
+MOST = 80.0  # difference of log-probabilities up to which exp does not overflow in float32
+BLOCK_ELEMENTS = 2**19  # of the vocabulary by tokens, computed at a time: what is held beside the logits
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Divergence:
 
     Attributes:
         kl: [n] KL(base || ours) in nats. base_log_probs, log_probs: [n] of the token that came, in nats, under the base
-            and under the method. same_top: [n] whether both find the same token most likely.
+            and under the method. same_top: [n] whether no token is likelier under the method than the base's likeliest.
     """
 
     kl: np.ndarray
@@ -57,6 +59,8 @@ def of_logits(base: torch.Tensor, ours: torch.Tensor, targets: torch.Tensor) -> 
         targets: [n] the tokens that came.
     """
     dtype = torch.promote_types(torch.promote_types(base.dtype, ours.dtype), torch.float32)
+    if not len(targets):
+        return joined([])
     size = max(1, BLOCK_ELEMENTS // base.shape[-1])
     targets = targets.to(base.device)
     parts = [_block(*part, dtype) for part in zip(base.split(size), ours.split(size), targets.split(size), strict=True)]
@@ -67,11 +71,20 @@ def _block(
     base: torch.Tensor, ours: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
     ours = ours.to(base.device)
-    same_top = base.argmax(-1) == ours.argmax(-1)
+    same_top = ours.gather(1, base.argmax(-1, keepdim=True)).squeeze(1) == ours.amax(-1)
     log_p, log_q = (x.log_softmax(-1, dtype=dtype) for x in (base, ours))
     of_targets = [x.gather(1, targets[:, None]).squeeze(1) for x in (log_p, log_q)]
-    difference, p = log_q - log_p, log_p.exp()
+    return (_kl(log_p, log_q), *of_targets, same_top)
+
+
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """[n] from two blocks of log-probabilities [n, V]; the first one is overwritten."""
+    difference = log_q - log_p
+    least, most = (float(x) for x in difference.aminmax())  # NaN where both rule a token out
+    p = log_p.exp_()
+    if -math.inf < least and most < MOST:
+        return torch.linalg.vecdot(difference.expm1().sub_(difference), p)
     near = torch.expm1(difference).sub_(difference).mul_(p)
-    terms = torch.where(difference.abs() < 1, near, log_q.exp().sub_(p).sub_(difference.mul_(p)))
-    terms = torch.where(p == 0, log_q.exp_(), terms)  # the base rules the token out, by logits of -inf too
-    return (terms.sum(-1), *of_targets, same_top)
+    q = log_q.exp()
+    terms = torch.where(difference.abs() < 1, near, (q - p).sub_(difference.mul_(p)))
+    return torch.where(p == 0, q, terms).sum(-1)  # the base rules the token out, by logits of -inf too

@@ -27,7 +27,7 @@ from kv_lm_eval.requests.samples import Text
 if TYPE_CHECKING:
     from kv_lm_eval.requests.generation import Prompt
 
-FLOOR_TOKENS, LEAST_FLOOR_TOKENS = 1024, 96  # over which the noise is measured: a twentieth of the text, within these
+FLOOR_TOKENS, LEAST_FLOOR_TOKENS = 1024, 96  # over which the noise is measured: a fortieth of the text, within these
 
 
 def check_lengths(run: Run, lengths: Sequence[int]) -> None:
@@ -159,13 +159,12 @@ def noise_floor(run: Run, texts: Sequence[list[int]], first: Sequence[int] = ())
     total = sum(map(len, texts))
     longest = max(range(len(texts)), key=lambda i: len(texts[i]))
     prefix = first[longest] if first else run.lm.prefix_token_id
-    tokens = texts[longest][: min(FLOOR_TOKENS, max(LEAST_FLOOR_TOKENS, total // 20))]
+    tokens = texts[longest][: min(FLOOR_TOKENS, max(LEAST_FLOOR_TOKENS, total // 40))]
     kinds: dict[str, torch.dtype | None] = {"chunking": None}
     if run.lm.model.dtype in (torch.float32, torch.float64) and run.lm.mixed_precision_dtype is None:
         kinds["bfloat16"] = torch.bfloat16
-    found: dict[str, float] = {}
-    for kind, dtype in kinds.items() if tokens else ():
-        with run.autocast():
-            one = fidelity.noise_floor(run.lm.model, run.facts, prefix, tokens, dtype)
-        found[kind] = float(one.kl.mean(dtype=np.float64))
-    return found
+    if not tokens:
+        return {}
+    with run.autocast():
+        found = fidelity.noise_floor(run.lm.model, run.facts, prefix, tokens, list(kinds.values()))
+    return {kind: float(one.kl.mean(dtype=np.float64)) for kind, one in zip(kinds, found, strict=True)}

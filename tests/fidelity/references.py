@@ -76,7 +76,7 @@ def loops(base: torch.Tensor, ours: torch.Tensor, targets: list[int]) -> dict[st
         out["kl"].append(math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)))
         out["base_log_probs"].append(p[target])
         out["log_probs"].append(q[target])
-        out["same_top"].append(float(one.index(max(one)) == other.index(max(other))))
+        out["same_top"].append(float(other[one.index(max(one))] == max(other)))
     return out
 
 

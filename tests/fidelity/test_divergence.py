@@ -21,8 +21,7 @@ def reference(base: list[float], ours: list[float], target: int) -> tuple[float,
 
     log_p, log_q = log_probs(base), log_probs(ours)
     kl = math.fsum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True) if p > -math.inf)
-    top = [max(range(len(x)), key=x.__getitem__) for x in (base, ours)]
-    return kl, log_p[target], log_q[target], top[0] == top[1]
+    return kl, log_p[target], log_q[target], ours[base.index(max(base))] == max(ours)
 
 
 def draw(apart: float, n: int = 7, vocab: int = 50, scale: float = 3.0) -> tuple[torch.Tensor, ...]:
