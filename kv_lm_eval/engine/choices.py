@@ -214,9 +214,9 @@ def score_in_forks(
                 parts[i].append(own)
     scores: list[list[Score]] = [[] for _ in continuations]
     for b, part, row in zip(owner, parts, rows, strict=True):
-        logits = torch.cat(part)
-        observe(b, len(scores[b]), logits)
-        scores[b].append(_score(logits, row, dtype))
+        whole = torch.cat(part)
+        observe(b, len(scores[b]), whole)
+        scores[b].append(_score(whole, row, dtype))
     return scores
 
 

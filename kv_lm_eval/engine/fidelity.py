@@ -19,11 +19,10 @@ from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.engine.check import FULL
 from kv_lm_eval.engine.choices import Score, score_continuations
-from kv_lm_eval.engine.prefill import NewCache
-from kv_lm_eval.engine.streaming import ScoredDocument, logit_blocks, score_documents
+from kv_lm_eval.engine.prefill import Logits, NewCache, Rows
+from kv_lm_eval.engine.streaming import ScoredDocument, forwards, score_documents
 from kv_lm_eval.metrics.divergence import Divergence, joined, of_logits
 
-Blocks = Iterator[tuple[int, list[tuple[int, torch.Tensor]]]]
 FLOOR_FORWARD = 37  # tokens of a forward of the noise floor's second run: no length that the first one has
 
 
@@ -35,20 +34,24 @@ def full_cache(facts: ModelFacts) -> NewCache:
 class Ahead:
     """A stream of logits that is read a little at a time: runs on when what is asked for has not come yet."""
 
-    def __init__(self, blocks: Blocks, rows: int) -> None:
-        self._blocks = blocks
+    def __init__(self, forwards: Iterator[tuple[list[int], Logits]], rows: int) -> None:
+        self._forwards = forwards
         self._held: list[list[tuple[int, torch.Tensor]]] = [[] for _ in range(rows)]
 
     def take(self, row: int, start: int, stop: int) -> torch.Tensor:
         """Logits [n, V] that predict a row's tokens from `start` to `stop`; what stands before is let go of."""
         held = self._held[row]
         while not held or held[-1][0] + len(held[-1][1]) < stop:
-            done, blocks = next(self._blocks)
-            for b, logits in blocks:
-                self._held[b].append((done, logits))
+            fed, logits = next(self._forwards)
+            for b, own in logits.items():
+                self._held[b].append((fed[b], own))
         held[:] = [(at, logits) for at, logits in held if at + len(logits) > start]
         parts = [x[max(0, start - at) : stop - at] for at, x in held if at < stop]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _teacher(model: PreTrainedModel, facts: ModelFacts, rows: Rows) -> Ahead:
+    return Ahead(forwards(model, full_cache(facts)(), rows), len(rows))
 
 
 def score_beside(
@@ -62,14 +65,13 @@ def score_beside(
     prefill_tokens: int = 0,
 ) -> tuple[list[ScoredDocument], CompressedCache, list[Divergence]]:
     """`streaming.score_documents` with the full cache beside it: also each document's numbers per token."""
-    rows = [[prefix_token, *d] for d in documents]
-    teacher = Ahead(logit_blocks(model, full_cache(new_cache().facts)(), rows), len(rows))
-    parts: list[list[Divergence]] = [[] for _ in rows]
+    teacher = _teacher(model, new_cache().facts, [[prefix_token, *d][:-1] for d in documents])
+    parts: list[list[Divergence]] = [[] for _ in documents]
 
     def observe(row: int, done: int, logits: torch.Tensor) -> None:
         stop = done + len(logits)
         base = teacher.take(row, done, stop)
-        parts[row].append(of_logits(base, logits, torch.tensor(rows[row][done + 1 : stop + 1])))
+        parts[row].append(of_logits(base, logits, torch.tensor(documents[row][done:stop])))
 
     scored, cache = score_documents(
         model, new_cache, prefix_token, documents, every, dtype, progress, prefill_tokens, observe
@@ -121,16 +123,16 @@ def noise_floor(
     Returns:
         one for each of dtypes.
     """
-    row = [prefix_token, *tokens]
-    once = Ahead(logit_blocks(model, full_cache(facts)(), [row]), 1)
-    others = [logit_blocks(model, full_cache(facts)(), [row], most=FLOOR_FORWARD) for _ in dtypes]
+    row = [prefix_token, *tokens][:-1]
+    once = _teacher(model, facts, [row])
+    others = [forwards(model, full_cache(facts)(), [row], most=FLOOR_FORWARD) for _ in dtypes]
     device = next(model.parameters()).device.type
     parts: list[list[Divergence]] = [[] for _ in dtypes]
     for done in range(0, len(tokens), FLOOR_FORWARD):
         stop = min(done + FLOOR_FORWARD, len(tokens))
         base, targets = once.take(0, done, stop), torch.tensor(tokens[done:stop])
-        for found, blocks, dtype in zip(parts, others, dtypes, strict=True):
+        for found, other, dtype in zip(parts, others, dtypes, strict=True):
             with torch.autocast(device, dtype=dtype) if dtype else nullcontext():
-                _, ((_, logits),) = next(blocks)
-            found.append(of_logits(base, logits, targets))
+                _, logits = next(other)
+            found.append(of_logits(base, logits[0], targets))
     return list(map(joined, parts))
