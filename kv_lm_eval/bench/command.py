@@ -156,6 +156,8 @@ def measured(part: str, bench: Bench, args: argparse.Namespace) -> Any:
             return measure.memory(bench, console.numbers(args.lengths, "--lengths"), args.chunk)
         case "scoring":
             return measure.scoring(bench, args.document)
+        case "fidelity":
+            return measure.fidelity(bench, methods(args.generate_methods), args.document)
         case "shared_prefix":
             return measure.shared_prefix(bench, args.prompt // 4, console.numbers(args.choices, "--choices"))
     return measure.compiled(bench, args.capacity)
