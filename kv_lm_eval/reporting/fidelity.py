@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kv_lm_eval.reporting.cells import Report, Row
-from kv_lm_eval.reporting.load import is_number
-from kv_lm_eval.reporting.tables import MISSING, Table, Value
+from kv_lm_eval.reporting.run import is_number
+from kv_lm_eval.reporting.table import Table, Value
+from kv_lm_eval.reporting.tables import MISSING
 
 LEGEND = (
     "KL(full cache || method) in nats a token, mean with its 95 % interval over texts or blocks of tokens. ≈ at most "

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kv_lm_eval.reporting import fidelity, fit
+from kv_lm_eval import fit
+from kv_lm_eval.reporting import fidelity
 from kv_lm_eval.reporting.cells import Report
 from kv_lm_eval.reporting.fidelity import Measured
-from kv_lm_eval.reporting.load import is_number
 from kv_lm_eval.reporting.plots import drawing
 from kv_lm_eval.reporting.plots.drawing import GRID, INK, Picture
+from kv_lm_eval.reporting.run import is_number
 
 LEAST = 1e-12  # nats that are still drawn on a logarithmic axis
 FLOORS = {"chunking": ":", "bfloat16": "--"}
