@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +21,9 @@ from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.compression import CompressionLog
 from kv_lm_eval.metrics.divergence import Divergence
 from kv_lm_eval.requests.beside import Beside
+from kv_lm_eval.requests.prompt import Prompt
 from kv_lm_eval.requests.run import Run
 from kv_lm_eval.requests.samples import Text
-
-if TYPE_CHECKING:
-    from kv_lm_eval.requests.generation import Prompt
 
 FLOOR_TOKENS, LEAST_FLOOR_TOKENS = 1024, 96  # over which the noise is measured: a fortieth of the text, within these
 
