@@ -25,7 +25,7 @@ usage: kv-lm-eval COMMAND ...
   sweep FILE ...   many runs from one YAML file; it goes on where it was
   report DIR ...   tables, pictures and a page from a folder of results
   compare A B ...  two runs on the same documents: differences, intervals, flips
-  fidelity ...     which layer, head or treatment takes a method from the full cache
+  fidelity ...     which layer, head or treatment moves a method most
   tune ...         the smallest cache that answers as well as the full one
   bench ...        speed and memory of the methods on one model
 

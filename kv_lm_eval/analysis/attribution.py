@@ -10,7 +10,7 @@ not add up to that of all of them together: the last line has both.
 
  - layers: each layer that the method cuts, with the budget that it has there.
  - heads: each KV head of them; takes a number of slots (max_capacity_prompt).
- - treatments: everything, with each way of treating what is evicted (evicted=drop, compensate, ...).
+ - treatments: everything, with each treatment of what is evicted.
 
 Prints a table; with --output_path writes attribution_WHAT.png and .json; the last line is a JSON document.
 """
