@@ -20,6 +20,7 @@ from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.engine.check import FULL
 from kv_lm_eval.engine.choices import Score, score_continuations
 from kv_lm_eval.engine.prefill import Logits, NewCache, Rows
+from kv_lm_eval.engine.question import Tails
 from kv_lm_eval.engine.streaming import ScoredDocument, forwards, score_documents
 from kv_lm_eval.metrics.divergence import Divergence, joined, of_logits
 
@@ -102,7 +103,8 @@ def continue_beside(
     def compare(b: int, i: int, logits: torch.Tensor) -> None:
         found[b, i] = of_logits(base.pop((b, i)), logits, torch.tensor(continuations[b][i]))
 
-    wanted, _ = score_continuations(model, full_cache(facts), contexts, continuations, tail_tokens, dtype, keep)
+    own = tail_tokens.tokens if isinstance(tail_tokens, Tails) else tail_tokens  # held contexts are the method's
+    wanted, _ = score_continuations(model, full_cache(facts), contexts, continuations, own, dtype, keep)
     scores, cache = score_continuations(model, new_cache, contexts, continuations, tail_tokens, dtype, compare)
     beside = [[found[b, i] for i in range(len(group))] for b, group in enumerate(continuations)]
     return scores, cache, wanted, beside

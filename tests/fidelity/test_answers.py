@@ -90,9 +90,11 @@ def test_the_full_cache_beside_itself_and_its_answers_are_those_of_a_run_without
     assert "fidelity" not in alone and "fidelity" not in alone["samples"]["kv_quickstart_needle"][0]
 
 
+@pytest.mark.parametrize("question_in_prompt", [True, False])
 @pytest.mark.parametrize("task", ["kv_quickstart_needle", "kv_quickstart_choice"])
-def test_scores_and_flips_are_those_of_two_runs(run, task) -> None:
-    ours, full = run(task, limit=3, fidelity=True, **SNAPKV), run(task, limit=3, method="full")
+def test_scores_and_flips_are_those_of_two_runs(run, task, question_in_prompt) -> None:
+    settings = SNAPKV if question_in_prompt else {**SNAPKV, "question_in_prompt": False}
+    ours, full = run(task, limit=3, fidelity=True, **settings), run(task, limit=3, method="full")
     found = ours["fidelity"][task]
     for name, both in found["scores"].items():
         assert both["ours"] == pytest.approx(float(ours["results"][task][name]))
