@@ -66,6 +66,11 @@ def of_loaded(lm: Any) -> dict[str, Described]:
     return {"model": "kvcompressed", **_asked(arguments), "loaded": _loaded(lm)}
 
 
+def of_full_cache(lm: Any) -> dict[str, Described]:
+    """What decides the full cache's answers to a prompt's tokens: the same for every method of a model."""
+    return {"model": "kvcompressed", **_asked({**lm.arguments, "settings": {"method": "full"}}), "loaded": _loaded(lm)}
+
+
 def _asked(arguments: Mapping[str, Any]) -> dict[str, Described]:
     """Arguments after lm-eval's defaults, with the contents of what they name; versions and code."""
     known = {**_defaults(), **arguments}

@@ -29,6 +29,7 @@ from kv_lm_eval.engine.lent import as_found
 from kv_lm_eval.metrics.compression import CompressionLog
 from kv_lm_eval.metrics.memory import PeakMemory
 from kv_lm_eval.requests import choices, generation, remarks, request_cache, samples
+from kv_lm_eval.requests.answers_of_full import AnswersOfFull
 from kv_lm_eval.requests.documents import score_requests
 from kv_lm_eval.requests.halving import Halving
 from kv_lm_eval.requests.own_keys import OwnKeys
@@ -46,7 +47,7 @@ class KVCompressedLM(HFLM):
         method: a name from `kv-lm-eval methods`, or path/to/file.py:Class; its settings follow as flat keys, or
             together as compression={...} (a dict, a JSON string or a YAML file).
         tail_tokens, rolling_compress_every, overlong, question_in_prompt, question_field, prefill_chunk,
-            prefill_evict, compile: see `settings.EngineSettings`.
+            prefill_evict, compile, fidelity: see `settings.EngineSettings`.
 
     Raises:
         UserError: before any weights are loaded for settings; after loading for a model the self-check refuses.
@@ -69,6 +70,7 @@ class KVCompressedLM(HFLM):
         self._halving = Halving(log)
         self._warmed_up: set[str] = set()
         self._own_keys: OwnKeys | None = None
+        self._answers_of_full = AnswersOfFull() if self.engine.fidelity else None
         samples.install()
         quiet.install()
         resolved = tiny.resolve(pretrained) if isinstance(pretrained, str) else pretrained
@@ -157,6 +159,7 @@ class KVCompressedLM(HFLM):
             memory=self._memory,
             warmed_up=self._warmed_up,
             own_keys=self._own_keys,
+            answers_of_full=self._answers_of_full,
         )
 
     # ------------------------------------------------------------------------------------ the model
@@ -232,6 +235,8 @@ class KVCompressedLM(HFLM):
         if cache_hook.dbdict is not None:
             request_cache.use_own_table(cache_hook.dbdict, self.fingerprint(), self.compression_log.answered_from_cache)
             samples.mark_what_is_read(cache_hook.dbdict)
+            if self._answers_of_full is not None:
+                self._answers_of_full.keep_in(cache_hook.dbdict, identity.digest(identity.of_full_cache(self)))
         own = cache_hook.dbdict is not None and self._run().question_first
         self._own_keys = OwnKeys(cache_hook.dbdict) if own else None
         super().set_cache_hook(cache_hook)

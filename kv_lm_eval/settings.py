@@ -72,6 +72,14 @@ class EngineSettings:
         },
     )
 
+    fidelity: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "run the full cache beside the method over the same tokens and say how far apart their next-token "
+            "distributions are (docs/fidelity.md); takes twice the time, and times are then not reported"
+        },
+    )
+
     def __post_init__(self) -> None:
         for name in ("prefill_chunk", "prefill_evict"):
             if (size := getattr(self, name)) is not None and size < 1:
@@ -117,6 +125,11 @@ class EngineSettings:
         for name in ("prefill_chunk", "prefill_evict"):
             if getattr(self, name) is not None and not method.uses_cache:
                 raise UserError(f"{name}={getattr(self, name)} has no effect: method={method.name} has no cache")
+        if self.fidelity and not method.uses_cache:
+            raise UserError(
+                f"fidelity=True compares a cache with the full one, and method={method.name} has none; method=full "
+                "gives the noise of the comparison itself"
+            )
         if self.prefill_evict is None or method.evicts_in_prefill:
             return
         if not method.compresses:

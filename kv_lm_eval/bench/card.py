@@ -125,6 +125,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "prefill": _prefill,
         "memory": _memory,
         "scoring": _scoring,
+        "fidelity": _fidelity,
         "shared_prefix": _shared,
         "compiled": _compiled,
     }
@@ -239,6 +240,15 @@ def _scoring(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     rows = [(name, ms(e), ratio(e, band)) for name, e in part["entries"].items()]
     title = f"## Exact log-likelihood of {part['tokens']} tokens under streaming_llm"
     return [title, "", *table(("", "ms a token", "of the band"), rows)]
+
+
+def _fidelity(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for method in part["methods"]:
+        alone, beside = (part["entries"][f"{method} {way}"] for way in ("alone", "beside full"))
+        rows.append((method, ms(alone), ms(beside), ratio(beside, alone)))
+    title = f"## A text of {part['tokens']} tokens with the full cache beside the method (fidelity=True)"
+    return [title, "", *table(("", "alone, ms a token", "beside full", "of alone"), rows)]
 
 
 def _shared(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:

@@ -34,7 +34,7 @@ from kv_lm_eval.methods import names
 if TYPE_CHECKING:  # torch takes seconds, and a mistake is told before
     from kv_lm_eval.bench.measure import Bench
 
-PARTS = ("generation", "decode", "prefill", "memory", "scoring", "shared_prefix", "compiled")
+PARTS = ("generation", "decode", "prefill", "memory", "scoring", "fidelity", "shared_prefix", "compiled")
 DECODED = "full,streaming_llm,streaming_ring,snapkv,h2o"
 GENERATED = "full,streaming_ring,snapkv,h2o"
 
@@ -156,6 +156,8 @@ def measured(part: str, bench: Bench, args: argparse.Namespace) -> Any:
             return measure.memory(bench, console.numbers(args.lengths, "--lengths"), args.chunk)
         case "scoring":
             return measure.scoring(bench, args.document)
+        case "fidelity":
+            return measure.fidelity(bench, methods(args.generate_methods), args.document)
         case "shared_prefix":
             return measure.shared_prefix(bench, args.prompt // 4, console.numbers(args.choices, "--choices"))
     return measure.compiled(bench, args.capacity)

@@ -24,6 +24,7 @@ from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.compiled import Decoder
+from kv_lm_eval.engine.fidelity import score_beside
 from kv_lm_eval.engine.forward import device_of, logits_of
 from kv_lm_eval.engine.prefill import NewCache, feed, prefill
 from kv_lm_eval.engine.question import Contexts, Tails, prefill_before_question
@@ -276,6 +277,19 @@ def scoring(bench: Bench, tokens: int, loop_tokens: int = 64) -> dict[str, Any]:
     per = {"band": tokens, "full forward": tokens, "token loop": loop_tokens}
     times = rounds(works, bench.device, bench.repeats, bench.warm_up, per)
     return {"tokens": tokens, "entries": {name: t.record(bench.clock) for name, t in times.items()}}
+
+
+@torch.inference_mode()
+def fidelity(bench: Bench, methods: Sequence[str], tokens: int) -> dict[str, Any]:
+    """A text under each method alone, and with the full cache beside it and every distribution compared."""
+    document = bench.tokens(tokens)
+    works: dict[str, Callable[[], object]] = {}
+    for method in methods:
+        asked = (bench.model, bench.new_cache(method), 1, [document], 64)
+        works[f"{method} alone"] = partial(score_documents, *asked)
+        works[f"{method} beside full"] = partial(score_beside, *asked)
+    times = rounds(works, bench.device, bench.repeats, bench.warm_up, per=tokens)
+    return {"tokens": tokens, "methods": list(methods), "entries": {n: t.record(bench.clock) for n, t in times.items()}}
 
 
 @torch.inference_mode()

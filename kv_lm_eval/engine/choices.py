@@ -7,7 +7,7 @@ only then are the continuations scored, so that even a one-letter answer feels t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,16 @@ from kv_lm_eval.engine.question import Tails, prefill_before_question
 from kv_lm_eval.methods.compression import compression_of
 
 Score = tuple[float, bool]  # sum of log-probabilities in nats; whether greedy decoding would give the same tokens
+Observe = Callable[[int, int, torch.Tensor], None]  # context, its continuation, logits [n, V] that predict its n tokens
+
+
+def unobserved(context: int, continuation: int, logits: torch.Tensor) -> None:
+    """Nobody looks."""
+
+
+def _only(observe: Observe, continuation: int) -> Observe:
+    """For a continuation that is run by itself."""
+    return lambda context, _, logits: observe(context, continuation, logits)
 
 
 @torch.inference_mode()
@@ -29,6 +39,7 @@ def score_continuations(
     continuations: Sequence[Sequence[Sequence[int]]],
     tail_tokens: int | Sequence[int] | Tails,
     dtype: torch.dtype | None = None,
+    observe: Observe = unobserved,
 ) -> tuple[list[list[Score]], CompressedCache]:
     """Scores the continuations of a batch of contexts.
 
@@ -37,6 +48,7 @@ def score_continuations(
         tail_tokens: last tokens of each context that are fed after the compression; one number for each context
             where they are its question (`question.py`), with the contexts of all questions if more will come.
         dtype: of the softmax; None: that of the logits.
+        observe: sees every continuation's logits.
 
     Returns:
         scores in the order given, and the cache of the contexts (for its numbers).
@@ -46,17 +58,17 @@ def score_continuations(
     if not compression.lossy and isinstance(tail_tokens, int):
         longest = max(len(c) + max(map(len, group)) for c, group in zip(contexts, continuations, strict=True))
         if facts.beyond(longest):
-            return _score_each_alone(model, new_cache, contexts, continuations, tail_tokens, dtype)
+            return _score_each_alone(model, new_cache, contexts, continuations, tail_tokens, dtype, observe)
     if not isinstance(tail_tokens, int):
         cache = prefill_before_question(model, new_cache, contexts, tail_tokens)
         first_logits = feed(model, cache, [c[-1:] for c in contexts], keep=1)
     elif not compression.lossy and all(len(group) == 1 for group in continuations):
-        return _score_in_one_forward(model, new_cache, contexts, continuations, tail_tokens, dtype)
+        return _score_in_one_forward(model, new_cache, contexts, continuations, tail_tokens, dtype, observe)
     else:
         cache, first_logits = _prefill_and_tail(model, new_cache, contexts, tail_tokens)
     if compression.schedule.online and compression.method.compresses or _beyond(cache, continuations):
-        return score_in_forks(model, cache, first_logits, continuations, dtype), cache
-    return score_packed(model, cache, first_logits, continuations, dtype), cache
+        return score_in_forks(model, cache, first_logits, continuations, dtype, observe), cache
+    return score_packed(model, cache, first_logits, continuations, dtype, observe), cache
 
 
 def _prefill_and_tail(
@@ -98,6 +110,7 @@ def _score_in_one_forward(
     continuations: Sequence[Sequence[Sequence[int]]],
     tail_tokens: int,
     dtype: torch.dtype | None,
+    observe: Observe = unobserved,
 ) -> tuple[list[list[Score]], CompressedCache]:
     """Nothing will ever be cut and no context is shared: lm-eval's own single forward.
 
@@ -106,7 +119,11 @@ def _score_in_one_forward(
     cache = new_cache()
     rows = [list(c) + list(group[0])[:-1] for c, group in zip(contexts, continuations, strict=True)]
     logits = feed(model, cache, rows, keep=max(len(group[0]) for group in continuations))
-    scores = [[_score(logits[b][-len(group[0]) :], group[0], dtype)] for b, group in enumerate(continuations)]
+    scores = []
+    for b, group in enumerate(continuations):
+        own = logits[b][-len(group[0]) :]
+        observe(b, 0, own)
+        scores.append([_score(own, group[0], dtype)])
     cache.count_only([max(0, len(c) - tail_tokens) for c in contexts], [len(c) for c in contexts])
     return scores, cache
 
@@ -124,12 +141,14 @@ def _score_each_alone(
     continuations: Sequence[Sequence[Sequence[int]]],
     tail_tokens: int,
     dtype: torch.dtype | None,
+    observe: Observe = unobserved,
 ) -> tuple[list[list[Score]], CompressedCache]:
     """Nothing will ever be cut: every continuation of the one context in a forward of its own, as lm-eval does."""
     (context,), (group,) = contexts, continuations
     scores = []
-    for continuation in group:
-        one, cache = _score_in_one_forward(model, new_cache, [context], [[continuation]], tail_tokens, dtype)
+    for i, continuation in enumerate(group):
+        only = _only(observe, i)
+        one, cache = _score_in_one_forward(model, new_cache, [context], [[continuation]], tail_tokens, dtype, only)
         scores.append(one[0][0])
     return [scores], cache
 
@@ -140,6 +159,7 @@ def score_packed(
     first_logits: Logits,
     continuations: Sequence[Sequence[Sequence[int]]],
     dtype: torch.dtype | None,
+    observe: Observe = unobserved,
 ) -> list[list[Score]]:
     """All continuations of a context in one row; each sees the shared cache and itself. No copies, nothing stored."""
     rows = [[t for c in group for t in c[:-1]] for group in continuations]
@@ -158,12 +178,13 @@ def score_packed(
     scores = []
     for b, group in enumerate(continuations):
         at, own = 0, []
-        for c in group:
+        for i, c in enumerate(group):
             n = len(c) - 1
             part = first_logits[b]
             if n:
                 part = torch.cat([part, logits[b][at : at + n]])
             at += n
+            observe(b, i, part)
             own.append(_score(part, c, dtype))
         scores.append(own)
     return scores
@@ -175,11 +196,15 @@ def score_in_forks(
     first_logits: Logits,
     continuations: Sequence[Sequence[Sequence[int]]],
     dtype: torch.dtype | None,
+    observe: Observe = unobserved,
 ) -> list[list[Score]]:
     """Cuts go on during the continuations: each on its own copy of the cache, in segments that end at the cuts."""
     if sum(map(len, continuations)) > 1 and _beyond(cache, continuations):
         (group,) = continuations  # a row beyond the border comes alone, and so do its continuations
-        return [[score_in_forks(model, cache, first_logits, [[c]], dtype)[0][0] for c in group]]
+        alone = (
+            score_in_forks(model, cache, first_logits, [[c]], dtype, _only(observe, i)) for i, c in enumerate(group)
+        )
+        return [[score for ((score,),) in alone]]
     owner = [b for b, group in enumerate(continuations) for _ in group]
     parts = [[first_logits[b]] for b in owner]
     rows = [list(c) for group in continuations for c in group]
@@ -187,8 +212,12 @@ def score_in_forks(
         for _, logits in feed_between_cuts(model, cache.select(owner), [row[:-1] for row in rows]):
             for i, own in logits.items():
                 parts[i].append(own)
-    scores = iter([_score(torch.cat(p), r, dtype) for p, r in zip(parts, rows, strict=True)])
-    return [[next(scores) for _ in group] for group in continuations]
+    scores: list[list[Score]] = [[] for _ in continuations]
+    for b, part, row in zip(owner, parts, rows, strict=True):
+        whole = torch.cat(part)
+        observe(b, len(scores[b]), whole)
+        scores[b].append(_score(whole, row, dtype))
+    return scores
 
 
 def _score(logits: torch.Tensor, continuation: Sequence[int], dtype: torch.dtype | None) -> Score:

@@ -24,6 +24,7 @@ from kv_lm_eval.methods.compression import Compression, compression_of
 
 LOGIT_ELEMENTS = 2**27  # logits held at a time
 MIN_CHUNK = 64  # tokens in one forward, however large the vocabulary
+Observe = Callable[[int, int, torch.Tensor], None]  # row, tokens before, logits [n, V] that predict the next n
 
 
 @dataclasses.dataclass
@@ -55,6 +56,7 @@ def score_documents(
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
     prefill_tokens: int = 0,
+    observe: Observe = lambda row, done, logits: None,
 ) -> tuple[list[ScoredDocument], CompressedCache]:
     """Log-probability of every token of a batch of documents, each predicted from all that the cache still holds.
 
@@ -64,6 +66,7 @@ def score_documents(
         progress: called with the number of tokens scored by each step.
         prefill_tokens: so many tokens (prefix included) are one forward of full attention with one cut after it, and
             the stream starts there; 0: the stream starts with the first token.
+        observe: sees every block of logits as it comes, each row's in order.
 
     Returns:
         one ScoredDocument each; and the cache (for its numbers).
@@ -72,22 +75,27 @@ def score_documents(
     longest = max(map(len, rows))
     cache = _stream_cache(new_cache(), every, longest, prefill_tokens)
     parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in rows]
-    vocab = model.config.get_text_config().vocab_size
-    most = max(MIN_CHUNK, min(HOLD_TOKENS, LOGIT_ELEMENTS // (len(rows) * vocab)))
-    for fed, logits in _forwards(model, cache, rows, prefill_tokens, most):
+    for fed, logits in forwards(model, cache, rows, prefill_tokens):
         for b, own in logits.items():
             targets = torch.tensor(documents[b][fed[b] : fed[b] + len(own)], device=own.device)
             parts[b].append(_scored(own, targets, dtype))
+            observe(b, fed[b], own)
         progress(sum(map(len, logits.values())))
     return [_document(p, len(d), prefill_tokens, cache) for p, d in zip(parts, documents, strict=True)], cache
 
 
-def _forwards(
-    model: PreTrainedModel, cache: CompressedCache, rows: Rows, prefill_tokens: int, most: int
+@torch.inference_mode()
+def forwards(
+    model: PreTrainedModel, cache: CompressedCache, rows: Rows, prefill_tokens: int = 0, most: int = HOLD_TOKENS
 ) -> Iterator[tuple[list[int], Logits]]:
-    """Tokens of each row fed before, and the logits of all that are fed, for each forward of at most `most` tokens a
-    row, of the first `prefill_tokens` in one."""
-    at = 0
+    """Tokens of each row fed before, and the logits of all that are fed, for each forward.
+
+    Args:
+        most: tokens of a row in one forward, at most; fewer where the logits of more would not fit. The first
+            `prefill_tokens` are one.
+    """
+    vocab = model.config.get_text_config().vocab_size
+    at, most = 0, min(most, max(MIN_CHUNK, LOGIT_ELEMENTS // (len(rows) * vocab)))
     if prefill_tokens and not isinstance(cache.segments[0], Band):
         at = cache.facts.until_border(0, prefill_tokens)
         yield [0] * len(rows), feed(model, cache, [row[:at] for row in rows])

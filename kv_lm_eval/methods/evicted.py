@@ -108,6 +108,7 @@ def choose(scores: torch.Tensor, pos: torch.Tensor, keep: torch.Tensor) -> tuple
     """
     scores = at_least_float32(scores)
     scores = torch.where(pos >= 0, scores.clamp_min(torch.finfo(scores.dtype).min), float("-inf"))
+    scores = scores.expand(-1, max(scores.shape[1], keep.shape[1]), -1)  # heads that are scored alike may keep unlike
     order = scores.argsort(dim=-1, descending=True, stable=True)[..., : int(keep.max())]
     rank = torch.arange(order.shape[-1], device=order.device)
     valid = (rank < keep.to(order.device).unsqueeze(-1)).expand_as(order)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kv_lm_eval import files
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.reporting import html, load, plots, rows, tables
+from kv_lm_eval.reporting import fidelity, html, load, plots, rows, tables
 from kv_lm_eval.reporting.cells import Report
 from kv_lm_eval.reporting.table import as_csv, as_latex, as_markdown
 
@@ -41,6 +41,8 @@ def write(folder: Path, out: Path, title: str = "", metrics: Sequence[str] = ())
     report = rows.report(runs, said, metrics)
     files.check_folder(out, "--output_path")
     shown = [tables.scores(report), tables.differences(report), tables.speed(report)]
+    if (compared := fidelity.table(report)) is not None:
+        shown.insert(2, compared)
     if progress := tables.progress(report):  # first where it matters, else last
         shown = [*shown, progress] if all(sweep.is_done for sweep in said.sweeps) else [progress, *shown]
     written: list[Path] = []

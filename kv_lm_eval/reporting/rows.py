@@ -15,7 +15,7 @@ from kv_lm_eval.reporting.run import Run, is_number
 from kv_lm_eval.stats import clusters, paired
 
 # A task's main score, where it has several: the first of these, else the first it lists.
-MAIN = ("score", "token_perplexity", "perplexity", "bits_per_byte")
+MAIN = ("score", "kl_mean", "token_perplexity", "perplexity", "bits_per_byte")
 
 
 def report(runs: Sequence[Run], said: Said | None = None, metrics: Sequence[str] = ()) -> Report:

@@ -110,6 +110,19 @@ class Documents(TypedDict):
     effective: Count
 
 
+@OPEN
+class Fidelity(TypedDict):
+    """How far a task's predictions are from the full cache's (requests/verdicts.py)."""
+
+    requests: Count
+    along_base: dict[str, float | None] | None
+    noise_floor: dict[str, Size] | None
+    by_position: NotRequired[list[dict[str, float | None]]]
+    by_distance: NotRequired[list[dict[str, float | None]]]
+    flips: NotRequired[dict[str, dict[str, Size]]]
+    answers: NotRequired[dict[str, float | None]]
+
+
 Results = TypedDict(
     "Results",
     {
@@ -129,12 +142,13 @@ Results = TypedDict(
         "fewshot_as_multiturn": NotRequired[bool | None],
         "lm_eval_version": NotRequired[Any],
         "transformers_version": NotRequired[Any],
+        "fidelity": NotRequired[dict[str, Fidelity]],
         "total_evaluation_time_seconds": NotRequired[Annotated[str, pydantic.AfterValidator(_seconds)]],
     },
 )
 OPEN(Results)
 # What lm-eval always writes, beside what no report can do without: a file that lacks one is from another version.
-ALWAYS = sorted(Results.__optional_keys__ - {"configs", "transformers_version", "fewshot_as_multiturn"})
+ALWAYS = sorted(Results.__optional_keys__ - {"configs", "transformers_version", "fewshot_as_multiturn", "fidelity"})
 
 
 @OPEN

@@ -10,12 +10,13 @@ from typing import Any
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine import recompute
-from kv_lm_eval.engine.choices import Score, score_continuations
+from kv_lm_eval.engine.choices import Score
 from kv_lm_eval.engine.question import Contexts, Tails
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.latency import Stopwatch
 from kv_lm_eval.progress import Bar
-from kv_lm_eval.requests import boundaries
+from kv_lm_eval.requests import boundaries, fidelity
+from kv_lm_eval.requests.beside import Beside
 from kv_lm_eval.requests.boundaries import Boundary
 from kv_lm_eval.requests.halving import largest_batch
 from kv_lm_eval.requests.run import Run
@@ -153,18 +154,18 @@ def _recompute(run: Run, requests: list[Encoded], length: int, disable_tqdm: boo
 def _score_groups(run: Run, requests: list[Encoded], groups: list[Group], disable_tqdm: bool) -> list[Choice]:
     lm = run.lm
 
-    def work(batch: Sequence[Group]) -> tuple[list[list[Score]], CompressedCache, Stopwatch]:
+    def work(batch: Sequence[Group]) -> tuple[list[list[Score]], CompressedCache, list[list[Beside]] | None, Stopwatch]:
         watch = run.stopwatch()
         continuations = [[requests[i][2] for i in g.members] for g in batch]
         asked = [g.boundary.tail_tokens for g in batch if g.boundary is not None]
         tails = Tails(asked, heads) if asked else run.engine.tail_tokens
         contexts = [g.context for g in batch]
         with run.autocast():
-            scores, cache = score_continuations(
-                lm.model, run.caches(watch), contexts, continuations, tails, lm.softmax_dtype
+            scores, cache, beside = fidelity.score_choices(
+                floor, lm.model, run.caches(watch), contexts, continuations, tails, lm.softmax_dtype
             )
         watch.end()
-        return scores, cache, watch
+        return scores, cache, beside, watch
 
     answers: dict[int, Choice] = {
         i: kept for g in groups for i in g.members if (kept := run.kept(i, g.boundary)) is not None
@@ -172,16 +173,18 @@ def _score_groups(run: Run, requests: list[Encoded], groups: list[Group], disabl
     rest = (replace(g, members=[i for i in g.members if i not in answers]) for g in groups)
     groups = [group for group in rest if group.members]
     heads = Contexts(group.head for group in groups)
+    floor = fidelity.floor_of(run, [group.context for group in groups], [group.tokens for group in groups])
     todo = len(requests) - len(answers)
     with Bar(total=todo, disable=run.hidden(disable_tqdm), desc="kvcompressed loglikelihood") as bar:
         for batch in _batches(run, groups, work):
             for part, result in run.halving.run(batch, work, lambda g: len(g.context)):
                 assert result is not None
-                known = _record(run, part, *result[1:])
-                for group, scores in zip(part, result[0], strict=True):
-                    for i, one in zip(group.members, scores, strict=True):
-                        answers[i] = Choice(one, known[i])
-                        run.keep(i, one, group.boundary)
+                scored, cache, beside, watch = result
+                known = _record(run, part, cache, None if beside else watch)
+                for b, group in enumerate(part):
+                    for at, i in enumerate(group.members):
+                        answers[i] = Choice(scored[b][at], known[i], beside[b][at] if beside else None)
+                        run.keep(i, answers[i], group.boundary)
                     bar.update(len(group.members))
     return [answers[i] for i in range(len(requests))]
 
@@ -198,14 +201,17 @@ def _batches(run: Run, groups: list[Group], work: Callable[[Sequence[Group]], ob
     return [*([group] for group in alone), *(together[at : at + size] for at in range(0, len(together), size))]
 
 
-def _record(run: Run, batch: Sequence[Group], cache: CompressedCache, watch: Stopwatch) -> dict[int, dict[str, Any]]:
-    """Logs a batch; what the samples say of each request."""
+def _record(
+    run: Run, batch: Sequence[Group], cache: CompressedCache, watch: Stopwatch | None
+) -> dict[int, dict[str, Any]]:
+    """Logs a batch; what the samples say of each request. No times where there is no watch."""
     names = [run.by_task(group.members) for group in batch]
     own = [(row, i) for row, of_group in enumerate(names) for i in dict.fromkeys(of_group.values())]
     end = cache.snapshot()
     none_cut = [False] * len(batch)
     before = cache.prefill_end or ({**end, "compressed": none_cut} if run.question_first else end)
-    end["timing"] = watch.timings(len(batch), run.first_of_its_kind())
+    if watch is not None:
+        end["timing"] = watch.timings(len(batch), run.first_of_its_kind())
     found = [group.boundary for group in batch if group.boundary is not None]
     records = run.record(
         [i for _, i in own],

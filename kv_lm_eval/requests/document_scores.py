@@ -18,6 +18,8 @@ class DocumentRecord:
         slots: [n] int32, pairs per KV head that were visible when the token was predicted; None for windows.
         evictions: (tokens fed, slots dropped) of each cut; the prefix token counts as fed.
         start, end: the tokens stand for text[start:end]; the whole text where nothing was left off.
+        kl, base_log_probs, same_top: [n] against the full cache (metrics/divergence.py); None where it did not run too.
+        noise_floor: mean KL of the full cache against itself, by what differs; None likewise.
     """
 
     reading: dict[str, Any]
@@ -30,6 +32,10 @@ class DocumentRecord:
     evictions: list[tuple[int, int]] = field(default_factory=list)
     end: int = 0
     start: int = 0
+    kl: np.ndarray | None = None
+    base_log_probs: np.ndarray | None = None
+    same_top: np.ndarray | None = None
+    noise_floor: dict[str, float] | None = None
 
     @property
     def scored(self) -> np.ndarray:
@@ -52,6 +58,17 @@ class DocumentRecord:
             "nll": [None if x != x else round(-x, 6) for x in log_probs.tolist()],
             "first_eviction": self.evictions[0][0] if self.evictions else None,  # tokens fed before it
             "cuts": len(self.evictions),
+            **self._beside(),
+        }
+
+    def _beside(self) -> dict[str, Any]:
+        if self.kl is None or self.base_log_probs is None or self.same_top is None:
+            return {}
+        return {
+            "kl": [float(f"{x:.4g}") for x in self.kl.tolist()],
+            "base_nll": [round(-x, 6) for x in self.base_log_probs.tolist()],
+            "same_top": self.same_top.tolist(),
+            "noise_floor": self.noise_floor,
         }
 
 

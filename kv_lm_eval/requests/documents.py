@@ -15,10 +15,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from kv_lm_eval.engine.recompute import windows_of
-from kv_lm_eval.engine.streaming import score_documents
 from kv_lm_eval.engine.windows import Window, score_windows, strided
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.progress import Bar
+from kv_lm_eval.requests import fidelity
 from kv_lm_eval.requests.document_scores import DocumentRecord, DocumentScore
 from kv_lm_eval.requests.reading import CARRIED, Document, Reading, as_lm_eval, as_ours
 from kv_lm_eval.requests.run import Run, log
@@ -33,6 +33,13 @@ def score_requests(run: Run, disable_tqdm: bool) -> list[DocumentScore]:
     readings = [Reading.of(r.args[1]) if len(r.args) > 1 else default for r in requests]
     for reading in set(readings):
         _check(run, reading)
+    if run.engine.fidelity and (windows := sum(reading.protocol not in CARRIED for reading in readings)):
+        log.warning(
+            "fidelity=True has no effect on %d of %d documents: their protocol reads each window in one forward, in "
+            "which no cache is cut",
+            windows,
+            len(readings),
+        )
     theirs = [len(r.args) == 1 or reading.protocol == "rolling" for r, reading in zip(requests, readings, strict=True)]
     texts = [
         (as_lm_eval if like_hf else as_ours)(run.lm, r.args[0], reading)
@@ -70,6 +77,8 @@ def _check(run: Run, reading: Reading) -> None:
             f"protocol={reading.protocol} scores each window in one forward, in which method={method.name} has no "
             "effect: the number would be the full cache's under another name. Use protocol=streaming, or method=full"
         )
+    if reading.fidelity and not method.uses_cache:
+        raise UserError(f"fidelity compares a cache with the full one, and method={method.name} has none")
 
 
 def _say_if_twice(lm: HFLM, texts: Sequence[Document]) -> None:
@@ -110,10 +119,15 @@ def _stream(
     )
     alone = [i for i in order if run.alone(len(documents[i]) + 1)]
     rest = order[len(alone) :]
+    compared, floor = run.engine.fidelity if reading.fidelity is None else reading.fidelity, None
+    if compared:
+        fidelity.check_lengths(run, [len(row) + 1 for row in documents.values()])
+        floor = fidelity.noise_floor(run, list(documents.values()))
     for batch in [*([i] for i in alone), *(rest[at : at + size] for at in range(0, len(rest), size))]:
         watch = run.stopwatch()
         with run.autocast():
-            scored, cache = score_documents(
+            scored, cache, beside = fidelity.score(
+                compared,
                 run.lm.model,
                 run.caches(watch),
                 run.lm.prefix_token_id,
@@ -121,10 +135,10 @@ def _stream(
                 every,
                 run.lm.softmax_dtype,
                 bar.update,
-                prefill_tokens=prefill,
+                prefill,
             )
         watch.end()
-        for i, one in zip(batch, scored, strict=True):
+        for i, one, against in zip(batch, scored, beside, strict=True):
             records[i] = DocumentRecord(
                 reading=done,
                 model=run.name,
@@ -134,10 +148,14 @@ def _stream(
                 greedy=one.greedy.cpu().numpy(),
                 slots=one.slots.cpu().numpy(),
                 evictions=[(int(fed), int(dropped)) for fed, dropped in one.evictions],
+                **fidelity.fields_of(against),
+                noise_floor=floor,
             )
         if cache.batch:
             end = cache.snapshot()
-            end["timing"] = watch.timings(len(batch), run.first_of_its_kind())
+            timings = watch.timings(len(batch), run.first_of_its_kind())
+            if not compared:  # it would be the time of two runs
+                end["timing"] = timings
             known.update((i, r.efficiency()) for i, r in zip(batch, run.record(batch, end, end), strict=True))
     bar.close()
     return records, known

@@ -91,6 +91,12 @@ class GenSettings:
                 "For several answers use the task's repeats"
             )
         _check(run, kwargs, counts["num_beams"], where)
+        if run.engine.fidelity and (kwargs.get("do_sample") or counts["num_beams"] > 1):
+            what = "do_sample=True" if kwargs.get("do_sample") else f"num_beams={counts['num_beams']}"
+            raise UserError(
+                f"{what} {where} with fidelity=True: answers are compared with the full cache's greedy one, and chance "
+                "or a search would make others of the same distribution; remove the setting, or leave fidelity out"
+            )
         ends = _tokens(_effective(run, kwargs, "eos_token_id"))
         if as_token_only and "eos_token_id" not in kwargs:
             ends = list(dict.fromkeys([*ends, *_tokens(lm.eot_token_id)]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,38 +25,14 @@ from kv_lm_eval.engine.start import left_padded, start
 from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
 from kv_lm_eval.metrics.latency import Timing
 from kv_lm_eval.progress import Bar
-from kv_lm_eval.requests import boundaries
+from kv_lm_eval.requests import boundaries, fidelity
 from kv_lm_eval.requests.boundaries import Boundary
 from kv_lm_eval.requests.gen_settings import GenSettings
 from kv_lm_eval.requests.halving import largest_batch
+from kv_lm_eval.requests.prompt import Prompt
 from kv_lm_eval.requests.run import Run, log
 from kv_lm_eval.requests.samples import NO_MEMORY, Text
 from kv_lm_eval.requests.stops import Stops
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One request as it is run: its number in the call, its tokens after any truncation, what its answer may be."""
-
-    i: int
-    ids: list[int]
-    settings: GenSettings
-    boundary: Boundary | None  # with question_in_prompt=False
-
-    @property
-    def most_tokens(self) -> int:
-        """Prompt and answer."""
-        return self.settings.max_length or len(self.ids) + self.settings.max_new_tokens
-
-    @property
-    def head(self) -> list[int]:
-        """Tokens that are compressed before the question is seen; all of them where it is compressed with them."""
-        return self.ids[: len(self.ids) - self.tail]
-
-    @property
-    def tail(self) -> int:
-        """Tokens fed after the compression; 0 where the whole prompt is compressed."""
-        return min(len(self.ids), self.boundary.tail_tokens) if self.boundary else 0
 
 
 def generate(run: Run, disable_tqdm: bool) -> list[str]:
@@ -67,6 +42,14 @@ def generate(run: Run, disable_tqdm: bool) -> list[str]:
     prompts = [p for p in asked if p.i not in answers]
     size = run.batch_size or _largest_batch(run, prompts)
     contexts = Contexts(p.head for p in prompts)
+    floor = fidelity.floor_of(run, [p.ids for p in prompts], [p.most_tokens for p in prompts])
+
+    def work(rows: Sequence[Prompt]) -> list[Text]:
+        made = _generate(run, rows, contexts)
+        if floor is None:
+            return made
+        return fidelity.compared_answers(run, floor, rows, made, lambda full, some: _generate(full, some, Contexts(())))
+
     desc = "Running generate_until requests"
     with Bar(total=len(prompts), disable=run.hidden(disable_tqdm), desc=desc) as bar:
         for batch in _batches(run, prompts, size):
@@ -74,7 +57,7 @@ def generate(run: Run, disable_tqdm: bool) -> list[str]:
             bar.set_postfix_str("; ".join(dict.fromkeys(str(doc.get("progress_label", "")) for doc in docs)))
             for part, result in run.halving.run(
                 batch,
-                lambda rows: _generate(run, rows, contexts),
+                work,
                 lambda p: p.most_tokens,
                 lambda p: bool(run.doc(p.i).get("takes_failures")),
             ):
@@ -85,7 +68,7 @@ def generate(run: Run, disable_tqdm: bool) -> list[str]:
                     answers[part[0].i] = Text(OUT_OF_MEMORY, NO_MEMORY)
                 for p, answer in zip(part, result or (), strict=False):
                     answers[p.i] = answer
-                    run.keep(p.i, str(answer), p.boundary)
+                    run.keep(p.i, answer, p.boundary)
                 bar.update(len(part))
     return [answers[p.i] for p in asked]
 
@@ -209,7 +192,7 @@ def _generate(run: Run, prompts: Sequence[Prompt], contexts: Contexts) -> list[T
     timings = watch.timings(len(rows), run.first_of_its_kind(), [max(1, len(row)) for row in new], out.shape[1] - width)
     steps = [max(0, len(row) - 1) for row in new]
     efficiency = _record(run, prompts, cache, steps, timings)
-    return [Text(_text(run, row, settings), known) for row, known in zip(new, efficiency, strict=True)]
+    return [Text(_text(run, row, settings), known, tokens=row) for row, known in zip(new, efficiency, strict=True)]
 
 
 def _record(

@@ -1,7 +1,8 @@
 """Answers on disk as JSON: lm-eval's --use_cache pickles them, and reading a pickle runs whatever code it names.
 
-An answer is a text, a number, a pair (log-likelihood, greedy), or a DocumentScore with its record. They go into a table
-of their own beside lm-eval's, in the same sqlite file. What is damaged is no answer.
+An answer is a text, a number, a pair (log-likelihood, greedy), with what the full cache says to it where that was
+asked, or a DocumentScore with its record. They go into a table of their own beside lm-eval's, in the same sqlite file.
+What is damaged is no answer.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def decode(text: Any, place: str) -> Any:
                 return number, greedy
             case {"document": dict() as document}:
                 return _document(document)
+            case {"answer": str() | [float() | int(), bool()] as answer, "beside": dict() as beside}:
+                return _compared(answer, beside)
         raise ValueError("no answer")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise UserError(
@@ -92,6 +95,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, DocumentScore):
         record = value.record
         return {"document": {field.name: _plain_field(getattr(record, field.name)) for field in fields(record)}}
+    if (beside := getattr(value, "beside", None)) is not None:  # with fidelity=True
+        answer = str(value) if isinstance(value, str) else [_plain(one) for one in value]
+        return {"answer": answer, "beside": {name: _plain_field(one) for name, one in beside.parts().items()}}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     if isinstance(value, np.generic):
@@ -108,9 +114,18 @@ def _plain_field(value: Any) -> Any:
 
 def _document(stored: dict[str, Any]) -> Any:
     record = DocumentRecord(**{name: _field(value) for name, value in stored.items()})
-    if not len(record.tokens) == len(record.log_probs) == len(record.greedy):
+    beside = [x for x in (record.kl, record.base_log_probs, record.same_top) if x is not None]
+    if {len(x) for x in (record.log_probs, record.greedy, *beside)} != {len(record.tokens)}:
         raise ValueError("arrays of several lengths")
     return DocumentScore(record)
+
+
+def _compared(answer: Any, beside: dict[str, Any]) -> Any:
+    from kv_lm_eval.requests.beside import Beside
+    from kv_lm_eval.requests.samples import Choice, Text
+
+    found = Beside.of({name: _field(value) for name, value in beside.items()})
+    return Text(answer, beside=found) if isinstance(answer, str) else Choice((answer[0], answer[1]), beside=found)
 
 
 def _field(value: Any) -> Any:

@@ -35,6 +35,7 @@ class Reading:
         prefill_tokens: prefill_then_stream: tokens of the first forward, prefix included; None: the method's budget.
         strided_length, stride: strided: tokens of a window (None: the model's maximum) and from one to the next
             (None: half a window).
+        fidelity: whether the full cache runs beside it; None: as the model's settings say.
     """
 
     protocol: str = "streaming"
@@ -42,6 +43,7 @@ class Reading:
     prefill_tokens: int | None = None
     strided_length: int | None = None
     stride: int | None = None
+    fidelity: bool | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.protocol, str) or self.protocol not in PROTOCOLS:
@@ -57,6 +59,11 @@ class Reading:
         for name, protocol in needs.items():
             if getattr(self, name) is not None and self.protocol != protocol:
                 raise UserError(f"{name}={getattr(self, name)} has no effect: it is for protocol={protocol}")
+        if self.fidelity and self.protocol not in CARRIED:
+            raise UserError(
+                f"protocol={self.protocol} reads each window in one forward, in which no cache is cut: there would be "
+                f"nothing to compare with the full cache; use protocol={' or '.join(CARRIED)}"
+            )
         if self.stride and self.strided_length and self.stride > self.strided_length:
             raise UserError(
                 f"stride={self.stride} is longer than strided_length={self.strided_length}: the tokens between two "

@@ -27,6 +27,7 @@ from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.metrics.compression import CompressionLog, RequestId, RequestRecord, digest, records_of, uncut
 from kv_lm_eval.metrics.latency import Stopwatch, Timing
 from kv_lm_eval.metrics.memory import PeakMemory
+from kv_lm_eval.requests.answers_of_full import AnswersOfFull
 from kv_lm_eval.requests.boundaries import Boundary, tokens_by_offsets, tokens_by_prefix
 from kv_lm_eval.requests.halving import Halving
 from kv_lm_eval.requests.own_keys import OwnKeys
@@ -52,6 +53,7 @@ class Run:
         last_logits: one plain forward of rows [B, q]: the last logits [B, count, V].
         log, halving, memory, warmed_up: of the LM object; they outlive the call.
         own_keys: answers of --use_cache that lm-eval cannot look up.
+        answers_of_full: the full cache's answers, with fidelity=True.
     """
 
     kind: str
@@ -69,6 +71,7 @@ class Run:
     memory: PeakMemory
     warmed_up: set[str]
     own_keys: OwnKeys | None = None
+    answers_of_full: AnswersOfFull | None = None
 
     # ------------------------------------------------------------------------------------ running
 

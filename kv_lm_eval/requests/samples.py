@@ -9,10 +9,12 @@ begins, and gives the samples their field.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from kv_lm_eval.requests import verdicts
+from kv_lm_eval.requests.beside import Beside
 from kv_lm_eval.requests.document_scores import DocumentScore
 
 FROM_CACHE = {"from_request_cache": True}
@@ -23,36 +25,48 @@ class Text(str):
     """The answer of generate_until. lm-eval makes others of its type, of the targets."""
 
     efficiency: dict[str, Any] | None
+    beside: Beside | None  # against the full cache, with fidelity=True
+    tokens: tuple[int, ...]  # as they were generated, the stop included; not known of an answer from a cache
 
-    def __new__(cls, text: Any = "", efficiency: dict[str, Any] | None = None) -> Text:
+    def __new__(
+        cls,
+        text: Any = "",
+        efficiency: dict[str, Any] | None = None,
+        beside: Beside | None = None,
+        tokens: Sequence[int] = (),
+    ) -> Text:
         self = super().__new__(cls, text)
-        self.efficiency = efficiency
+        self.efficiency, self.beside, self.tokens = efficiency, beside, tuple(tokens)
         return self
 
     def __reduce__(self) -> Any:
-        return Text, (str(self), self.efficiency)
+        return Text, (str(self), self.efficiency, self.beside, self.tokens)
 
 
 class Choice(tuple[float, bool]):
     """The answer of loglikelihood. Choices that share a context share its numbers."""
 
     efficiency: dict[str, Any] | None
+    beside: Beside | None
 
-    def __new__(cls, score: tuple[float, bool], efficiency: dict[str, Any] | None = None) -> Choice:
+    def __new__(
+        cls, score: tuple[float, bool], efficiency: dict[str, Any] | None = None, beside: Beside | None = None
+    ) -> Choice:
         self = super().__new__(cls, score)
-        self.efficiency = efficiency
+        self.efficiency, self.beside = efficiency, beside
         return self
 
     def __reduce__(self) -> Any:
-        return Choice, (tuple(self), self.efficiency)
+        return Choice, (tuple(self), self.efficiency, self.beside)
 
 
 def from_cache(answer: Any) -> Any:
     """An answer that lm-eval's --use_cache had: it says so, and has no numbers."""
+    beside = getattr(answer, "beside", None)
     if isinstance(answer, str):
-        return Text(answer, FROM_CACHE)
+        return Text(answer, FROM_CACHE, beside)
     if isinstance(answer, tuple):
-        return Choice(answer, FROM_CACHE)
+        return Choice(answer, FROM_CACHE, beside)
     if isinstance(answer, DocumentScore):
         answer.efficiency = FROM_CACHE
     return answer
@@ -67,9 +81,9 @@ def mark_what_is_read(dbdict: Any) -> None:
 
 def _bare(answer: Any) -> Any:
     if isinstance(answer, Text):
-        return str(answer)
+        return str(answer) if answer.beside is None else Text(answer, beside=answer.beside)
     if isinstance(answer, Choice):
-        return tuple(answer)
+        return tuple(answer) if answer.beside is None else Choice(answer, beside=answer.beside)
     return answer.bare() if isinstance(answer, DocumentScore) else answer
 
 
@@ -97,13 +111,16 @@ def install() -> None:
 
     @functools.wraps(original)
     def evaluate(*args: Any, **kwargs: Any) -> Any:
-        around = getattr(kwargs["lm"] if "lm" in kwargs else args[0], "evaluation", nullcontext)
-        with around():
+        lm, tasks = kwargs["lm"] if "lm" in kwargs else args[0], kwargs.get("task_dict", (*args[1:2], None)[0])
+        with getattr(lm, "evaluation", nullcontext)():
             results = original(*args, **kwargs)
+        verdicts.add(lm, tasks, results)
         samples = results.get("samples") if isinstance(results, Mapping) else None
         for sample in (s for of_task in (samples or {}).values() for s in of_task):
             if known := entries(sample["arguments"], sample["resps"]):
                 sample["efficiency"] = known
+            if compared := verdicts.of_sample(sample["resps"]):
+                sample["fidelity"] = compared
         return results
 
     evaluate.wrapped_by_kv_lm_eval = True  # type: ignore[attr-defined]

@@ -28,7 +28,7 @@ def script(name: str, *flags: str) -> dict:
 
 
 def test_bench_writes_a_card_and_ends_in_json(tmp_path: Path) -> None:
-    parts = "generation,decode,prefill,memory,scoring,shared_prefix"
+    parts = "generation,decode,prefill,memory,scoring,fidelity,shared_prefix"
     result = script(
         "bench.py", "--repeats", "2", "--warm-up", "1", "--capacity", "40", "--new-tokens", "4", "--slots", "40,64",
         "--lengths", "64,128", "--chunk", "32", "--document", "120", "--choices", "2", "--parts", parts,

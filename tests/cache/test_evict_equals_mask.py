@@ -72,7 +72,7 @@ def masked_logits(stock: tf.PreTrainedModel, row: list[int], cut: int, kept: lis
         hidden |= index[None, :] > index[:, None]
         if (window := own_window(stock.config, layer)) is not None:
             hidden |= index[:, None] - index[None, :] >= window
-        mask = torch.zeros(1, heads, n, n).masked_fill(hidden, torch.finfo(torch.float32).min)
+        mask = torch.zeros(1, heads, n, n, dtype=stock.dtype).masked_fill(hidden, torch.finfo(torch.float32).min)
         handles.append(
             module.register_forward_pre_hook(
                 lambda m, args, kwargs, mask=mask: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True

@@ -117,6 +117,7 @@ def test_the_command_writes_a_results_file_that_says_what_was_compressed(tmp_pat
         "prefill_chunk": None,
         "prefill_evict": None,
         "compile": False,
+        "fidelity": False,
     }
     assert config["kv_stats"]["requests"] == 2
     assert config["kv_stats"]["by_task"]["kv_quickstart_needle"]["compressed_share"] == 1

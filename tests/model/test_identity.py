@@ -88,6 +88,7 @@ OURS: dict[str, Any] = {
     "prefill_chunk": 16,
     "prefill_evict": 16,
     "compile": True,
+    "fidelity": True,
 }
 
 

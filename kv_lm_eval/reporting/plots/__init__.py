@@ -13,6 +13,7 @@ from kv_lm_eval.reporting.cells import Report
 from kv_lm_eval.reporting.plots import (
     comparison,
     compress_every,
+    fidelity,
     needles,
     score_against_kept,
     summary,
@@ -33,6 +34,7 @@ def all_of(report: Report, needle_panels: Sequence[Any] = ()) -> list[Picture]:
             summary.draw(report),
             comparison.draw(report),
             compress_every.draw(report),
+            *fidelity.draw(report),
             *needles.draw(needle_panels),
             table.draw(tables.scores(report)),
         ]

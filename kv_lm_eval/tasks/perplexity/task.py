@@ -59,6 +59,8 @@ class PerplexityTask(ConfigurableTask):
             `metadata` holds --model_args and --metadata too.
     """
 
+    aggregations = AGGREGATIONS
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         if Version(version("lm-eval")) < Version("0.4.12"):
             raise UserError(
@@ -80,12 +82,7 @@ class PerplexityTask(ConfigurableTask):
             raise UserError(f"strided_length={length} passes the model's maximum of {limit} tokens")
         self.ours = "method" in metadata or "compression" in metadata
         if "pretrained" in metadata and not self.ours and not self._stock:
-            raise UserError(
-                f"{config['task']} under protocol={self.reading.protocol}, "
-                f"max_eval_tokens={self.reading.max_eval_tokens} needs --model kvcompressed (method=full is the "
-                "uncompressed cache): any other model would answer with lm-eval's rolling windows over the whole text. "
-                'For those: --metadata \'{"protocol": "rolling", "max_eval_tokens": null}\''
-            )
+            raise UserError(self._other_models(config["task"]))
         metadata["perplexity"] = {
             **self.reading.options(),
             "max_eval_tokens": self.reading.max_eval_tokens,
@@ -94,10 +91,10 @@ class PerplexityTask(ConfigurableTask):
         config.update(
             doc_to_text="",
             doc_to_target="{{text}}",
-            process_results="kv_lm_eval.tasks.perplexity.task.PerplexityTask.process_results",  # a word for the records
+            process_results=f"{type(self).__module__}.{type(self).__name__}.process_results",  # a word for the records
             metric_list=[
                 {"metric": name, "aggregation": how, "higher_is_better": better}
-                for name, (how, better) in AGGREGATIONS.items()
+                for name, (how, better) in self.aggregations.items()
             ],
         )
         super().__init__(config=config)
@@ -111,6 +108,15 @@ class PerplexityTask(ConfigurableTask):
     def _stock(self) -> bool:
         """Whether lm-eval's own models answer under this reading too."""
         return self.reading.protocol == "rolling" and self.reading.max_eval_tokens is None
+
+    def _other_models(self, task: str) -> str:
+        """What is said of a model that is not ours."""
+        return (
+            f"{task} under protocol={self.reading.protocol}, max_eval_tokens={self.reading.max_eval_tokens} needs "
+            "--model kvcompressed (method=full is the uncompressed cache): any other model would answer with lm-eval's "
+            'rolling windows over the whole text. For those: --metadata \'{"protocol": "rolling", "max_eval_tokens": '
+            "null}'"
+        )
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         from datasets import Dataset
@@ -154,8 +160,11 @@ class PerplexityTask(ConfigurableTask):
                 "carries one cache across the document. Use protocol=streaming, or method=full"
             )
         doc["per_token"] = record.per_token()
-        if self._answers_only:
-            return {"bypass": 0}
+        return {"bypass": 0} if self._answers_only else self.numbers_of(doc, score)
+
+    def numbers_of(self, doc: dict[str, Any], score: DocumentScore) -> dict[str, Any]:
+        """One document's entry for each of `aggregations`."""
+        record = score.record
         scored, late = record.scored, record.after_first_eviction()
         log_probs = record.log_probs.astype("float64")
         out: dict[str, Any] = {

@@ -29,7 +29,7 @@ def files(where: Any) -> list[dict[str, Any]]:
     """Text files, one document each: a path, a folder (its *.txt, sorted), or a list of these."""
     if not where:
         raise UserError(
-            'kv_ppl_file scores your own text: add --metadata \'{"text_files": ["book.txt"]}\' (a file, a folder of '
+            'this task scores your own text: add --metadata \'{"text_files": ["book.txt"]}\' (a file, a folder of '
             "*.txt files, or a list of them)"
         )
     paths = [Path(str(p)).expanduser() for p in (where if isinstance(where, (list, tuple)) else [where])]

@@ -1,0 +1,295 @@
+"""Where the divergence from the full cache comes from: one layer, KV head or treatment compressed at a time.
+
+    kv-lm-eval fidelity --attribute layers --text BOOK.txt --output_path out \\
+        --model_args pretrained=kv-tiny,method=snapkv,max_capacity_prompt=128
+
+Each part is compressed alone, everything else is the full cache, and the text is run beside the full cache: KL of each,
+with its interval, and for layers and heads how much the layer's attention output changes, |change| / |output|, which
+costs no second look at the logits. Their rank correlation says whether that would have told the same. KLs of parts need
+not add up to that of all of them together: the last line has both.
+
+ - layers: each layer that the method cuts, with the budget that it has there.
+ - heads: each KV head of them; takes a number of slots (max_capacity_prompt).
+ - treatments: everything, with each treatment of what is evicted.
+
+Prints a table; with --output_path writes attribution_WHAT.png and .json; the last line is a JSON document.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from kv_lm_eval import config, console, files
+from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.engine.check import wrap
+from kv_lm_eval.engine.fidelity import score_beside
+from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods import evicted
+from kv_lm_eval.methods.budget import PerHead, Slots
+from kv_lm_eval.methods.compression import Compression
+from kv_lm_eval.stats import fidelity
+
+WHAT = ("layers", "heads", "treatments")
+ALL = "all together"
+TOKENS = 1024  # of the text, by default
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is compressed, alone; layer and head where it is one of these."""
+
+    name: str
+    compression: Compression
+    layer: int | None = None
+    head: int | None = None
+
+
+def parts_of(what: str, settings: dict[str, Any], facts: ModelFacts) -> list[Part]:
+    """The parts of a method's settings; last, where parts make a whole, all together.
+
+    Raises:
+        UserError: the settings have no such parts.
+    """
+    whole = config.parse(settings)[0]
+    if not whole.method.compresses:
+        raise UserError(f"method={whole.method.name} evicts nothing, so that there is nothing to attribute")
+    layers = [layer for layer in facts.cut_layers if layer not in whole.schedule.skip_layers]
+    if what == "treatments":
+        return list(_treatments(settings))
+    if whole.method.ring:
+        raise UserError(
+            f"method={whole.method.name} overwrites pairs of all layers alike; method=streaming_llm keeps the same ones"
+        )
+    alone = {layer: _only(whole, facts, layer) for layer in layers}
+    if what == "layers":
+        return [*(Part(f"layer {layer}", one, layer) for layer, one in alone.items()), Part(ALL, whole)]
+    if not isinstance(whole.budget, Slots) or whole.layers.differ or whole.heads.differ:
+        raise UserError(
+            "--attribute heads compresses each KV head to the same number of slots: it takes max_capacity_prompt, "
+            "without layer_budget and head_budget"
+        )
+    heads = []
+    for layer, one in alone.items():
+        for head in range(facts.heads[layer][1]):
+            slots = [[None] * kv_heads for _, (_, kv_heads) in sorted(facts.heads.items())]
+            slots[layer][head] = whole.budget.max_capacity_prompt  # type: ignore[call-overload]
+            budget = PerHead(tuple(map(tuple, slots)))
+            heads.append(Part(f"layer {layer}, head {head}", replace(one, budget=budget), layer, head))
+    return [*heads, Part(ALL, whole)]
+
+
+def _only(whole: Compression, facts: ModelFacts, layer: int) -> Compression:
+    others = tuple(i for i in facts.cut_layers if i != layer)
+    return replace(whole, schedule=replace(whole.schedule, skip_layers=others))
+
+
+def _treatments(settings: dict[str, Any]) -> Iterator[Part]:
+    for name in evicted.available():
+        try:
+            yield Part(f"evicted={name}", config.parse({**settings, "evicted": name})[0])
+        except UserError as error:
+            print(f"evicted={name} is left out: {error}")
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+def attribute(
+    model: PreTrainedModel, facts: ModelFacts, parts: Sequence[Part], prefix: int, document: Sequence[int], every: int
+) -> list[dict[str, Any]]:
+    """Each part's numbers: name, layer, head, kl, low, high, change (None where no one layer is meant)."""
+    out = []
+    for part in parts:
+        found: list[float] = []
+        with _outputs(facts, part.layer, found):
+            (one,) = score_beside(model, partial(make_cache, part.compression, facts), prefix, [document], every)[2]
+        interval = fidelity.interval([one.kl])
+        out.append(
+            {
+                "part": part.name,
+                "layer": part.layer,
+                "head": part.head,
+                "kl": interval["mean"],
+                "low": interval["low"],
+                "high": interval["high"],
+                "change": found[0] if found else None,
+            }
+        )
+    return out
+
+
+@contextmanager
+def _outputs(facts: ModelFacts, layer: int | None, change: list[float]) -> Iterator[None]:
+    """Inside, a layer's attention outputs are noted under both caches; after it `change` has the mean over the tokens
+    of |difference| / |output|. What goes into the layer is the same: nothing below it is compressed."""
+    if layer is None:
+        yield
+        return
+    sides: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cache = next(x for x in (*kwargs.values(), *args) if isinstance(x, CompressedCache))
+        found = output[0] if isinstance(output, tuple) else output
+        sides[cache.compression.method.compresses].append(found.reshape(-1, found.shape[-1]).double().cpu())
+
+    handle = facts.modules[layer].register_forward_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+    ours, full = (torch.cat(sides[side]) for side in (True, False))
+    change.append(float(((ours - full).norm(dim=-1) / full.norm(dim=-1).clamp_min(1e-30)).mean()))
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Spearman's: of the places of both, equal values sharing theirs; None where one of them is the same everywhere."""
+
+    def places(values: Sequence[float]) -> np.ndarray:
+        x = np.asarray(values, dtype=float)
+        return np.array([(x < v).sum() + ((x == v).sum() - 1) / 2 for v in x])
+
+    first, second = places(a), places(b)
+    if len(first) < 2 or not first.std() or not second.std():
+        return None
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs every part and prints the table; returns the exit status."""
+    return console.command("fidelity", lambda: _main(argv), lambda: "Nothing of it is kept.")
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = console.Parser(prog="kv-lm-eval fidelity", description=__doc__)
+    parser.add_argument("--attribute", required=True, choices=WHAT, help="what is compressed one at a time")
+    parser.add_argument("--model_args", required=True, help="pretrained=NAME,method=NAME,... as for lm-eval")
+    parser.add_argument("--text", type=Path, required=True, help="a text file, UTF-8")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of its beginning (default {TOKENS})")
+    parser.add_argument("--output_path", type=Path, help="folder for the picture and the numbers")
+    args = parser.parse_args(argv)
+    if args.tokens < 2:
+        raise UserError(f"--tokens {args.tokens} must be at least 2")
+    if args.output_path:
+        files.check_folder(args.output_path, "--output_path")
+    found = _run(args)
+    print(table(found))
+    if args.output_path:
+        written = args.output_path / f"attribution_{args.attribute}"
+        files.write_json(written.with_suffix(".json"), found)
+        _draw(found, written.with_suffix(".png"))
+        print(f"\npicture: {written.with_suffix('.png')}")
+    print(json.dumps(found))
+    return 0
+
+
+def _run(args: Any) -> dict[str, Any]:
+    from lm_eval.utils import simple_parse_args_string
+
+    from kv_lm_eval.experiments import baselines
+    from kv_lm_eval.requests.rows import prefix_of, text_tokens
+    from kv_lm_eval.tasks.perplexity import texts
+
+    given = simple_parse_args_string(args.model_args)
+    name, dtype, device = (given.pop(key, None) for key in ("pretrained", "dtype", "device"))
+    if not name:
+        raise UserError("which model? Add pretrained=NAME to --model_args (pretrained=kv-tiny is embedded)")
+    compression, engine, rest = config.parse(given)
+    if rest:
+        raise UserError(
+            f"{next(iter(rest))} in --model_args: this command takes pretrained, dtype, device and the method"
+        )
+    config.check_pretrained(name)
+    text = texts.read(args.text)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, model = baselines.load_model(name, dtype or "auto", device)
+    prefix = prefix_of(tokenizer)
+    document = text_tokens(tokenizer, text, prefix)[0][: args.tokens]
+    facts = wrap(model, compression)
+    every = compression.schedule.compress_every or engine.rolling_compress_every
+    settings = {key: value for key, value in given.items() if key not in vars(engine)}
+    parts = parts_of(args.attribute, settings, facts)
+    numbers = attribute(model, facts, parts, prefix, document, every)
+    known = [one for one in numbers if one["change"] is not None]
+    return {
+        "model": str(name),
+        "settings": compression.settings(),
+        "text": args.text.name,
+        "tokens": len(document),
+        "attribute": args.attribute,
+        "parts": numbers,
+        "rank_correlation": rank_correlation([o["kl"] for o in known], [o["change"] for o in known]),
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """For people."""
+    head = f"{found['model']}, {found['tokens']} tokens of {found['text']}, method={found['settings']['method']}"
+    lines = [head, "", f"{'':24}{'KL, nats':>12}{'95 % interval':>26}{'|change|/|output|':>20}"]
+    for one in found["parts"]:
+        interval = "" if one["low"] is None else f"{one['low']:.3g} to {one['high']:.3g}"
+        change = "" if one["change"] is None else f"{one['change']:.3g}"
+        lines.append(f"{one['part']:24}{one['kl']:12.4g}{interval:>26}{change:>20}")
+    parts = _single(found)
+    if len(parts) < len(found["parts"]):
+        total = sum(one["kl"] for one in parts)
+        lines += ["", f"sum of the parts {total:.4g}, all together {found['parts'][-1]['kl']:.4g}"]
+    if found["rank_correlation"] is not None:
+        lines.append(f"rank correlation of KL and |change|/|output|: {found['rank_correlation']:.2f}")
+    return "\n".join(lines)
+
+
+def _single(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return [one for one in found["parts"] if one["part"] != ALL]
+
+
+def _draw(found: dict[str, Any], path: Path) -> None:
+    """Bars, or layers by heads, of KL."""
+    from io import BytesIO
+
+    from matplotlib.colors import LogNorm
+
+    from kv_lm_eval.reporting.plots import drawing
+
+    parts = _single(found)
+    title = f"KL to the full cache, one at a time: {found['settings']['method']} on {found['model']}"
+    if found["attribute"] == "heads":
+        layers, heads = (sorted({one[key] for one in parts}) for key in ("layer", "head"))
+        values = np.full((len(layers), len(heads)), np.nan)
+        for one in parts:
+            values[layers.index(one["layer"]), one["head"]] = max(one["kl"], 1e-12)
+        figure, axes = drawing.new_figure(3.0 + 0.7 * len(heads), 1.6 + 0.35 * len(layers))
+        image = axes[0, 0].imshow(values, cmap="viridis", aspect="auto", norm=LogNorm())
+        axes[0, 0].set_xticks(range(len(heads)), heads)
+        axes[0, 0].set_yticks(range(len(layers)), layers)
+        axes[0, 0].set_xlabel("KV head", fontsize=8.5)
+        axes[0, 0].set_ylabel("layer", fontsize=8.5)
+        figure.colorbar(image, ax=axes[0, 0], label="KL, nats a token")
+    else:
+        figure, axes = drawing.new_figure(6.4, 1.4 + 0.34 * len(parts))
+        places = range(len(parts))
+        axes[0, 0].barh(places, [one["kl"] for one in parts], color=drawing.COLOURS[0])
+        for y, one in zip(places, parts, strict=True):
+            if one["low"] is not None:
+                axes[0, 0].plot([one["low"], one["high"]], [y, y], color=drawing.INK, lw=1)
+        axes[0, 0].set_yticks(places, [one["part"] for one in parts])
+        axes[0, 0].invert_yaxis()
+        axes[0, 0].set_xlabel("KL, nats a token", fontsize=8.5)
+    figure.suptitle(title, fontsize=9.5)
+    out = BytesIO()
+    figure.savefig(out, format="png", dpi=130, metadata={"Software": None})
+    files.write_whole(path, out.getvalue())
