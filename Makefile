@@ -9,10 +9,10 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check bench clean
+.PHONY: help venv quickstart test test-real check bench clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 	@echo "  e.g. make test ARGS='-k needle', make venv PYTHON=python3.12"
 
 venv: $(STAMP) ## Create .venv with the package (editable) and the developers' tools
@@ -23,6 +23,9 @@ quickstart: $(STAMP) ## Run a small evaluation: built-in model, CPU, no network
 # Two processes of one thread: on the tiny models of the tests, more threads are slower.
 test: $(STAMP) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+test-real: $(STAMP) ## Run the tests on real models, which KV_REAL_MODELS=DIR names (tests/real/README.md)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/real $(ARGS)
 
 check: $(STAMP) ## Check style, format, types and the order of imports
 	$(BIN)/ruff check .
