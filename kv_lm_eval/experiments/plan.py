@@ -113,6 +113,11 @@ def points(config: Mapping[str, Any]) -> list[Point]:
     """
     if unknown := [key for key in config if key not in TOP_KEYS]:
         raise UserError(f"unknown key {unknown[0]!r}{close_names(str(unknown[0]), TOP_KEYS)}: {', '.join(TOP_KEYS)}")
+    if hidden := [key for key in _mapping(config.get("vars"), "`vars`") if key in RUN_DEFAULTS]:
+        raise UserError(
+            f"`vars`: {hidden[0]} is an option that every point has ({RUN_DEFAULTS[hidden[0]]!r} where none is given), "
+            f"and ${{{hidden[0]}}} would be that; give the variable another name"
+        )
     models, tasks = _models(config), _tasks(config)
     methods = _entries(config, "methods")
     listed = _entries(config, "points")

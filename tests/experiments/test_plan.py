@@ -32,6 +32,13 @@ def test_lists_are_the_axes_of_a_grid() -> None:
     assert all("capacity" not in p["model_args"] for p in found)
 
 
+@pytest.mark.parametrize("name", ["model", "batch_size", "bootstrap_iters"])
+def test_a_variable_that_an_option_of_every_point_would_hide_is_refused(name: str) -> None:
+    """`models: ["${model}"]` was the model `kvcompressed`."""
+    with pytest.raises(UserError, match=f"`vars`: {name} is an option that every point has"):
+        points(vars={name: "mine"}, models=["${model}"], methods=["full"])
+
+
 def test_windows_are_capped_and_equal_points_run_once() -> None:
     found = points(
         vars={"w": [8, 16, 32]},
