@@ -33,7 +33,7 @@ from tqdm import tqdm
 from kv_lm_eval import config, console, tiny
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.check import wrap
-from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.streaming import Stream, score_documents
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.experiments import baselines
 from kv_lm_eval.experiments.text_flags import add_block_flag
@@ -99,7 +99,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             scored = []
             for start in range(0, len(documents), args.batch_size):
                 batch = documents[start : start + args.batch_size]
-                scored += score_documents(model, new_cache, prefix, batch, 1, torch.float32, bar.update)[0]
+                scored += score_documents(
+                    model, new_cache, batch, Stream(prefix, 1, dtype=torch.float32), progress=bar.update
+                )[0]
             scores[name] = [-one.log_probs.double().cpu().numpy() for one in scored]
             rows.append(
                 row(name, scores, [one.greedy.cpu().numpy() for one in scored], compression.method, args, of_file)

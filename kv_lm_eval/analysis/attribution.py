@@ -35,6 +35,7 @@ from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.fidelity import score_beside
+from kv_lm_eval.engine.streaming import Stream
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods import evicted
 from kv_lm_eval.methods.budget import PerHead, Slots
@@ -114,7 +115,9 @@ def attribute(
     for part in parts:
         found: list[float] = []
         with _outputs(facts, part.layer, found):
-            (one,) = score_beside(model, partial(make_cache, part.compression, facts), prefix, [document], every)[2]
+            (one,) = score_beside(
+                model, partial(make_cache, part.compression, facts), [document], Stream(prefix, every)
+            )[2]
         interval = fidelity.interval([one.kl])
         out.append(
             {

@@ -28,7 +28,7 @@ from kv_lm_eval.engine.fidelity import score_beside
 from kv_lm_eval.engine.forward import device_of, logits_of
 from kv_lm_eval.engine.prefill import NewCache, feed, prefill
 from kv_lm_eval.engine.question import Contexts, Tails, prefill_before_question
-from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.streaming import Stream, score_documents
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods import base
 from kv_lm_eval.metrics.latency import spread
@@ -270,8 +270,8 @@ def scoring(bench: Bench, tokens: int, loop_tokens: int = 64) -> dict[str, Any]:
             bench.step(cache, token)
 
     works: Mapping[str, Callable[[], object]] = {
-        "band": lambda: score_documents(bench.model, new_cache, 1, [document], 1),
-        "full forward": lambda: score_documents(bench.model, bench.new_cache("full"), 1, [document], 1),
+        "band": lambda: score_documents(bench.model, new_cache, [document], Stream(1, 1)),
+        "full forward": lambda: score_documents(bench.model, bench.new_cache("full"), [document], Stream(1, 1)),
         "token loop": loop,
     }
     per = {"band": tokens, "full forward": tokens, "token loop": loop_tokens}
@@ -285,7 +285,7 @@ def fidelity(bench: Bench, methods: Sequence[str], tokens: int) -> dict[str, Any
     document = bench.tokens(tokens)
     works: dict[str, Callable[[], object]] = {}
     for method in methods:
-        asked = (bench.model, bench.new_cache(method), 1, [document], 64)
+        asked = (bench.model, bench.new_cache(method), [document], Stream(1, 64))
         works[f"{method} alone"] = partial(score_documents, *asked)
         works[f"{method} beside full"] = partial(score_beside, *asked)
     times = rounds(works, bench.device, bench.repeats, bench.warm_up, per=tokens)

@@ -147,6 +147,7 @@ class CompressedCache(Face):
         return new
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Rows at the indices [B], in their place."""
         new = self.select(beam_idx.tolist())
         self.segments, self.members = new.segments, new.members
 

@@ -101,7 +101,9 @@ class Face(Cache):
         raise NotImplementedError("a compressed cache is made anew for every batch, not reset")
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Rows at the indices [B], in their place."""
         raise NotImplementedError(f"{type(self).__name__} cannot reorder its rows")
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Rows at the indices [B]."""
         self.reorder_cache(indices)

@@ -36,7 +36,7 @@ def register() -> None:
 
 
 def keep_padding_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """Hands the raw 2D padding mask on to the attention function."""
+    """Hands the raw padding mask [B, >= q] on to the attention function."""
     return attention_mask
 
 

@@ -50,7 +50,7 @@ class QueryMoments:
         return self.scatter / self.count.clamp_min(1).view(-1, 1, 1, 1)
 
     def select(self, rows: torch.Tensor) -> QueryMoments:
-        """A copy with the given batch rows."""
+        """A copy with the given rows, [R] of them."""
         rows = rows.to(self.count.device)
         return QueryMoments(self.count[rows], self.mean[rows], self.scatter[rows])
 

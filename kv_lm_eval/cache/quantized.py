@@ -140,7 +140,7 @@ class Packed:
         return Packed.join([stays, new]).take(torch.where(changed, x.shape[2] + changed.cumsum(-1) - 1, slots), real)
 
     def select(self, rows: torch.Tensor) -> Packed:
-        """A copy that holds the given batch rows."""
+        """A copy that holds the given rows, [R] of them."""
         rows = rows.to(self.codes.device)
         group = None if self.group is None else self.group.index_select(0, rows)
         parts = {name: getattr(self, name).index_select(0, rows) for name in ("codes", "scale", "zero")}
@@ -197,10 +197,12 @@ class QuantizedStore(LayerStore):
 
     @property
     def keys(self) -> torch.Tensor:
+        """[B, K, N, D], decoded."""
         return self._read(self._exact_keys, self._coded_keys)
 
     @property
     def values(self) -> torch.Tensor:
+        """[B, K, N, D], decoded."""
         return self._read(self._exact_values, self._coded_values)
 
     def _read(self, exact: torch.Tensor | None, coded: Packed | None) -> torch.Tensor:
@@ -223,6 +225,7 @@ class QuantizedStore(LayerStore):
     # ------------------------------------------------------------------------------------ writing
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, pos: torch.Tensor) -> None:
+        """Adds q exact slots: keys, values [B, K, q, D], pos [B, q]."""
         b, k, q, _ = keys.shape
         super().append(keys[..., :0], values[..., :0], pos)
         if self._exact_keys is None or self._exact_values is None:
@@ -309,6 +312,7 @@ class QuantizedStore(LayerStore):
         self._exact_keys, self._exact_values = _grown(rows_of(keys, index), room), _grown(rows_of(values, index), room)
 
     def write_sinks(self, index: torch.Tensor, keys: torch.Tensor) -> None:
+        """Puts keys [B, K, S, D] in the place of the exact ones that come first."""
         assert self._exact_keys is not None and keys.shape[2] == self.sinks
         self._exact_keys[:, :, : self.sinks] = keys  # where a row has fewer, the rest is not in use yet
 

@@ -69,25 +69,30 @@ class LayerStore:
 
     @property
     def keys(self) -> torch.Tensor:
+        """[B, K, N, D]."""
         assert self._keys is not None
         return self._keys[:, :, : self.length]
 
     @property
     def values(self) -> torch.Tensor:
+        """[B, K, N, D]."""
         assert self._values is not None
         return self._values[:, :, : self.length]
 
     @property
     def pos(self) -> torch.Tensor:
+        """[B, 1 or K, N]."""
         assert self._pos is not None
         return self._pos[:, :, : self.length]
 
     @property
     def mass(self) -> torch.Tensor | None:
+        """[B, K, N], or None."""
         return None if self._mass is None else self._mass[:, :, : self.length]
 
     @property
     def bias(self) -> torch.Tensor | None:
+        """[B, K, N], or None."""
         return None if self._bias is None else self._bias[:, :, : self.length]
 
     @property

@@ -25,7 +25,7 @@ from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.cache.rope import RopeKit
 from kv_lm_eval.engine import sharded
-from kv_lm_eval.engine.choices import score_in_forks, score_packed
+from kv_lm_eval.engine.choices import How, score_in_forks, score_packed
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import device_of, generate_with, logits_of
 from kv_lm_eval.engine.generate import by_rows
@@ -280,7 +280,7 @@ def _check_choices(
     later = probe.later.tolist()
     cache, first = prefill(model, new_cache, probe.rows)
     score = score_in_forks if forks else score_packed
-    got = score(model, cache, first, [[row[:3], row[:2]] for row in later], torch.float32)
+    got = score(model, cache, first, [[row[:3], row[:2]] for row in later], How(torch.float32))
     log_probs = after.log_softmax(-1)
     chosen = log_probs[:, :3].gather(2, probe.later[:, :3, None].to(after.device)).squeeze(2)
     for b, (long, short) in enumerate(got):

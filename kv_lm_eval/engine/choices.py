@@ -8,6 +8,7 @@ only then are the continuations scored, so that even a one-letter answer feels t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,26 @@ Observe = Callable[[int, int, torch.Tensor], None]  # context, its continuation,
 
 
 def unobserved(context: int, continuation: int, logits: torch.Tensor) -> None:
-    """Nobody looks."""
+    """Nobody looks at the logits [n, V]."""
 
 
-def _only(observe: Observe, continuation: int) -> Observe:
-    """For a continuation that is run by itself."""
-    return lambda context, _, logits: observe(context, continuation, logits)
+class How(NamedTuple):
+    """How continuations are scored.
+
+    Attributes:
+        dtype: of the softmax; None: that of the logits.
+        observe: sees every continuation's logits [n, V], with the numbers of its context and its own.
+    """
+
+    dtype: torch.dtype | None = None
+    observe: Observe = unobserved
+
+    def only(self, continuation: int) -> How:
+        """For a continuation that is scored as the only one of its context."""
+        return self._replace(observe=lambda context, _, logits: self.observe(context, continuation, logits))
+
+
+PLAINLY = How()
 
 
 @torch.inference_mode()
@@ -38,8 +53,7 @@ def score_continuations(
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[Sequence[int]]],
     tail_tokens: int | Sequence[int] | Tails,
-    dtype: torch.dtype | None = None,
-    observe: Observe = unobserved,
+    how: How = PLAINLY,
 ) -> tuple[list[list[Score]], CompressedCache]:
     """Scores the continuations of a batch of contexts.
 
@@ -47,8 +61,7 @@ def score_continuations(
         contexts: token rows, each at least one token. continuations: for each context, one or more token rows.
         tail_tokens: last tokens of each context that are fed after the compression; one number for each context
             where they are its question (`question.py`), with the contexts of all questions if more will come.
-        dtype: of the softmax; None: that of the logits.
-        observe: sees every continuation's logits.
+        how: the softmax, and who sees every continuation's logits.
 
     Returns:
         scores in the order given, and the cache of the contexts (for its numbers).
@@ -58,17 +71,17 @@ def score_continuations(
     if not compression.lossy and isinstance(tail_tokens, int):
         longest = max(len(c) + max(map(len, group)) for c, group in zip(contexts, continuations, strict=True))
         if facts.beyond(longest):
-            return _score_each_alone(model, new_cache, contexts, continuations, tail_tokens, dtype, observe)
+            return _score_each_alone(model, new_cache, contexts, continuations, tail_tokens, how)
     if not isinstance(tail_tokens, int):
         cache = prefill_before_question(model, new_cache, contexts, tail_tokens)
         first_logits = feed(model, cache, [c[-1:] for c in contexts], keep=1)
     elif not compression.lossy and all(len(group) == 1 for group in continuations):
-        return _score_in_one_forward(model, new_cache, contexts, continuations, tail_tokens, dtype, observe)
+        return _score_in_one_forward(model, new_cache, contexts, continuations, tail_tokens, how)
     else:
         cache, first_logits = _prefill_and_tail(model, new_cache, contexts, tail_tokens)
     if compression.schedule.online and compression.method.compresses or _beyond(cache, continuations):
-        return score_in_forks(model, cache, first_logits, continuations, dtype, observe), cache
-    return score_packed(model, cache, first_logits, continuations, dtype, observe), cache
+        return score_in_forks(model, cache, first_logits, continuations, how), cache
+    return score_packed(model, cache, first_logits, continuations, how), cache
 
 
 def _prefill_and_tail(
@@ -109,8 +122,7 @@ def _score_in_one_forward(
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[Sequence[int]]],
     tail_tokens: int,
-    dtype: torch.dtype | None,
-    observe: Observe = unobserved,
+    how: How,
 ) -> tuple[list[list[Score]], CompressedCache]:
     """Nothing will ever be cut and no context is shared: lm-eval's own single forward.
 
@@ -122,8 +134,8 @@ def _score_in_one_forward(
     scores = []
     for b, group in enumerate(continuations):
         own = logits[b][-len(group[0]) :]
-        observe(b, 0, own)
-        scores.append([_score(own, group[0], dtype)])
+        how.observe(b, 0, own)
+        scores.append([_score(own, group[0], how.dtype)])
     cache.count_only([max(0, len(c) - tail_tokens) for c in contexts], [len(c) for c in contexts])
     return scores, cache
 
@@ -140,15 +152,13 @@ def _score_each_alone(
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[Sequence[int]]],
     tail_tokens: int,
-    dtype: torch.dtype | None,
-    observe: Observe = unobserved,
+    how: How,
 ) -> tuple[list[list[Score]], CompressedCache]:
     """Nothing will ever be cut: every continuation of the one context in a forward of its own, as lm-eval does."""
     (context,), (group,) = contexts, continuations
     scores = []
     for i, continuation in enumerate(group):
-        only = _only(observe, i)
-        one, cache = _score_in_one_forward(model, new_cache, [context], [[continuation]], tail_tokens, dtype, only)
+        one, cache = _score_in_one_forward(model, new_cache, [context], [[continuation]], tail_tokens, how.only(i))
         scores.append(one[0][0])
     return [scores], cache
 
@@ -158,8 +168,7 @@ def score_packed(
     cache: CompressedCache,
     first_logits: Logits,
     continuations: Sequence[Sequence[Sequence[int]]],
-    dtype: torch.dtype | None,
-    observe: Observe = unobserved,
+    how: How,
 ) -> list[list[Score]]:
     """All continuations of a context in one row; each sees the shared cache and itself. No copies, nothing stored."""
     rows = [[t for c in group for t in c[:-1]] for group in continuations]
@@ -184,8 +193,8 @@ def score_packed(
             if n:
                 part = torch.cat([part, logits[b][at : at + n]])
             at += n
-            observe(b, i, part)
-            own.append(_score(part, c, dtype))
+            how.observe(b, i, part)
+            own.append(_score(part, c, how.dtype))
         scores.append(own)
     return scores
 
@@ -195,15 +204,12 @@ def score_in_forks(
     cache: CompressedCache,
     first_logits: Logits,
     continuations: Sequence[Sequence[Sequence[int]]],
-    dtype: torch.dtype | None,
-    observe: Observe = unobserved,
+    how: How,
 ) -> list[list[Score]]:
     """Cuts go on during the continuations: each on its own copy of the cache, in segments that end at the cuts."""
     if sum(map(len, continuations)) > 1 and _beyond(cache, continuations):
         (group,) = continuations  # a row beyond the border comes alone, and so do its continuations
-        alone = (
-            score_in_forks(model, cache, first_logits, [[c]], dtype, _only(observe, i)) for i, c in enumerate(group)
-        )
+        alone = (score_in_forks(model, cache, first_logits, [[c]], how.only(i)) for i, c in enumerate(group))
         return [[score for ((score,),) in alone]]
     owner = [b for b, group in enumerate(continuations) for _ in group]
     parts = [[first_logits[b]] for b in owner]
@@ -215,8 +221,8 @@ def score_in_forks(
     scores: list[list[Score]] = [[] for _ in continuations]
     for b, part, row in zip(owner, parts, rows, strict=True):
         whole = torch.cat(part)
-        observe(b, len(scores[b]), whole)
-        scores[b].append(_score(whole, row, dtype))
+        how.observe(b, len(scores[b]), whole)
+        scores[b].append(_score(whole, row, how.dtype))
     return scores
 
 

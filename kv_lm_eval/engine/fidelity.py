@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.engine.check import FULL
-from kv_lm_eval.engine.choices import Score, score_continuations
+from kv_lm_eval.engine.choices import How, Score, score_continuations
 from kv_lm_eval.engine.prefill import Logits, NewCache, Rows
 from kv_lm_eval.engine.question import Tails
-from kv_lm_eval.engine.streaming import ScoredDocument, forwards, score_documents
+from kv_lm_eval.engine.streaming import ScoredDocument, Stream, forwards, score_documents
 from kv_lm_eval.metrics.divergence import Divergence, joined, of_logits
 
 FLOOR_FORWARD = 37  # tokens of a forward of the noise floor's second run: no length that the first one has
@@ -58,15 +58,12 @@ def _teacher(model: PreTrainedModel, facts: ModelFacts, rows: Rows) -> Ahead:
 def score_beside(
     model: PreTrainedModel,
     new_cache: NewCache,
-    prefix_token: int,
     documents: Sequence[Sequence[int]],
-    every: int,
-    dtype: torch.dtype | None = None,
+    stream: Stream,
     progress: Callable[[int], None] = lambda tokens: None,
-    prefill_tokens: int = 0,
 ) -> tuple[list[ScoredDocument], CompressedCache, list[Divergence]]:
     """`streaming.score_documents` with the full cache beside it: also each document's numbers per token."""
-    teacher = _teacher(model, new_cache().facts, [[prefix_token, *d][:-1] for d in documents])
+    teacher = _teacher(model, new_cache().facts, [[stream.prefix_token, *d][:-1] for d in documents])
     parts: list[list[Divergence]] = [[] for _ in documents]
 
     def observe(row: int, done: int, logits: torch.Tensor) -> None:
@@ -74,9 +71,7 @@ def score_beside(
         base = teacher.take(row, done, stop)
         parts[row].append(of_logits(base, logits, torch.tensor(documents[row][done:stop])))
 
-    scored, cache = score_documents(
-        model, new_cache, prefix_token, documents, every, dtype, progress, prefill_tokens, observe
-    )
+    scored, cache = score_documents(model, new_cache, documents, stream, progress, observe)
     return scored, cache, list(map(joined, parts))
 
 
@@ -104,8 +99,8 @@ def continue_beside(
         found[b, i] = of_logits(base.pop((b, i)), logits, torch.tensor(continuations[b][i]))
 
     own = tail_tokens.tokens if isinstance(tail_tokens, Tails) else tail_tokens  # held contexts are the method's
-    wanted, _ = score_continuations(model, full_cache(facts), contexts, continuations, own, dtype, keep)
-    scores, cache = score_continuations(model, new_cache, contexts, continuations, tail_tokens, dtype, compare)
+    wanted, _ = score_continuations(model, full_cache(facts), contexts, continuations, own, How(dtype, keep))
+    scores, cache = score_continuations(model, new_cache, contexts, continuations, tail_tokens, How(dtype, compare))
     beside = [[found[b, i] for i in range(len(group))] for b, group in enumerate(continuations)]
     return scores, cache, wanted, beside
 

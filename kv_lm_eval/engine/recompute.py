@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-
 from kv_lm_eval.cache.transfer import sum_dtype
 from kv_lm_eval.engine.choices import Score
-from kv_lm_eval.engine.windows import Call, Window, score_windows
+from kv_lm_eval.engine.windows import Plain, Window, score_windows
 
 
 def windows_of(tokens: Sequence[int], first: int, length: int) -> Iterator[Window]:
@@ -24,20 +22,16 @@ def windows_of(tokens: Sequence[int], first: int, length: int) -> Iterator[Windo
 
 
 def score_recomputed(
-    call: Call,
+    plain: Plain,
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     length: int,
-    batch_size: int,
-    device: torch.device | str,
-    dtype: torch.dtype | None = None,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[Score]:
     """Scores continuations token by token: (sum of log-probabilities in nats, whether greedy) for each.
 
     Args:
-        call: see `score_windows`. contexts: at least one token each.
-        length: tokens that each prediction sees. batch_size: windows a forward.
+        contexts: at least one token each. length: tokens that each prediction sees.
     """
     owners, windows = [], []
     for i, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
@@ -45,7 +39,7 @@ def score_recomputed(
             owners.append(i)
             windows.append(window)
     sums, greedy = [0.0] * len(contexts), [True] * len(contexts)
-    scored = score_windows(call, windows, batch_size, device, dtype, progress)
+    scored = score_windows(plain, windows, progress)
     for i, (log_probs, most_likely) in zip(owners, scored, strict=True):
         sums[i] += float(log_probs.to(sum_dtype(log_probs.device)).sum())
         greedy[i] = greedy[i] and bool(most_likely.all())

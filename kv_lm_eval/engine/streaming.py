@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import ceil
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,42 +47,52 @@ class ScoredDocument:
     evictions: list[tuple[int, int]]
 
 
+class Stream(NamedTuple):
+    """How documents are read.
+
+    Attributes:
+        prefix_token: fed before each document, so that its first token is scored too.
+        every: the schedule's compress_every for them, at least 1.
+        prefill_tokens: so many tokens (prefix included) are one forward of full attention with one cut after it, and
+            the stream starts there; 0: the stream starts with the first token.
+        dtype: of the softmax; None: that of the logits.
+    """
+
+    prefix_token: int
+    every: int
+    prefill_tokens: int = 0
+    dtype: torch.dtype | None = None
+
+
 @torch.inference_mode()
 def score_documents(
     model: PreTrainedModel,
     new_cache: NewCache,
-    prefix_token: int,
     documents: Sequence[Sequence[int]],
-    every: int,
-    dtype: torch.dtype | None = None,
+    stream: Stream,
     progress: Callable[[int], None] = lambda tokens: None,
-    prefill_tokens: int = 0,
     observe: Observe = lambda row, done, logits: None,
 ) -> tuple[list[ScoredDocument], CompressedCache]:
     """Log-probability of every token of a batch of documents, each predicted from all that the cache still holds.
 
     Args:
-        prefix_token: fed before each document, so that its first token is scored too.
-        documents: token rows. every: the schedule's compress_every for them, at least 1.
-        progress: called with the number of tokens scored by each step.
-        prefill_tokens: so many tokens (prefix included) are one forward of full attention with one cut after it, and
-            the stream starts there; 0: the stream starts with the first token.
+        documents: token rows. progress: called with the number of tokens scored by each step.
         observe: sees every block of logits as it comes, each row's in order.
 
     Returns:
         one ScoredDocument each; and the cache (for its numbers).
     """
-    rows = [[prefix_token, *d][:-1] for d in documents]
+    rows = [[stream.prefix_token, *d][:-1] for d in documents]
     longest = max(map(len, rows))
-    cache = _stream_cache(new_cache(), every, longest, prefill_tokens)
+    cache = _stream_cache(new_cache(), stream, longest)
     parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in rows]
-    for fed, logits in forwards(model, cache, rows, prefill_tokens):
+    for fed, logits in forwards(model, cache, rows, stream.prefill_tokens):
         for b, own in logits.items():
             targets = torch.tensor(documents[b][fed[b] : fed[b] + len(own)], device=own.device)
-            parts[b].append(_scored(own, targets, dtype))
+            parts[b].append(_scored(own, targets, stream.dtype))
             observe(b, fed[b], own)
         progress(sum(map(len, logits.values())))
-    return [_document(p, len(d), prefill_tokens, cache) for p, d in zip(parts, documents, strict=True)], cache
+    return [_document(p, len(d), stream.prefill_tokens, cache) for p, d in zip(parts, documents, strict=True)], cache
 
 
 @torch.inference_mode()
@@ -105,17 +116,17 @@ def forwards(
         yield [at + n for n in fed], logits
 
 
-def _stream_cache(cache: CompressedCache, every: int, tokens: int, prefill_tokens: int) -> CompressedCache:
+def _stream_cache(cache: CompressedCache, stream: Stream, tokens: int) -> CompressedCache:
     """The cache for documents of up to `tokens` tokens: the one given, or one that needs no segments."""
-    schedule = dataclasses.replace(compression_of(cache).schedule, compress_every=every)
+    schedule = dataclasses.replace(compression_of(cache).schedule, compress_every=stream.every)
     compression = dataclasses.replace(compression_of(cache), schedule=schedule)
     cache.set(compression=compression)
     cache.prefill_evicts = False  # a document's first tokens are read whole
     if not compression.method.compresses or not compression.banded or tokens < 1:
         return cache
-    slots, cuts = visible_slots(compression, tokens, prefill_tokens, [0])
+    slots, cuts = visible_slots(compression, tokens, stream.prefill_tokens, [0])
     return CompressedCache(
-        compression, cache.facts, partial(Band, slots=slots, cuts=dict(cuts), prefill_tokens=prefill_tokens)
+        compression, cache.facts, partial(Band, slots=slots, cuts=dict(cuts), prefill_tokens=stream.prefill_tokens)
     )
 
 
@@ -139,7 +150,8 @@ def _document(
 def visible_slots(
     compression: Compression, tokens: int, prefill_tokens: int, layers: Sequence[int]
 ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """What a stream of `tokens` tokens will hold at each, and its cuts, from integers alone: see ScoredDocument."""
+    """What a stream of T = `tokens` tokens will hold at each, [T], and its cuts, from integers alone: see
+    ScoredDocument."""
     prompt = min(prefill_tokens, tokens)
     slots = torch.zeros(tokens, dtype=torch.int32)
     dropped: dict[int, int] = {}

@@ -37,34 +37,40 @@ def strided(tokens: Sequence[int], length: int, stride: int) -> Iterator[Window]
             return
 
 
+class Plain(NamedTuple):
+    """Plain forwards: `call` is one of right-padded rows, of at most `batch_size`; dtype of the softmax, None for that
+    of the logits."""
+
+    call: Call
+    batch_size: int
+    device: torch.device | str
+    dtype: torch.dtype | None = None
+
+
 @torch.inference_mode()
 def score_windows(
-    call: Call,
+    plain: Plain,
     windows: Sequence[Window],
-    batch_size: int,
-    device: torch.device | str,
-    dtype: torch.dtype | None = None,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Log-probabilities [n] in nats and whether each was the most likely token [n], for the targets of each window.
 
     Args:
-        call: one forward of right-padded rows. batch_size: windows a forward.
-        dtype: of the softmax, None for that of the logits. progress: called with the targets scored by each forward.
+        progress: called with the targets scored by each forward.
     """
     out = []
-    for start in range(0, len(windows), batch_size):
-        batch = windows[start : start + batch_size]
+    for start in range(0, len(windows), plain.batch_size):
+        batch = windows[start : start + plain.batch_size]
         rows = [[*w.context, *w.targets][:-1] for w in batch]
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for b, row in enumerate(rows):
             ids[b, : len(row)] = torch.tensor(row)
         skipped = min(len(w.context) for w in batch) - 1
-        logits = call(ids.to(device), ids.shape[1] - skipped)
+        logits = plain.call(ids.to(plain.device), ids.shape[1] - skipped)
         for b, window in enumerate(batch):
             own = logits[b, len(window.context) - 1 - skipped : len(rows[b]) - skipped]
             wanted = torch.tensor(window.targets, device=own.device)
-            log_probs = own.log_softmax(-1, dtype=dtype).gather(1, wanted[:, None]).squeeze(1)
+            log_probs = own.log_softmax(-1, dtype=plain.dtype).gather(1, wanted[:, None]).squeeze(1)
             out.append((log_probs.float().cpu(), (own.argmax(-1) == wanted).cpu()))
         progress(sum(len(w.targets) for w in batch))
     return out

@@ -31,8 +31,8 @@ from kv_lm_eval.engine.forward import device_of, logits_of
 from kv_lm_eval.engine.prefill import NewCache
 from kv_lm_eval.engine.recompute import windows_of
 from kv_lm_eval.engine.stepwise import steps, synchroniser
-from kv_lm_eval.engine.streaming import ScoredDocument, score_documents
-from kv_lm_eval.engine.windows import score_windows
+from kv_lm_eval.engine.streaming import ScoredDocument, Stream, score_documents
+from kv_lm_eval.engine.windows import Plain, score_windows
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.requests.rows import prefix_of, text_tokens
@@ -166,7 +166,10 @@ def capacity(settings: Mapping[str, Any]) -> int:
 def quality(setup: Setup, new_cache: NewCache, every: int, prefill: int) -> ScoredDocument:
     """Every token's log-probability under a method, not timed."""
     (document,), _ = score_documents(
-        setup.model, new_cache, setup.row[0], [setup.row[1:]], max(every, 1), torch.float32, prefill_tokens=prefill
+        setup.model,
+        new_cache,
+        [setup.row[1:]],
+        Stream(setup.row[0], max(every, 1), prefill_tokens=prefill, dtype=torch.float32),
     )
     return document
 
@@ -223,7 +226,9 @@ def measure(setup: Setup, length: int, runs: int, timed: int) -> dict[str, Any]:
         return logits_of(model, ids, keep=k).float()
 
     windows = list(windows_of(setup.row, 1, length))
-    scores = score_windows(call, windows[:1], 1, device) + score_windows(call, windows[1:], WINDOWS_PER_FORWARD, device)
+    scores = score_windows(Plain(call, 1, device), windows[:1]) + score_windows(
+        Plain(call, WINDOWS_PER_FORWARD, device), windows[1:]
+    )
     log_probs = torch.cat([lp for lp, _ in scores])
     wait, recompute_s = synchroniser(model), []
     for _ in range(runs):

@@ -12,6 +12,7 @@ from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine import recompute
 from kv_lm_eval.engine.choices import Score
 from kv_lm_eval.engine.question import Contexts, Tails
+from kv_lm_eval.engine.windows import Plain
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.latency import Stopwatch
 from kv_lm_eval.progress import Bar
@@ -137,13 +138,10 @@ def _recompute(run: Run, requests: list[Encoded], length: int, disable_tqdm: boo
     desc = "kvcompressed recomputed windows"
     with Bar(total=total, unit="tok", disable=run.hidden(disable_tqdm), desc=desc) as bar:
         scores = recompute.score_recomputed(
-            run.last_logits,
+            Plain(run.last_logits, run.batch_size or 1, lm.device, lm.softmax_dtype),
             [r[1] for r in requests],
             [r[2] for r in requests],
             length,
-            run.batch_size or 1,
-            lm.device,
-            lm.softmax_dtype,
             bar.update,
         )
     for i, one in enumerate(scores):

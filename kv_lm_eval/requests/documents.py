@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from kv_lm_eval.engine.recompute import windows_of
-from kv_lm_eval.engine.windows import Window, score_windows, strided
+from kv_lm_eval.engine.windows import Plain, Window, score_windows, strided
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.progress import Bar
 from kv_lm_eval.requests import fidelity
@@ -229,12 +229,7 @@ def _windows(
         total=sum(len(w.targets) for _, w in windows), unit="tok", disable=hidden, desc="kvcompressed windows"
     ) as bar:
         scores = score_windows(
-            run.last_logits,
-            [w for _, w in windows],
-            size,
-            run.lm.device,
-            run.lm.softmax_dtype,
-            bar.update,
+            Plain(run.last_logits, size, run.lm.device, run.lm.softmax_dtype), [w for _, w in windows], bar.update
         )
     records = {
         i: DocumentRecord(

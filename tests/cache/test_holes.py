@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kv_lm_eval.cache import segment
 from kv_lm_eval.cache.store import MIN_HEADROOM, blank_lowest
 from kv_lm_eval.engine.choices import score_continuations
-from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.streaming import Stream, score_documents
 from kv_lm_eval.methods import base
 from kv_lm_eval.methods.evicted import choose
 
@@ -115,7 +115,7 @@ def test_forks_and_documents_with_holes(name: str, monkeypatch: pytest.MonkeyPat
     def run(few: int) -> tuple[list[float], list[torch.Tensor]]:
         monkeypatch.setattr(segment, "FEW", few)
         scored = score_continuations(pair.model, lambda: pair.cache(**settings(name)), contexts, groups, 20)[0]
-        streamed = score_documents(pair.model, lambda: pair.cache(**settings(name)), 5, documents, 2)[0]
+        streamed = score_documents(pair.model, lambda: pair.cache(**settings(name)), documents, Stream(5, 2))[0]
         return [c[0] for group in scored for c in group], [d.log_probs for d in streamed]
 
     got, expected = run(segment.FEW), run(0)

@@ -15,7 +15,7 @@ from kv_lm_eval.cache.refresh import Refresh
 from kv_lm_eval.cache.ring import Ring
 from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.engine.stepwise import steps
-from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.streaming import Stream, score_documents
 from kv_lm_eval.methods import base
 
 ROOT = Path(__file__).parents[2]
@@ -88,5 +88,7 @@ def test_step_by_step_and_whole_documents_agree_under_the_cache_that_was_made(se
     compression = tiny.compression(**settings)
     every = compression.schedule.compress_every
     taken = list(steps(pair.model, lambda: make_cache(compression, pair.facts), row, 0))
-    (fast,), _ = score_documents(pair.model, lambda: make_cache(compression, pair.facts), row[0], [row[1:]], every)
+    (fast,), _ = score_documents(
+        pair.model, lambda: make_cache(compression, pair.facts), [row[1:]], Stream(row[0], every)
+    )
     assert [-step.nll for step, _ in taken] == pytest.approx(fast.log_probs.tolist(), abs=1e-4)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from kv_lm_eval.cache import band
 from kv_lm_eval.engine import streaming
 from kv_lm_eval.engine.check import wrap
-from kv_lm_eval.engine.streaming import score_documents, visible_slots
+from kv_lm_eval.engine.streaming import Stream, score_documents, visible_slots
 
 PREFIX = 5
 YARN = {
@@ -120,7 +120,9 @@ def reference(
 
 def scored(pair: tiny.Pair, documents: list[list[int]], **values: object) -> list[streaming.ScoredDocument]:
     cache = lambda: pair.cache(method="streaming_llm", **values)  # noqa: E731
-    out, used = score_documents(pair.model, cache, PREFIX, documents, int(values["compress_every"]), torch.float64)
+    out, used = score_documents(
+        pair.model, cache, documents, Stream(PREFIX, int(values["compress_every"]), dtype=torch.float64)
+    )
     assert isinstance(used.segments[0], band.Band)
     return out
 
@@ -224,12 +226,12 @@ def test_half_precision_streams_stay_finite_and_near_float32() -> None:
     document = tiny.tokens(4200)
     values = {"n_sink": 4, "window_size": 60, "compress_every": 1}
     cache = lambda: pair.cache(method="streaming_llm", **values)  # noqa: E731
-    exact = score_documents(pair.model, cache, PREFIX, [document], 1)[0][0].log_probs
+    exact = score_documents(pair.model, cache, [document], Stream(PREFIX, 1))[0][0].log_probs
     half = tiny.build("llama").to(torch.bfloat16)
     facts = wrap(half, tiny.compression(method="streaming_llm", window_size=8))
     rough = tiny.Pair(half, half, facts)
     cache = lambda: rough.cache(method="streaming_llm", **values)  # noqa: E731
-    got = score_documents(half, cache, PREFIX, [document], 1, torch.float32)[0][0].log_probs
+    got = score_documents(half, cache, [document], Stream(PREFIX, 1, dtype=torch.float32))[0][0].log_probs
     error = (got - exact).abs()
     assert got.isfinite().all()
     assert error[-500:].mean() <= 1.5 * error[100:600].mean(), "the error does not grow with the number of evictions"
@@ -242,7 +244,7 @@ def test_a_million_tokens_take_no_more_memory_than_a_thousand() -> None:
     repeated = tiny.tokens(tiny.VOCAB - 1)
     document = repeated * (1_000_000 // len(repeated))
     cache = lambda: pair.cache(method="streaming_llm", n_sink=4, window_size=28)  # noqa: E731
-    (scores,), used = score_documents(pair.model, cache, PREFIX, [document], 1)
+    (scores,), used = score_documents(pair.model, cache, [document], Stream(PREFIX, 1))
     assert used.stores[0].allocated_bytes <= 4 * used.stores[0].bytes_per_slot * 2 * (32 + streaming.HOLD_TOKENS)
     nll = -scores.log_probs[: len(document) // len(repeated) * len(repeated)].view(-1, len(repeated)).double().mean(1)
     assert nll.isfinite().all()

@@ -17,7 +17,7 @@ from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.forward import generate_with
 from kv_lm_eval.engine.lent import starting_anew
 from kv_lm_eval.engine.start import start
-from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.streaming import Stream, score_documents
 from kv_lm_eval.errors import UserError
 
 BORDER = 60
@@ -160,7 +160,7 @@ def test_choices_do_not_depend_on_the_other_choices(twins: Twins, settings: dict
 @pytest.mark.parametrize("settings", [{"method": "full"}, {"method": "knorm", "max_capacity_prompt": 20}], ids=str)
 def test_documents_are_those_of_a_token_at_a_time(twins: Twins, settings: dict[str, Any]) -> None:
     document = tiny.tokens(90)
-    whole, _ = score_documents(twins.model, twins.cache(**settings), 1, [document], 8)
+    whole, _ = score_documents(twins.model, twins.cache(**settings), [document], Stream(1, 8))
     cache = twins.cache(**settings)()
     cache.mode = "decode"
     schedule = type(cache.compression.schedule)(compress_every=8)

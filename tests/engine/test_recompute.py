@@ -8,6 +8,7 @@ import torch
 
 from kv_lm_eval.engine.lent import see_last, without_cache
 from kv_lm_eval.engine.recompute import score_recomputed
+from kv_lm_eval.engine.windows import Plain
 
 
 @torch.inference_mode()
@@ -21,7 +22,9 @@ def test_continuations_are_scored_from_the_tokens_just_before_each(name: str, le
     stock = tiny.pair(name).stock
     contexts = [tiny.tokens(n, seed=n) for n in (25, 6, 1)]
     continuations = [tiny.tokens(n, seed=n + 50) for n in (12, 1, 40)]
-    got = score_recomputed(lambda ids, last: stock(ids).logits[:, -last:], contexts, continuations, length, 4, "cpu")
+    got = score_recomputed(
+        Plain(lambda ids, last: stock(ids).logits[:, -last:], 4, "cpu"), contexts, continuations, length
+    )
     for context, continuation, (score, greedy) in zip(contexts, continuations, got, strict=True):
         row, total, likely = list(context), 0.0, True
         for token in continuation:

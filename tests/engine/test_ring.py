@@ -8,7 +8,7 @@ import torch
 
 from kv_lm_eval.cache.ring import RingStore
 from kv_lm_eval.engine.choices import score_continuations
-from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.streaming import Stream, score_documents
 from kv_lm_eval.errors import UserError
 
 BUDGET = {"n_sink": 3, "window_size": 9}
@@ -55,7 +55,7 @@ def test_continuations_forked_from_a_ring_score_as_under_streaming_llm(name: str
 def test_documents_are_streamed_as_under_streaming_llm() -> None:
     pair, document = tiny.pair("llama"), tiny.tokens(120)
     got, expected = (
-        score_documents(pair.model, lambda m=m: pair.cache(method=m, **BUDGET), 5, [document], 1)[0][0]
+        score_documents(pair.model, lambda m=m: pair.cache(method=m, **BUDGET), [document], Stream(5, 1))[0][0]
         for m in ("streaming_ring", "streaming_llm")
     )
     assert torch.equal(got.log_probs, expected.log_probs)

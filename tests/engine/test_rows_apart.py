@@ -25,7 +25,7 @@ from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.forward import generate_with
 from kv_lm_eval.engine.generate import by_rows
 from kv_lm_eval.engine.start import start
-from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.streaming import Stream, score_documents
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.compression import Compression
 
@@ -180,7 +180,7 @@ def choices(m: Any, new_cache: Callable[[], CompressedCache], case: Case, some: 
 
 def documents(m: Any, new_cache: Callable[[], CompressedCache], case: Case, some: list[int]) -> tuple[Any, Any]:
     rows, every = [case.rows[i] for i in some], case.compression.schedule.compress_every or 5
-    scored, cache = score_documents(m, new_cache, 1, rows, every, prefill_tokens=case.prefill_tokens)
+    scored, cache = score_documents(m, new_cache, rows, Stream(1, every, prefill_tokens=case.prefill_tokens))
     return [s.log_probs for s in scored], cache
 
 

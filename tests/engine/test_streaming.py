@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from kv_lm_eval.engine import streaming
-from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.streaming import Stream, score_documents
 
 PREFIX = 5
 METHODS = {
@@ -18,7 +18,7 @@ METHODS = {
 
 
 def scored(pair: tiny.Pair, documents: list[list[int]], every: int, **settings: object) -> list[torch.Tensor]:
-    documents_scored, _ = score_documents(pair.model, lambda: pair.cache(**settings), PREFIX, documents, every)
+    documents_scored, _ = score_documents(pair.model, lambda: pair.cache(**settings), documents, Stream(PREFIX, every))
     return [document.log_probs for document in documents_scored]
 
 
@@ -76,7 +76,9 @@ def test_progress_counts_every_scored_token_once_and_the_cache_has_seen_them() -
     pair, steps = tiny.pair("llama"), []
     settings = METHODS["window"]
     documents = [tiny.tokens(47), tiny.tokens(20)]
-    _, cache = score_documents(pair.model, lambda: pair.cache(**settings), PREFIX, documents, 4, progress=steps.append)
+    _, cache = score_documents(
+        pair.model, lambda: pair.cache(**settings), documents, Stream(PREFIX, 4), progress=steps.append
+    )
     assert sum(steps) == 67
     assert cache.seen == [47, 20]
     assert max(cache.peaks) <= 14 + 4

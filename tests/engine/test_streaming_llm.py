@@ -18,7 +18,7 @@ import transformers as tf
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.check import wrap
-from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.streaming import Stream, score_documents
 
 MODELS = ("llama", "gpt_neox")
 # float64 weights, but the models' own rotary tables and norms are float32: far below the several nats between policies
@@ -136,7 +136,7 @@ def our_scores(name: str, rows: list[list[int]], every: int, **settings: object)
     pair, prefixes = doubled(name), {row[0] for row in rows}
     (prefix,) = prefixes
     documents = [row[1:] for row in rows]
-    scored, _ = score_documents(pair.model, lambda: pair.cache(**settings), prefix, documents, every)
+    scored, _ = score_documents(pair.model, lambda: pair.cache(**settings), documents, Stream(prefix, every))
     return [document.log_probs for document in scored]
 
 

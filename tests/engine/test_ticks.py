@@ -15,7 +15,7 @@ from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.engine import streaming
 from kv_lm_eval.engine.check import FULL, wrap
 from kv_lm_eval.engine.choices import score_continuations
-from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.streaming import Stream, score_documents
 
 COMPRESSION = tiny.compression(method="snapkv", window_size=4, max_capacity_prompt=16, compress_every=5)
 
@@ -39,9 +39,9 @@ def test_documents_are_cut_as_token_by_token(
     model, new_cache = made
     monkeypatch.setattr(streaming, "MIN_CHUNK", 1)
     monkeypatch.setattr(streaming, "HOLD_TOKENS", most)
-    (got,), cache = score_documents(model, new_cache, 1, [tiny.tokens(length)], 5)
+    (got,), cache = score_documents(model, new_cache, [tiny.tokens(length)], Stream(1, 5))
     monkeypatch.setattr(Segment, "until_due", lambda *_: 1)
-    (expected,), one_by_one = score_documents(model, new_cache, 1, [tiny.tokens(length)], 5)
+    (expected,), one_by_one = score_documents(model, new_cache, [tiny.tokens(length)], Stream(1, 5))
     assert held(cache) == held(one_by_one)
     assert torch.allclose(got.log_probs, expected.log_probs, rtol=0, atol=1e-10)
 

@@ -17,6 +17,7 @@ from kv_lm_eval import tiny as embedded
 from kv_lm_eval.analysis import attribution
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.fidelity import score_beside
+from kv_lm_eval.engine.streaming import Stream
 from kv_lm_eval.errors import UserError
 
 TEXT = Path(embedded.__file__).parents[1] / "tasks" / "quickstart" / "texts" / "ferry.txt"
@@ -62,7 +63,7 @@ def test_a_streams_divergence_is_that_of_a_run_with_the_other_layers_skipped(set
     for one in numbers[:2]:
         other = 1 - one["layer"]
         asked = tiny.compression(**settings, skip_layers=[other])
-        (wanted,) = score_beside(pair.model, partial(make_cache, asked, pair.facts), PREFIX, [document], 5)[2]
+        (wanted,) = score_beside(pair.model, partial(make_cache, asked, pair.facts), [document], Stream(PREFIX, 5))[2]
         assert one["kl"] == pytest.approx(wanted.kl.mean(), rel=1e-9) and one["change"] > 1e-3
     heads = attribution.attribute(
         pair.model, pair.facts, attribution.parts_of("heads", settings, pair.facts), PREFIX, document, 5

@@ -26,7 +26,7 @@ METHODS = {
 
 def beside(pair: tiny.Pair, documents: list[list[int]], every: int = 64, prefill: int = 0, **settings: object):
     return fidelity.score_beside(
-        pair.model, lambda: pair.cache(**settings), PREFIX, documents, every, prefill_tokens=prefill
+        pair.model, lambda: pair.cache(**settings), documents, fidelity.Stream(PREFIX, every, prefill_tokens=prefill)
     )[2]
 
 
@@ -94,11 +94,13 @@ def test_the_full_cache_is_at_no_distance_from_itself_whatever_its_forwards(
 
 def test_the_teachers_numbers_are_those_of_a_run_of_its_own() -> None:
     pair, document = tiny.pair("llama"), tiny.tokens(120)
-    (alone,), _ = streaming.score_documents(pair.model, lambda: pair.cache(method="full"), PREFIX, [document], 64)
+    (alone,), _ = streaming.score_documents(
+        pair.model, lambda: pair.cache(method="full"), [document], streaming.Stream(PREFIX, 64)
+    )
     (got,) = beside(pair, [document], 3, method="knorm", max_capacity_prompt=14)
     assert (got.base_log_probs == alone.log_probs.numpy()).all()
     (scored,), _ = streaming.score_documents(
-        pair.model, lambda: pair.cache(method="knorm", max_capacity_prompt=14), PREFIX, [document], 3
+        pair.model, lambda: pair.cache(method="knorm", max_capacity_prompt=14), [document], streaming.Stream(PREFIX, 3)
     )
     assert abs(got.log_probs - scored.log_probs.numpy()).max() < 1e-6
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import tiny
@@ -75,22 +73,3 @@ def test_what_is_measured_are_examples_that_parse():
     assert [b for name, b, _ in named if name == "quantized"] == ["2 bit", "4 bit", "8 bit"]
     for name, _, model_args in named:
         assert parse(dict(model_args))[0].method.name == name.split(",")[0]
-
-
-def functions(folder: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
-    for file in sorted(folder.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef):
-                yield f"{file.name}: {node.name}", node
-
-
-def test_functions_of_methods_say_their_shapes_and_take_six_arguments_at_most():
-    seen = 0
-    for where, node in functions(Path(base.__file__).parent):
-        arguments = [a for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg != "self"]
-        assert len(arguments) <= 6, where
-        words = " ".join(ast.unparse(a) for a in (*(a.annotation for a in arguments), node.returns) if a)
-        if not node.name.startswith("_") and ("Tensor" in words or "Kept" in words):
-            assert "[" in (ast.get_docstring(node) or ""), f"{where} does not say the shapes of its tensors"
-            seen += 1
-    assert seen > 20

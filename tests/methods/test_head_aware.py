@@ -16,7 +16,7 @@ import transformers as tf
 
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
-from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.streaming import Stream, score_documents
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.head_profile import Head, HeadProfile
 
@@ -110,7 +110,7 @@ def stock_logits(name: str, row: list[int], visible: list[list[list[set[int]]]])
 def streamed(pair: tiny.Pair, documents: list[list[int]], **settings: object) -> list[torch.Tensor]:
     every = int(settings.get("compress_every", 1))  # type: ignore[call-overload]
     scored, _ = score_documents(
-        pair.model, lambda: pair.cache(method="head_aware", **settings), PREFIX, documents, every
+        pair.model, lambda: pair.cache(method="head_aware", **settings), documents, Stream(PREFIX, every)
     )
     return [one.log_probs for one in scored]
 

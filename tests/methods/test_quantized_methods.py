@@ -12,7 +12,7 @@ from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.config import parse
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
-from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.streaming import Stream, score_documents
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods import base
 
@@ -91,7 +91,7 @@ def test_a_stream_in_segments_equals_the_loop_over_single_tokens(name: str, meth
     pair, every = pair_of(name), 7
     documents = [tiny.tokens(n, seed=n) for n in (75, 52, 9)]
     chosen = {**settings(method), **({} if method == "quantized" else {"compress_every": every})}
-    scored, _ = score_documents(pair.model, lambda: pair.cache(**chosen), 5, documents, every)
+    scored, _ = score_documents(pair.model, lambda: pair.cache(**chosen), documents, Stream(5, every))
     for document, got in zip(documents, scored, strict=True):
         cache, logs = pair.cache(**chosen), []
         for i, (token, target) in enumerate(zip([5, *document[:-1]], document, strict=True)):
@@ -99,7 +99,9 @@ def test_a_stream_in_segments_equals_the_loop_over_single_tokens(name: str, meth
             logits = tiny.forward(pair.model, cache, [[token]], starts=[i])[0, -1]
             logs.append(logits.log_softmax(-1)[target])
         assert (got.log_probs - torch.stack(logs)).abs().max() <= NEAR.get(name, STEP)
-        exact, _ = score_documents(pair.model, lambda: pair.cache(**{**chosen, "nbits": 2}), 5, [document], every)
+        exact, _ = score_documents(
+            pair.model, lambda: pair.cache(**{**chosen, "nbits": 2}), [document], Stream(5, every)
+        )
         if len(document) > 50:
             assert (exact[0].log_probs - got.log_probs).abs().max() > STEP, "with 2 bits the difference would be seen"
 

@@ -11,7 +11,7 @@ import torch
 
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.choices import score_continuations
-from kv_lm_eval.engine.streaming import score_documents
+from kv_lm_eval.engine.streaming import Stream, score_documents
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods import base, evicted
 from kv_lm_eval.methods.compression import Compression
@@ -85,7 +85,7 @@ def test_short_contexts_beside_long_ones_are_finite_and_their_own(method: str) -
                 alone = score_continuations(pair().model, cache, [row], choices[:1], tail)[0][0]
                 scores = (torch.tensor([score for score, _ in group]) for group in (together[b], alone))
                 close(*scores, what=f"tail {tail}, {len(row)} tokens")
-        streamed = score_documents(pair().model, cache, 0, rows, 2)[0]
+        streamed = score_documents(pair().model, cache, rows, Stream(0, 2))[0]
         for document, row in zip(streamed, rows, strict=True):
-            alone = score_documents(pair().model, cache, 0, [row], 2)[0][0]
+            alone = score_documents(pair().model, cache, [row], Stream(0, 2))[0][0]
             close(document.log_probs, alone.log_probs, f"document of {len(row)} tokens")

@@ -15,8 +15,8 @@ import torch
 
 from kv_lm_eval.engine.recompute import windows_of
 from kv_lm_eval.engine.stepwise import steps
-from kv_lm_eval.engine.streaming import score_documents
-from kv_lm_eval.engine.windows import score_windows, strided
+from kv_lm_eval.engine.streaming import Stream, score_documents
+from kv_lm_eval.engine.windows import Plain, score_windows, strided
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.experiments import baselines
 from kv_lm_eval.metrics import paired
@@ -65,7 +65,7 @@ def test_the_timed_loop_has_the_numbers_of_the_fast_one(prefill, settings):
     timed = [step for step, _ in steps(pair.model, new, row, prefill)]
     every = settings["compress_every"]
     (fast,), _ = score_documents(
-        pair.model, new, row[0], [row[1:]], every, prefill_tokens=prefill if prefill > 1 else 0
+        pair.model, new, [row[1:]], Stream(row[0], every, prefill_tokens=prefill if prefill > 1 else 0)
     )
     assert [-step.nll for step in timed] == pytest.approx(fast.log_probs.tolist(), abs=1e-4)
     assert [step.correct for step in timed] == fast.greedy.tolist()
@@ -80,7 +80,7 @@ def test_the_timed_loop_has_the_numbers_of_the_fast_one(prefill, settings):
 def test_recompute_is_a_fresh_forward_for_every_token(name, length, batch_size):
     model, row = tiny_models.pair(name).stock, tiny_models.tokens(30)
     windows = list(windows_of(row, 1, length))
-    scores = score_windows(lambda ids, k: model(ids, use_cache=False).logits[:, -k:], windows, batch_size, "cpu")
+    scores = score_windows(Plain(lambda ids, k: model(ids, use_cache=False).logits[:, -k:], batch_size, "cpu"), windows)
     got = torch.cat([lp for lp, _ in scores]).tolist()
     expected = []
     for t in range(len(row) - 1):
