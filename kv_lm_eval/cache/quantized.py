@@ -272,6 +272,7 @@ class QuantizedStore(LayerStore):
         self._count()
 
     def replace(self, kept: Kept, room: int) -> None:
+        """As in `LayerStore`, [B, K, M] slots; a pair that is kept keeps its codes."""
         b, k, m, _ = kept.keys.shape
         device, sinks = kept.keys.device, self.sinks
         assert kept.slots is not None, "codes follow their slots"

@@ -147,7 +147,7 @@ class LayerStore:
         self._mass = self.queries = self.query_pos = self.moments = None
 
     def replace(self, kept: Kept, room: int) -> None:
-        """Puts the slots that stay in the place of all slots.
+        """Puts the slots that stay, [B, K, M], in the place of all slots.
 
         Args:
             room: tokens that will be added before the next cut; the storage is sized for them.
