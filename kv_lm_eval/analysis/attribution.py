@@ -143,7 +143,7 @@ def _outputs(facts: ModelFacts, layer: int | None, change: list[float]) -> Itera
     sides: dict[bool, list[torch.Tensor]] = {True: [], False: []}
 
     def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        cache = next(x for x in (*kwargs.values(), *args) if isinstance(x, CompressedCache))
+        (cache,) = (x for x in (*kwargs.values(), *args) if isinstance(x, CompressedCache))
         found = output[0] if isinstance(output, tuple) else output
         sides[cache.compression.method.compresses].append(found.reshape(-1, found.shape[-1]).double().cpu())
 

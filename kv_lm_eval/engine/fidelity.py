@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.check import FULL
 from kv_lm_eval.engine.choices import How, Score, score_continuations
 from kv_lm_eval.engine.prefill import Logits, NewCache, Rows
@@ -29,7 +31,7 @@ FLOOR_FORWARD = 37  # tokens of a forward of the noise floor's second run: no le
 
 def full_cache(facts: ModelFacts) -> NewCache:
     """Makes the teacher's caches."""
-    return lambda: CompressedCache(FULL, facts)
+    return partial(make_cache, FULL, facts)
 
 
 class Ahead:

@@ -97,7 +97,7 @@ def score_documents(
 
 @torch.inference_mode()
 def forwards(
-    model: PreTrainedModel, cache: CompressedCache, rows: Rows, prefill_tokens: int = 0, most: int = HOLD_TOKENS
+    model: PreTrainedModel, cache: CompressedCache, rows: Rows, prefill_tokens: int = 0, most: int | None = None
 ) -> Iterator[tuple[list[int], Logits]]:
     """Tokens of each row fed before, and the logits of all that are fed, for each forward.
 
@@ -106,7 +106,7 @@ def forwards(
             `prefill_tokens` are one.
     """
     vocab = model.config.get_text_config().vocab_size
-    at, most = 0, min(most, max(MIN_CHUNK, LOGIT_ELEMENTS // (len(rows) * vocab)))
+    at, most = 0, min(most or HOLD_TOKENS, max(MIN_CHUNK, LOGIT_ELEMENTS // (len(rows) * vocab)))
     if prefill_tokens and not isinstance(cache.segments[0], Band):
         at = cache.facts.until_border(0, prefill_tokens)
         yield [0] * len(rows), feed(model, cache, [row[:at] for row in rows])

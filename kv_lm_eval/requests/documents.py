@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from kv_lm_eval.engine.recompute import windows_of
+from kv_lm_eval.engine.streaming import Stream
 from kv_lm_eval.engine.windows import Plain, Window, score_windows, strided
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.progress import Bar
@@ -123,6 +124,7 @@ def _stream(
     if compared:
         fidelity.check_lengths(run, [len(row) + 1 for row in documents.values()])
         floor = fidelity.noise_floor(run, list(documents.values()))
+    stream = Stream(run.lm.prefix_token_id, every, prefill, run.lm.softmax_dtype)
     for batch in [*([i] for i in alone), *(rest[at : at + size] for at in range(0, len(rest), size))]:
         watch = run.stopwatch()
         with run.autocast():
@@ -130,12 +132,9 @@ def _stream(
                 compared,
                 run.lm.model,
                 run.caches(watch),
-                run.lm.prefix_token_id,
                 [documents[i] for i in batch],
-                every,
-                run.lm.softmax_dtype,
+                stream,
                 bar.update,
-                prefill,
             )
         watch.end()
         for i, one, against in zip(batch, scored, beside, strict=True):

@@ -15,7 +15,7 @@ import torch
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine import fidelity
-from kv_lm_eval.engine.choices import Score, score_continuations
+from kv_lm_eval.engine.choices import How, Score, score_continuations
 from kv_lm_eval.engine.streaming import ScoredDocument, score_documents
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.compression import CompressionLog
@@ -59,7 +59,7 @@ def score_choices(
 ) -> tuple[list[list[Score]], CompressedCache, list[list[Beside]] | None]:
     """`score_continuations`, with the full cache beside it or, where there is no noise floor, alone."""
     if floor is None:
-        return *score_continuations(*args), None
+        return *score_continuations(*args[:-1], how=How(args[-1])), None
     scores, cache, base, found = fidelity.continue_beside(*args)
     beside = [
         [Beside(one, along, noise_floor=floor) for one, along in zip(*group, strict=True)]

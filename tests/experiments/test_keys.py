@@ -13,6 +13,7 @@ import yaml
 
 from kv_lm_eval import tiny
 from kv_lm_eval.experiments import baselines, plan, task_files, tune
+from kv_lm_eval.experiments import scores as scores_of
 
 METHOD = """
 from kv_lm_eval.methods.base import Method, View
@@ -84,9 +85,9 @@ def tuned(world: Path) -> str:
     arguments = ["--model_args", f"pretrained={world / 'model'},method={world / 'method.py'}:Newest", "--budgets", "16"]
     arguments += ["--tasks", "own_task", "--include_path", str(world / "tasks"), "--metadata"]
     arguments += [json.dumps({"text_files": [str(world / "text.txt")]})]
-    scores: Any = object.__new__(tune.Scores)
+    scores: Any = object.__new__(scores_of.Scores)
     scores.args, scores._keys = tune._parser().parse_args(arguments), {}
-    scores.args.metadata = tune._metadata(scores.args.metadata)
+    scores.args.metadata = scores_of._metadata(scores.args.metadata)
     base = {"pretrained": str(world / "model"), "method": f"{world / 'method.py'}:Newest", "max_capacity_prompt": 16}
     return str(scores._key(base, "own_task"))
 
@@ -102,8 +103,14 @@ def test_whatever_a_point_is_made_of_makes_it_another_point_when_it_is_edited(ed
 
 def test_what_a_tuner_does_with_scores_is_not_in_their_key(world: Path) -> None:
     names = {action.dest for action in tune._parser()._actions} - {"help"}
-    assert tune._NOT_DECIDING <= names
-    assert names - tune._NOT_DECIDING == {"metadata", "num_fewshot", "apply_chat_template", "metric", "score_range"}
+    assert scores_of._NOT_DECIDING <= names
+    assert names - scores_of._NOT_DECIDING == {
+        "metadata",
+        "num_fewshot",
+        "apply_chat_template",
+        "metric",
+        "score_range",
+    }
 
 
 def test_our_tasks_are_known_with_the_code_that_scores_them() -> None:

@@ -10,6 +10,7 @@ import pytest
 import kv_lm_eval
 
 PACKAGE = Path(kv_lm_eval.__file__).parent
+THEIRS = ("task._filters",)  # of an lm-eval task, which has no other name for them
 
 
 def foreign_private_names(source: str) -> list[str]:
@@ -18,7 +19,7 @@ def foreign_private_names(source: str) -> list[str]:
         ast.unparse(node)
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
-        if ast.unparse(node.value) not in ("self", "cls", "super()")
+        if ast.unparse(node.value) not in ("self", "cls", "super()") and ast.unparse(node) not in THEIRS
     ]
 
 
