@@ -160,7 +160,7 @@ def _score_groups(run: Run, requests: list[Encoded], groups: list[Group], disabl
         contexts = [g.context for g in batch]
         with run.autocast():
             scores, cache, beside = fidelity.score_choices(
-                floor, lm.model, run.caches(watch), contexts, continuations, tails, lm.softmax_dtype
+                run, floor, run.caches(watch), contexts, continuations, tails
             )
         watch.end()
         return scores, cache, beside, watch

@@ -16,6 +16,8 @@ import torch
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine import fidelity
 from kv_lm_eval.engine.choices import How, Score, score_continuations
+from kv_lm_eval.engine.prefill import NewCache
+from kv_lm_eval.engine.question import Tails
 from kv_lm_eval.engine.streaming import ScoredDocument, score_documents
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.compression import CompressionLog
@@ -55,12 +57,18 @@ def fields_of(found: Divergence | None) -> dict[str, Any]:
 
 
 def score_choices(
-    floor: dict[str, float] | None, *args: Any
+    run: Run,
+    floor: dict[str, float] | None,
+    new_cache: NewCache,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    tails: int | Sequence[int] | Tails,
 ) -> tuple[list[list[Score]], CompressedCache, list[list[Beside]] | None]:
     """`score_continuations`, with the full cache beside it or, where there is no noise floor, alone."""
+    model, dtype = run.lm.model, run.lm.softmax_dtype
     if floor is None:
-        return *score_continuations(*args[:-1], how=How(args[-1])), None
-    scores, cache, base, found = fidelity.continue_beside(*args)
+        return *score_continuations(model, new_cache, contexts, continuations, tails, How(dtype)), None
+    scores, cache, base, found = fidelity.continue_beside(model, new_cache, contexts, continuations, tails, dtype)
     beside = [
         [Beside(one, along, noise_floor=floor) for one, along in zip(*group, strict=True)]
         for group in zip(base, found, strict=True)
