@@ -150,7 +150,6 @@ def _recompute(run: Run, requests: list[Encoded], length: int, disable_tqdm: boo
 
 
 def _score_groups(run: Run, requests: list[Encoded], groups: list[Group], disable_tqdm: bool) -> list[Choice]:
-    lm = run.lm
 
     def work(batch: Sequence[Group]) -> tuple[list[list[Score]], CompressedCache, list[list[Beside]] | None, Stopwatch]:
         watch = run.stopwatch()
