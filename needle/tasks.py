@@ -351,17 +351,20 @@ def _tokenizer_name(metadata: Mapping[str, Any]) -> str:
 
 
 @lru_cache(maxsize=2)
-def _counter(name: str, add_special_tokens: bool | None, trust_remote_code: bool) -> Counter:
+def _counter(name: str, add_special_tokens: bool | None, trust_remote_code: bool, gguf_file: str | None) -> Counter:
     from transformers import AutoTokenizer
 
-    return Counter(AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code), add_special_tokens)
+    where = {"gguf_file": gguf_file} if gguf_file else {}
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
+    return Counter(tokenizer, add_special_tokens)
 
 
 def counter_of(metadata: Mapping[str, Any]) -> Counter:
     """Counts as the evaluated model's tokenizer does."""
     bos = metadata.get("add_bos_token")
     remote = bool(metadata.get("trust_remote_code", False))
-    return _counter(_tokenizer_name(metadata), bos if isinstance(bos, bool) else None, remote)
+    inside = None if metadata.get("tokenizer") else metadata.get("gguf_file")  # the weights' file holds it
+    return _counter(_tokenizer_name(metadata), bos if isinstance(bos, bool) else None, remote, inside)
 
 
 def setup(metadata: Mapping[str, Any]) -> tuple[Settings, Counter]:

@@ -44,7 +44,7 @@ def model_max_length(metadata: Mapping[str, Any], tokenizer: Any = None) -> int 
 
 def load_arguments(metadata: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """What of --model_args names the files that a tokenizer and a configuration are loaded from."""
-    keys = ("revision", "subfolder", "trust_remote_code")
+    keys = ("revision", "subfolder", "gguf_file", "trust_remote_code")
     return tuple((key, metadata[key]) for key in keys if metadata.get(key))
 
 

@@ -13,6 +13,7 @@ from model.test_commands import results, run
 from test_real_requests import answers, same
 
 from kv_lm_eval import files
+from needle.tasks import counter_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -36,6 +37,13 @@ def test_a_gguf_file_answers_as_the_folder_that_was_made_of_it() -> None:
         **settings,
     )
     same(answers(gguf), of_folder, nats=1e-3)
+
+
+def test_tasks_count_with_the_tokenizer_in_the_gguf_file() -> None:
+    pytest.importorskip("gguf")
+    counter = counter_of({"pretrained": real.path("smollm2"), "gguf_file": "model.gguf"})
+    text = real.text(200)
+    assert counter.tokenizer(text)["input_ids"] == real.tokenizer("smollm2")(text)["input_ids"]
 
 
 def test_two_ranks_share_the_prompts_and_give_the_results_of_one(tmp_path: Path) -> None:
