@@ -13,7 +13,7 @@ import transformers as tf
 from kv_lm_eval.cache import attention
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.check import FULL, Roads, wrap
-from kv_lm_eval.engine.choices import How, score_packed
+from kv_lm_eval.engine.choices import score_packed
 from kv_lm_eval.errors import UserError
 
 IN_CACHE = tiny.compression(method="streaming_llm", window_size=8)
@@ -201,8 +201,8 @@ def test_every_road_is_walked_without_complaint(name: str) -> None:
 
 
 def test_choices_that_are_scored_wrongly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_the_wrong_row(model, cache, first, continuations, dtype):  # type: ignore[no-untyped-def]
-        return score_packed(model, cache, {0: first[1], 1: first[0]}, continuations, How(dtype))
+    def of_the_wrong_row(model, cache, first, continuations, how):  # type: ignore[no-untyped-def]
+        return score_packed(model, cache, {0: first[1], 1: first[0]}, continuations, how)
 
     monkeypatch.setattr("kv_lm_eval.engine.check.score_packed", of_the_wrong_row)
     with pytest.raises(UserError, match="continuations over one prefill differ"):
