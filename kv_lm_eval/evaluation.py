@@ -79,6 +79,7 @@ class Evaluation:
                 raise UserError(f"no results file was written to {output}")
             if said := reports.write_all(new):
                 print(said)
+        _leave_together()
         return 0
 
     @contextmanager
@@ -142,3 +143,12 @@ def _parsing() -> Iterator[None]:
         raise UserError(str(error).split(" Hint:")[0] or "the command line cannot be read") from error
     finally:
         argparse.ArgumentParser.error = original  # type: ignore[method-assign]
+
+
+def _leave_together() -> None:
+    """Of several processes each waits for all, and lets go of what connects them. One that ends before, with threads of
+    the connection running, may be aborted, and take the one that writes the results along."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
