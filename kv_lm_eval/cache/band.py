@@ -36,6 +36,7 @@ class Band(Segment):
         prefill_tokens: tokens that are one forward of full attention with a cut after it, or all that a document has.
     """
 
+    may_join = False
     serves = ("ring",)  # which pairs a query sees is the same, however they are stored
 
     def __init__(

@@ -308,7 +308,8 @@ class CompressedCache(Face):
         for segment, rows in zip(self.segments, self.members, strict=True):
             if most := max((left[row] for row in rows), default=0):
                 due = segment.until_due(most)
-                steps = [min(n, due) if row in rows else n for row, n in enumerate(steps)]
+                for row in rows:
+                    steps[row] = min(left[row], due)
         return steps
 
     def widest(self, counts: Sequence[int]) -> list[int]:

@@ -28,6 +28,7 @@ from kv_lm_eval.cache.view import AskedOfCompression
 class Refresh(Segment):
     """A segment for a method with sinks and a window that reinserts some of what it evicts."""
 
+    may_join = False
     serves = ("reinserted",)
 
     def __init__(self, compression: AskedOfCompression, facts: ModelFacts) -> None:

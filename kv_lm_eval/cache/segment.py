@@ -56,12 +56,14 @@ class Segment:
         around_cut: a context manager entered for each layer's cut, to measure it.
         history: each row's numbers after the prefill and after each decode step, where `keeps_history`.
         serves: what a kind of segment can do beyond dropping pairs, by the method's name for it.
+        may_join: whether all that belongs to a row of this kind is known here, so that segments can be joined.
 
     Raises:
         TypeError: the method needs another kind of segment; `make_cache` gives the right one.
     """
 
     serves: ClassVar[tuple[str, ...]] = ()
+    may_join: ClassVar[bool] = True
 
     def __init__(self, compression: AskedOfCompression, facts: ModelFacts) -> None:
         for needed in ("ring", "reinserted"):
@@ -139,7 +141,7 @@ class Segment:
         They hold equally many slots everywhere. Where no cut will come, it is enough that their heads hold unequally
         many, so that there is a mask anyway; and on a GPU, which launches kernels for every segment, nothing is asked.
         """
-        if type(self).__name__ not in ("Segment", "Ring") or self.compression.storage.quantises or self.end is not None:
+        if not self.may_join or self.compression.storage.quantises or self.end is not None:
             return None
         last = not (self.compression.schedule.online and self.compression.method.compresses)
         uneven = not all(map(self._even, range(len(self.stores))))

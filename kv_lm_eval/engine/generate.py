@@ -80,10 +80,9 @@ def decode(
         )
     cache, mask = cache_among(words), words.get("attention_mask")
     assert isinstance(cache, CompressedCache)
-    prompts = [
-        ids.tolist() if mask is None else ids[m.bool()].tolist()
-        for ids, m in zip(input_ids, input_ids if mask is None else mask, strict=True)
-    ]
+    real = torch.ones_like(input_ids) if mask is None else mask
+    pairs = zip(input_ids.tolist(), real.tolist(), strict=True)
+    prompts = [[token for token, there in zip(*pair, strict=True) if there] for pair in pairs]
     seen = cache.seen if cache.batch else [0] * len(prompts)
     new: list[list[int]] = [row[n:] for row, n in zip(prompts, seen, strict=True)]
     logits, alive = input_ids.new_zeros(0), torch.ones(len(new), dtype=torch.bool, device=input_ids.device)

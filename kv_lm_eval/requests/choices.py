@@ -37,8 +37,8 @@ class Group:
 
     @property
     def head(self) -> tuple[int, ...]:
-        """What is compressed before the question is seen."""
-        return self.context[: max(0, len(self.context) - (self.boundary.tail_tokens if self.boundary else 0))]
+        """What is compressed before the question is seen; nothing where it is compressed with it."""
+        return self.context[: max(0, len(self.context) - self.boundary.tail_tokens)] if self.boundary else ()
 
 
 def encode(run: Run, disable_tqdm: bool, of_pair: Callable[[str, str], tuple[list[int], list[int]]]) -> list[Encoded]:

@@ -24,8 +24,8 @@ class Prompt:
 
     @property
     def head(self) -> list[int]:
-        """Tokens that are compressed before the question is seen; all of them where it is compressed with them."""
-        return self.ids[: len(self.ids) - self.tail]
+        """Tokens that are compressed before the question is seen; none where it is compressed with them."""
+        return self.ids[: len(self.ids) - self.tail] if self.boundary else []
 
     @property
     def tail(self) -> int:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from model.test_requests import METHODS, STORY, load, request
 
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.requests import generation
+from kv_lm_eval.requests.boundaries import Boundary
+from kv_lm_eval.requests.prompt import Prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPT = STORY + "The number is"  # 48 tokens or so
@@ -168,3 +173,17 @@ def test_several_groups_of_settings_and_sampling_draw_what_lm_evals_model_draws(
         asks = [request("generate_until", t, s) for t, s in zip(texts, settings, strict=True)]
         answers.append(lm.generate_until(asks, disable_tqdm=True))
     assert answers[0] == answers[1]
+
+
+def test_prompts_of_one_length_are_run_in_the_order_of_their_texts_as_in_lm_eval():
+    """Sampled answers depend on it; a question that comes after the compression brings its context's together."""
+    texts, ids = ["b", "c", "a", "longer"], [[3, 1], [1, 2], [2, 9], [1, 1, 1]]
+    run = SimpleNamespace(requests=[SimpleNamespace(args=(text,)) for text in texts], alone=lambda tokens: False)
+    settings = SimpleNamespace(key="", beams=1, looks_at_prompt=False, max_length=9)
+
+    def order(boundaries):
+        prompts = [Prompt(i, row, settings, b) for i, (row, b) in enumerate(zip(ids, boundaries, strict=True))]
+        return [p.i for batch in generation._batches(run, prompts, 1) for p in batch]
+
+    assert [texts[i] for i in order([None] * 4)] == ["longer", "a", "b", "c"]
+    assert [texts[i] for i in order([Boundary(1, False)] * 4)] == ["longer", "c", "a", "b"], "by head: 1, 2, 3"
