@@ -6,6 +6,7 @@ and collation are inherited from lm-eval's `hf` model unchanged, and method=full
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CacheHook, CachingLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
@@ -56,21 +58,10 @@ class KVCompressedLM(HFLM):
     AUTO_MODEL_CLASS = loading.WholeModels
 
     def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
-        self.compression, self.engine, rest = config.parse(kwargs, pass_through=HFLM_KEYS)
-        method = self.compression.method
-        config.check_pretrained(pretrained)
+        rest = self._settle(pretrained, kwargs)
         saving.check_newest()
-        if self.engine.compile:
-            static_ring.check(self.compression)
-        loading.settle(rest, own_attention=method.uses_cache)
-        self.arguments = {"pretrained": pretrained, **rest}
         self._without_embedding: dict[int, str] = {}  # known when the model is loaded
         self._name = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "model")
-        self.compression_log = CompressionLog()
-        self._halving = Halving(log)
-        self._warmed_up: set[str] = set()
-        self._own_keys: OwnKeys | None = None
-        self._answers_of_full = AnswersOfFull() if self.engine.fidelity else None
         samples.install()
         quiet.install()
         resolved = tiny.resolve(pretrained) if isinstance(pretrained, str) else pretrained
@@ -80,6 +71,66 @@ class KVCompressedLM(HFLM):
         # Lengths are checked here, and a document may have any: no warning that the model would fail.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self._set_ranks()
+        self._memory = PeakMemory({p.device for p in self.causal_lm.parameters()})
+        self._take_up()
+
+    def under(self, pretrained: Any, **kwargs: Any) -> KVCompressedLM:
+        """The same loaded model under other settings of ours; what it shares with this one does not change.
+
+        Args:
+            pretrained, **kwargs: as of the constructor, the same but for the method, its settings and the engine's.
+
+        Raises:
+            ValueError: another model, or other arguments of lm-eval's hf model.
+            UserError: as the constructor.
+        """
+        other = copy.copy(self)
+        other._settle(pretrained, kwargs)
+        if other.arguments != self.arguments:
+            raise ValueError("another model, or loaded otherwise")
+        other._take_up()
+        return other
+
+    @contextmanager
+    def answered_by(self, other: KVCompressedLM, answers: str, log: CompressionLog) -> Iterator[None]:
+        """Inside, what the other LM object of this model is asked is answered for this one too, on its way and where
+        that is possible; this one's own run finds the answers, with their numbers, with --use_cache.
+
+        Args:
+            answers: what its own run will be given as `use_cache`. log: of its own run, whose records begin here.
+        """
+        self.compression_log, self._noting = log, True
+        kept = CachingLM(self, f"{answers}_rank{self.rank}.db")
+        other.beside.append(self)
+        try:
+            yield
+        finally:
+            other.beside.remove(self)
+            kept.dbdict.close()
+            self._noting = False
+            self.set_cache_hook(CacheHook(None))
+
+    def _settle(self, pretrained: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Reads and checks the settings; returns what is left for lm-eval's hf model."""
+        self.compression, self.engine, rest = config.parse(kwargs, pass_through=HFLM_KEYS)
+        config.check_pretrained(pretrained)
+        if self.engine.compile:
+            static_ring.check(self.compression)
+        loading.settle(rest, own_attention=self.compression.method.uses_cache)
+        self.arguments = {"pretrained": pretrained, **rest}
+        return rest
+
+    def _take_up(self) -> None:
+        """Puts the settings to use on the loaded model, with everything that belongs to one LM object empty."""
+        self.compression_log = CompressionLog()
+        self.beside: list[KVCompressedLM] = []  # under which the same requests are answered on the way
+        self._halving = Halving(log)
+        self._warmed_up: set[str] = set()
+        self._own_keys: OwnKeys | None = None
+        self._answers_of_full = AnswersOfFull() if self.engine.fidelity else None
+        self._made: dict[str, Any] = {}  # answers that another LM object had made on its way
+        self._noting = False  # whether that is going on
+        method = self.compression.method
         windowed = method.recomputed_tokens is not None
         adapter.check(self.model, self.causal_lm, method.uses_cache or windowed, method.name)
         self.facts, self._new_cache, self._decoder = None, None, None
@@ -91,7 +142,6 @@ class KVCompressedLM(HFLM):
                 self.facts = wrap(self.causal_lm, self.compression, roads)
             self._new_cache = partial(make_cache, self.compression, self.facts, chunk, evict is not None)
             self._decoder = Decoder(self.causal_lm) if self.engine.compile else None
-        self._memory = PeakMemory({p.device for p in self.causal_lm.parameters()})
         remarks.at_start(self._run())
 
     @property
@@ -114,7 +164,7 @@ class KVCompressedLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         with self._running("generate_until", requests) as run:
-            return generation.generate(run, disable_tqdm)
+            return generation.generate(run, disable_tqdm, self._runs_beside(run))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         if getattr(self, "enable_thinking", False):
@@ -122,7 +172,7 @@ class KVCompressedLM(HFLM):
         stock = super()._loglikelihood_tokens
         with self._running("loglikelihood", requests) as run:
             encoded = choices.encode(run, disable_tqdm, self._encode_pair)
-            return list(choices.score(run, encoded, disable_tqdm, stock))
+            return list(choices.score(run, encoded, disable_tqdm, stock, self._runs_beside(run)))
 
     def _loglikelihood_tokens(
         self, requests: list[choices.Encoded], disable_tqdm: bool = False, override_bs: int | None = None
@@ -141,6 +191,10 @@ class KVCompressedLM(HFLM):
         run = self._run(kind, requests)
         with run.model_in_use():
             yield run
+
+    def _runs_beside(self, run: Run) -> list[Run]:
+        """The same requests to the LM objects that are answered on the way."""
+        return [other._run(run.kind, run.requests) for other in self.beside]
 
     def _run(self, kind: str = "", requests: Sequence[Instance] = ()) -> Run:
         return Run(
@@ -233,7 +287,8 @@ class KVCompressedLM(HFLM):
         lm-eval's key holds the request only, so that without this a compressed run would be answered from a full one.
         """
         if cache_hook.dbdict is not None:
-            request_cache.use_own_table(cache_hook.dbdict, self.fingerprint(), self.compression_log.answered_from_cache)
+            answered = self.compression_log.answered_from_cache
+            request_cache.use_own_table(cache_hook.dbdict, self.fingerprint(), answered, self._made, self._noting)
             samples.mark_what_is_read(cache_hook.dbdict)
             if self._answers_of_full is not None:
                 self._answers_of_full.keep_in(cache_hook.dbdict, identity.digest(identity.of_full_cache(self)))

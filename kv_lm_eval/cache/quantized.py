@@ -241,6 +241,18 @@ class QuantizedStore(LayerStore):
             held.scatter_(2, at.unsqueeze(-1).expand_as(new), new)
         self.exact = [[e + q for e in row] for row in self.exact]
 
+    def borrow(self, other: LayerStore, copies: int = 1) -> None:
+        """As in `LayerStore`; all pairs are exact."""
+        super().borrow(other, copies)
+        assert self._keys is not None and self._values is not None
+        self._exact_keys, self._exact_values = (
+            self._keys,
+            self._values,
+        )  # no room behind them: added to, they are copied
+        b, k, n, _ = self._keys.shape
+        self._keys, self._values = self._keys[..., :0], self._values[..., :0]
+        self.exact, self.coded, self._saved = [[n] * k for _ in range(b)], [[0] * k for _ in range(b)], [0] * b
+
     def settle(self) -> None:
         assert self._exact_keys is not None and self._exact_values is not None
         size, spare = self.storage.group_size, self.sinks + self.storage.residual_length

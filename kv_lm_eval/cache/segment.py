@@ -146,8 +146,14 @@ class Segment:
         last = not (self.compression.schedule.online and self.compression.method.compresses)
         uneven = not all(map(self._even, range(len(self.stores))))
         if last and (uneven or self.stores[0].keys.device.type == "cuda"):
-            return "after the last cut"
-        return (self.mode, self.decoded, self.prefill_end is None, *(store.shape for store in self.stores))
+            return id(self.compression), "after the last cut"
+        return (
+            id(self.compression),
+            self.mode,
+            self.decoded,
+            self.prefill_end is None,
+            *(store.shape for store in self.stores),
+        )
 
     @staticmethod
     def joined(segments: Sequence[Segment]) -> Segment:
@@ -218,10 +224,33 @@ class Segment:
         old = 0 if store.is_empty else store.length
         gaps = self.has_empty(layer)
         store.append(step.key, step.value, step.pos)
+        self._count_new(step)
+        return self._visible(step, (store.keys, store.values, store.pos), old, gaps, store.bias)
+
+    def _count_new(self, step: Step) -> None:
+        layer = step.layer
         self.held[layer] = [n + step.tokens for n in self.held[layer]]
         if self.facts.compressible(layer):
             self.peaks = [max(p, h) for p, h in zip(self.peaks, self.held[layer], strict=True)]
-        return self._visible(step, (store.keys, store.values, store.pos), old, gaps, store.bias)
+
+    def follow(self, step: Step, store: LayerStore, old: int) -> None:
+        """One layer of a prompt whose attention is known, since nothing has been cut so far: all slots are borrowed,
+        noted, and cut after the last of them.
+
+        Args:
+            store: the layer with the step's pairs in it, to which nobody writes. old: slots of it before the step.
+        """
+        layer, mine, copies = step.layer, self.stores[step.layer], 1
+        if self.per_query_head(layer):
+            copies = step.query.shape[1] // step.key.shape[1]
+        mine.borrow(store, copies)
+        self._count_new(step)
+        if (most := int(max(self.held[layer]))) < mine.length:  # what its own window no longer shows has gone before
+            mine.compact(most, first=[seen - most for seen in self.seen])
+        if self._observes(layer):
+            step = step._replace(key=mine.keys[:, :, old:], value=mine.values[:, :, old:])
+            self._observe(step, self._visible(step, (mine.keys, mine.values, mine.pos), old, False, None), None)
+        self._after_attention(step)
 
     def _with_stored(self, step: Step) -> Visible:
         """What is there and the new pairs, which are not stored."""

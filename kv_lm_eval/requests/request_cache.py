@@ -17,11 +17,15 @@ from kv_lm_eval.requests import kept_answers
 log = logging.getLogger("lm_eval.models.kvcompressed")
 
 
-def use_own_table(dbdict: Any, identity: str, answered: Callable[[], None]) -> None:
+def use_own_table(
+    dbdict: Any, identity: str, answered: Callable[[], None], made: dict[str, Any], noting: bool = False
+) -> None:
     """Points lm-eval's SqliteDict at the table of this identity.
 
     Args:
         answered: called for every answer that is taken from it.
+        made: answers of this process that count as made by this run, with all that is known of them; looked at before
+            the file. noting: whether what is written is to be one of them.
 
     Raises:
         UserError: the file is damaged.
@@ -33,7 +37,7 @@ def use_own_table(dbdict: Any, identity: str, answered: Callable[[], None]) -> N
     again = (kept_answers.encode(OUT_OF_MEMORY),)
     dbdict.conn.execute(f'DELETE FROM "{dbdict.tablename}" WHERE value = ?', again)
     dbdict.conn.commit()
-    dbdict.__class__ = _counting(type(dbdict), answered)
+    dbdict.__class__ = _counting(type(dbdict), answered, made, noting)
 
 
 def check_file(file: Path) -> None:
@@ -45,11 +49,18 @@ def check_file(file: Path) -> None:
         )
 
 
-def _counting(kind: type, answered: Callable[[], None]) -> type:
+def _counting(kind: type, answered: Callable[[], None], made: dict[str, Any], noting: bool) -> type:
     class Counting(kind):
         """The model never sees the requests that are answered from the file."""
 
+        def __setitem__(self, key: Any, value: Any) -> None:
+            super().__setitem__(key, value)
+            if noting:
+                made[key] = value
+
         def __contains__(self, key: Any) -> bool:
+            if key in made:
+                return True
             if not super().__contains__(key):
                 return False
             try:
@@ -60,6 +71,8 @@ def _counting(kind: type, answered: Callable[[], None]) -> type:
             return True
 
         def __getitem__(self, key: str) -> Any:
+            if key in made:
+                return made[key]
             found = super().__getitem__(key)
             answered()
             return found

@@ -12,8 +12,9 @@ import transformers as tf
 
 from kv_lm_eval.cache import attention
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.engine.check import FULL, Roads, wrap
+from kv_lm_eval.engine.check import Roads, wrap
 from kv_lm_eval.engine.choices import score_packed
+from kv_lm_eval.engine.full import FULL
 from kv_lm_eval.errors import UserError
 
 IN_CACHE = tiny.compression(method="streaming_llm", window_size=8)
