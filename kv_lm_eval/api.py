@@ -128,12 +128,13 @@ def _each(model_args: Sequence[dict[str, Any]], output_path: str | Path | None, 
     harness.check_limit(words.get("limit"))
     from kv_lm_eval.metrics.compression import CompressionLog
     from kv_lm_eval.model import KVCompressedLM
+    from kv_lm_eval.sharing import answered_by, under
 
     first, *rest = model_args
     with harness.task_manager(words["tasks"], words["include_path"], words["metadata"]) as manager:
         harness.check_tasks(words["tasks"], manager)
     lm = KVCompressedLM(**first, **sizes)
-    others = [lm.under(**one, **sizes) for one in rest]
+    others = [under(lm, **one, **sizes) for one in rest]
     with tempfile.TemporaryDirectory() as kept:
         answers = [words.get("use_cache") or f"{kept}/{i}" for i in range(len(model_args))]
 
@@ -144,7 +145,7 @@ def _each(model_args: Sequence[dict[str, Any]], output_path: str | Path | None, 
 
         with ExitStack() as ready:
             for other, file in zip(others, answers[1:], strict=True):
-                ready.enter_context(other.answered_by(lm, str(file), CompressionLog()))
+                ready.enter_context(answered_by(lm, other, str(file), CompressionLog()))
             results = [run(0, lm)]
         return results + [run(i, other) for i, other in enumerate(others, 1)]
 

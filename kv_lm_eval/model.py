@@ -6,28 +6,21 @@ and collation are inherited from lm-eval's `hf` model unchanged, and method=full
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import CacheHook, CachingLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from kv_lm_eval import config, identity, loading, quiet, saving, tiny, versions
 from kv_lm_eval.cache import static_ring
-from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine import adapter
-from kv_lm_eval.engine.check import Roads, wrap
-from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import logits_of
-from kv_lm_eval.engine.lent import as_found
 from kv_lm_eval.metrics.compression import CompressionLog
 from kv_lm_eval.metrics.memory import PeakMemory
 from kv_lm_eval.requests import choices, generation, remarks, request_cache, samples
@@ -36,6 +29,7 @@ from kv_lm_eval.requests.documents import score_requests
 from kv_lm_eval.requests.halving import Halving
 from kv_lm_eval.requests.own_keys import OwnKeys
 from kv_lm_eval.requests.run import Run, below_adapter, log
+from kv_lm_eval.requests.served import served
 
 HFLM_KEYS = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
 
@@ -58,7 +52,7 @@ class KVCompressedLM(HFLM):
     AUTO_MODEL_CLASS = loading.WholeModels
 
     def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
-        rest = self._settle(pretrained, kwargs)
+        rest = self.settle(pretrained, kwargs)
         saving.check_newest()
         self._without_embedding: dict[int, str] = {}  # known when the model is loaded
         self._name = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "model")
@@ -72,45 +66,9 @@ class KVCompressedLM(HFLM):
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self._set_ranks()
         self._memory = PeakMemory({p.device for p in self.causal_lm.parameters()})
-        self._take_up()
+        self.take_up()
 
-    def under(self, pretrained: Any, **kwargs: Any) -> KVCompressedLM:
-        """The same loaded model under other settings of ours; what it shares with this one does not change.
-
-        Args:
-            pretrained, **kwargs: as of the constructor, the same but for the method, its settings and the engine's.
-
-        Raises:
-            ValueError: another model, or other arguments of lm-eval's hf model.
-            UserError: as the constructor.
-        """
-        other = copy.copy(self)
-        other._settle(pretrained, kwargs)
-        if other.arguments != self.arguments:
-            raise ValueError("another model, or loaded otherwise")
-        other._take_up()
-        return other
-
-    @contextmanager
-    def answered_by(self, other: KVCompressedLM, answers: str, log: CompressionLog) -> Iterator[None]:
-        """Inside, what the other LM object of this model is asked is answered for this one too, on its way and where
-        that is possible; this one's own run finds the answers, with their numbers, with --use_cache.
-
-        Args:
-            answers: what its own run will be given as `use_cache`. log: of its own run, whose records begin here.
-        """
-        self.compression_log, self._noting = log, True
-        kept = CachingLM(self, f"{answers}_rank{self.rank}.db")
-        other.beside.append(self)
-        try:
-            yield
-        finally:
-            other.beside.remove(self)
-            kept.dbdict.close()
-            self._noting = False
-            self.set_cache_hook(CacheHook(None))
-
-    def _settle(self, pretrained: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def settle(self, pretrained: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Reads and checks the settings; returns what is left for lm-eval's hf model."""
         self.compression, self.engine, rest = config.parse(kwargs, pass_through=HFLM_KEYS)
         config.check_pretrained(pretrained)
@@ -120,7 +78,7 @@ class KVCompressedLM(HFLM):
         self.arguments = {"pretrained": pretrained, **rest}
         return rest
 
-    def _take_up(self) -> None:
+    def take_up(self) -> None:
         """Puts the settings to use on the loaded model, with everything that belongs to one LM object empty."""
         self.compression_log = CompressionLog()
         self.beside: list[KVCompressedLM] = []  # under which the same requests are answered on the way
@@ -128,20 +86,11 @@ class KVCompressedLM(HFLM):
         self._warmed_up: set[str] = set()
         self._own_keys: OwnKeys | None = None
         self._answers_of_full = AnswersOfFull() if self.engine.fidelity else None
-        self._made: dict[str, Any] = {}  # answers that another LM object had made on its way
-        self._noting = False  # whether that is going on
+        self.made = request_cache.Made()
         method = self.compression.method
         windowed = method.recomputed_tokens is not None
         adapter.check(self.model, self.causal_lm, method.uses_cache or windowed, method.name)
-        self.facts, self._new_cache, self._decoder = None, None, None
-        if method.uses_cache:
-            evict = self.engine.prefill_evict
-            chunk = evict or self.engine.prefill_chunk
-            roads = Roads(chunk is not None, not self.engine.question_in_prompt, self.engine.compile)
-            with as_found(self.causal_lm):
-                self.facts = wrap(self.causal_lm, self.compression, roads)
-            self._new_cache = partial(make_cache, self.compression, self.facts, chunk, evict is not None)
-            self._decoder = Decoder(self.causal_lm) if self.engine.compile else None
+        self.facts, self._new_cache, self._decoder = served(self.causal_lm, self.compression, self.engine)
         remarks.at_start(self._run())
 
     @property
@@ -288,7 +237,7 @@ class KVCompressedLM(HFLM):
         """
         if cache_hook.dbdict is not None:
             answered = self.compression_log.answered_from_cache
-            request_cache.use_own_table(cache_hook.dbdict, self.fingerprint(), answered, self._made, self._noting)
+            request_cache.use_own_table(cache_hook.dbdict, self.fingerprint(), answered, self.made)
             samples.mark_what_is_read(cache_hook.dbdict)
             if self._answers_of_full is not None:
                 self._answers_of_full.keep_in(cache_hook.dbdict, identity.digest(identity.of_full_cache(self)))

@@ -85,22 +85,6 @@ class CompressedCache(Face):
         self._fed: list[Fed] | None = None  # of the running forward
         self._columns = 0  # tokens of the longest row, padding included
 
-    @staticmethod
-    def beside(caches: Sequence[CompressedCache]) -> CompressedCache:
-        """The rows of several caches, each under its own compression, one cache's after the other's, so that they go on
-        in the same forwards. `apart` gives the caches back; meanwhile they are of no use."""
-        if len(caches) == 1:
-            return caches[0]
-        whole, before = copy.copy(caches[0]), 0
-        Face.__init__(whole, caches[0].facts)
-        whole.segments, whole.members = [], []
-        for cache in caches:
-            whole.segments += cache.segments
-            whole.members += [[before + row for row in rows] for rows in cache.members]
-            before += cache.batch
-        whole._columns = max(cache._columns for cache in caches)
-        return whole
-
     def apart(self, caches: int) -> list[CompressedCache]:
         """So many caches of equally many rows, in order; no two of them share a segment."""
         if caches == 1:
@@ -411,3 +395,19 @@ class CompressedCache(Face):
         whole, order = together(snapshots, list(map(len, self.members))), [row for rows in self.members for row in rows]
         places = [order.index(row) for row in range(len(order))]
         return {k: [v[i] for i in places] if isinstance(v, list) else v for k, v in whole.items()}
+
+
+def side_by_side(caches: Sequence[CompressedCache]) -> CompressedCache:
+    """The rows of several caches, each under its own compression, one cache's after the other's, so that they go on in
+    the same forwards. `apart` gives the caches back; meanwhile they are of no use."""
+    if len(caches) == 1:
+        return caches[0]
+    whole, before = copy.copy(caches[0]), 0
+    Face.__init__(whole, caches[0].facts)
+    segments, members = list[Segment](), list[list[int]]()
+    for cache in caches:
+        segments += cache.segments
+        members += [[before + row for row in rows] for rows in cache.members]
+        before += cache.batch
+    whole.take(segments, members)
+    return whole

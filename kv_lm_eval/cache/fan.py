@@ -39,6 +39,7 @@ class Fan(Segment):
         return new
 
     def begin(self, pos: torch.Tensor) -> None:
+        """As in `Segment`, of all: places [B, q]."""
         super().begin(pos)
         for leaf in self.leaves:
             leaf.mode = self.mode

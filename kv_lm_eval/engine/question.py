@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.cache import CompressedCache, side_by_side
 from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.engine.prefill import NewCache, forward
 from kv_lm_eval.engine.together import prefill_for_all
@@ -99,7 +99,7 @@ def prefill_before_question_for_all(
     if any(middles):
         for cache in caches:
             cache.set(mode="hold" if cache.compression.schedule.online else "decode")
-        both = CompressedCache.beside(caches)
+        both = side_by_side(caches)
         forward(model, both, middles * len(caches), keep=1)
         caches = both.apart(len(caches))
     for cache in caches:

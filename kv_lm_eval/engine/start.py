@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.cache import CompressedCache, side_by_side
 from kv_lm_eval.engine.forward import device_of
 from kv_lm_eval.engine.prefill import Logits, NewCache, feed_beginning
 from kv_lm_eval.engine.question import Tails, as_fed, prefill_before_question, prefill_before_question_for_all
@@ -79,7 +79,7 @@ def start_for_all(
         first = for_each(logits, len(rows), len(caches))
         ids, mask = left_padded(rows, pad)
     device, times = device_of(model), (len(caches), 1)
-    return Started(CompressedCache.beside(caches), ids.repeat(times).to(device), mask.repeat(times).to(device), first)
+    return Started(side_by_side(caches), ids.repeat(times).to(device), mask.repeat(times).to(device), first)
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,12 +10,11 @@ Shapes: B prompts, N columns, V vocabulary. Row m * B + b is prompt b under comp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.fan import Fan
+from kv_lm_eval.cache.make import hand_out, make_fan
 from kv_lm_eval.engine.full import FULL
 from kv_lm_eval.engine.prefill import Logits, NewCache, feed, prefill
 from kv_lm_eval.methods.compression import compression_of
@@ -41,14 +40,9 @@ def prefill_for_all(
         return [cache], logits
     caches = [new() for new in new_caches]
     assert all(map(may_share, caches))
-    for cache in caches:
-        cache.open(len(rows))
-    leaves = [cache.segments[0] for cache in caches]
-    whole = CompressedCache(FULL, caches[0].facts, partial(Fan, leaves=leaves))
-    whole.prefill_chunk = caches[0].prefill_chunk
+    whole = make_fan(FULL, caches, len(rows))
     logits = feed(model, whole, rows, keep=1)
-    for m, cache in enumerate(caches):
-        cache.take([fan.leaves[m] for fan in whole.segments if isinstance(fan, Fan)], whole.members)
+    hand_out(whole, caches)
     return caches, logits
 
 

@@ -1,7 +1,7 @@
 """Points of a sweep that differ in their method alone share the loaded model, and the prefill of each prompt.
 
 The first of a group is run as it would be alone, and what it is asked is answered for the others on the way
-(`KVCompressedLM.answered_by`). Then each of them has its own run, which goes on with these answers as it would after an
+(`sharing.answered_by`). Then each of them has its own run, which goes on with these answers as it would after an
 interruption: the same files, the same numbers. A point has no times of its own then; its seconds are its share.
 """
 
@@ -75,6 +75,8 @@ def run_group(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
         yield run_point(*jobs[0])
         return
     (first, folder), *rest = jobs
+    from kv_lm_eval.sharing import answered_by
+
     start, records = time.perf_counter(), list[dict[str, Any]]()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -91,7 +93,7 @@ def run_group(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
             resumed.append(can_resume(its, point["model"]))
             if other is not None:
                 log = KeptLog.of(type(lm.compression_log)(), its / REQUESTS)
-                ready.enter_context(other.answered_by(lm, str(its / ANSWERS), log))
+                ready.enter_context(answered_by(lm, other, str(its / ANSWERS), log))
         records.append(run_point(first, folder, lm))
     yield records[0]
     for (point, its), other, before in zip(rest, others, resumed, strict=True):
@@ -102,10 +104,12 @@ def run_group(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
 
 def _under(lm: Any, point: dict[str, Any], folder: Path) -> Any:
     """The loaded model under a point's settings; None where that is not possible, which its own run will tell."""
+    from kv_lm_eval.sharing import under
+
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with captured(folder / LOG):
-            return lm.under(**point["model_args"], **sizes_of(point))
+            return under(lm, **point["model_args"], **sizes_of(point))
     except (UserError, ValueError):
         return None
 
