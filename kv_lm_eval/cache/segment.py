@@ -80,6 +80,7 @@ class Segment:
         self.end: dict[str, Any] | None = None
         self.history: list[list[Numbers]] = []
         self.decoded = 0
+        self.waiting: list[Step] = []  # of the running forward, layers to be cut after the last one
         self.branch: torch.Tensor | None = None
         self.open(0, nullcontext)
 
@@ -124,7 +125,7 @@ class Segment:
     def _counts_of(self, rows: Sequence[int]) -> Segment:
         """A copy with the given rows and no stores yet."""
         new = copy.copy(self)
-        new.stores = []
+        new.stores, new.waiting = [], list(self.waiting)
         new.seen, new.peaks = [self.seen[i] for i in rows], [self.peaks[i] for i in rows]
         new.held = [[held[i] for i in rows] for held in self.held]
         for name in ("prefill_end", "end"):
@@ -306,23 +307,39 @@ class Segment:
         return self.facts.rope.rotate(x, delta, layer, over)
 
     def _after_attention(self, step: Step) -> None:
-        """Cuts the layer if this forward is the end of the prefill or the schedule says so."""
-        layer, q = step.layer, step.tokens
-        last = layer == len(self.stores) - 1
-        if self._is_cut(layer):
-            self._cut_if_due(step, q)
-        elif self.mode != "score":
-            self._trim_sliding(layer, q)
+        """Cuts the layer if this forward is the end of the prefill or the schedule says so; it waits for the last one
+        where all are cut together."""
+        if self._is_cut(step.layer) and self.compression.together and self._due(step.layer, step.tokens):
+            self.waiting.append(_without_tensors(step))
+        else:
+            if self._is_cut(step.layer):
+                self._cut_if_due(step)
+            elif self.mode != "score":
+                self._trim_sliding(step.layer, step.tokens)
+            self._leave(step.layer, step.tokens)
+        if step.layer == len(self.stores) - 1:
+            self.end_forward(step.tokens)
+
+    def end_forward(self, q: int) -> None:
+        """After the last layer of a forward of q tokens: the cut of those that wait for it, and the numbers."""
+        if self.waiting:
+            waiting, self.waiting = self.waiting, []
+            self._cut_together(waiting)
+            for step in waiting:
+                self._leave(step.layer, q)
+        if self.mode == "decode":
+            self.decoded += q
+        if self.mode in ("prefill", "decode") and self.keeps_history:
+            self.note()
+        if self.mode == "prefill":
+            self.prefill_end = self.snapshot()
+
+    def _leave(self, layer: int, q: int) -> None:
+        """After a layer's forward and its cut: frees what only a further one would ask for, quantises what is due."""
         if self.mode == "prefill" and not self.compression.schedule.online:
             self.stores[layer].forget_observations()
         if self.compression.storage.quantises and self._settles(q):
             self.stores[layer].settle()
-        if last and self.mode == "decode":
-            self.decoded += q
-        if last and self.mode in ("prefill", "decode") and self.keeps_history:
-            self.note()
-        if last and self.mode == "prefill":
-            self.prefill_end = self.snapshot()
 
     def note(self) -> None:
         """Adds each row's numbers to the history."""
@@ -353,26 +370,50 @@ class Segment:
             self.held[layer] = [n - f for n, f in zip(self.seen, first, strict=True)]
             self.stores[layer].compact(int(max(self.held[layer])), first=first)
 
-    def _cut_if_due(self, step: Step, q: int) -> None:
+    def _cut_if_due(self, step: Step) -> None:
         """Cuts the layer to its budget if this forward ends with a cut; what its own window no longer shows goes first:
         it may vote, it is neither counted nor chosen."""
-        layer, store, most = step.layer, self.stores[step.layer], self._most(step.layer)
-        first = None
-        if most is not None and self._due(layer, q):
-            first = [max(0, n - most) for n in self.seen]
-        if first is None or not any(first):
-            keep, in_sight = self._keep(layer, q), None
-            if keep == self.held[layer]:
-                return
-        else:
-            in_sight = (store.pos >= 0) & (store.pos >= to_device(first, store.pos.device).view(-1, 1, 1))
-            self.held[layer] = _counted(in_sight)
-            keep = self._keep(layer, q)
-            if keep == self.held[layer]:
-                store.compact(int(in_sight.sum(-1).max()), first=first)
-                return
+        layer, store, q = step.layer, self.stores[step.layer], step.tokens
+        due = self._due(layer, q) if self.compression.open or self._most(layer) is not None else True
+        in_sight = self._in_sight(layer) if due else None
+        keep = self._keep(layer, q)
+        if keep != self.held[layer] or (due and self.compression.open):
+            with self.around_cut():
+                self._cut(step, keep, in_sight)
+        elif in_sight is not None:
+            store.compact(int(in_sight.sum(-1).max()), first=self._first_in_sight(layer))
+
+    def _first_in_sight(self, layer: int) -> list[int] | None:
+        """First token of each row that the layer's own window still shows; None: all are, or need not be."""
+        most = self._most(layer)
+        first = None if most is None else [max(0, n - most) for n in self.seen]
+        return first if first is not None and any(first) else None
+
+    def _in_sight(self, layer: int) -> torch.Tensor | None:
+        """Slots that a cut of the layer may leave, [B, 1 or K, N], which alone are held from now on; None: all."""
+        if (first := self._first_in_sight(layer)) is None:
+            return None
+        pos = self.stores[layer].pos
+        in_sight = (pos >= 0) & (pos >= to_device(first, pos.device).view(-1, 1, 1))
+        self.held[layer] = _counted(in_sight)
+        return in_sight
+
+    def _cut_together(self, waiting: Sequence[Step]) -> None:
+        """Cuts the layers that have waited for the last one, which share their slots."""
+        in_sight, keep = {step.layer: self._in_sight(step.layer) for step in waiting}, self.compression.mean(self.seen)
+        if all(h <= k for step in waiting for h, k in zip(self.held[step.layer], keep, strict=True)) and not any(
+            shown is not None for shown in in_sight.values()
+        ):
+            return
         with self.around_cut():
-            self._cut(step, keep, in_sight)
+            views, scores = list[View](), list[torch.Tensor]()
+            for step in waiting:
+                view, score = self._scored(step, keep, in_sight[step.layer])
+                views.append(view)
+                scores.append(score)
+            counts = self.compression.counts_of_layers(scores, [view.pos for view in views], self.seen)
+            for step, view, score, count in zip(waiting, views, scores, counts, strict=True):
+                self._close_ranks(step.layer, view, score, count)
 
     def _is_cut(self, layer: int) -> bool:
         """Whether the method ever cuts the layer."""
@@ -421,7 +462,9 @@ class Segment:
 
         if schedule.trigger == "clock":
             step = schedule.until_due(self.decoded)
-            slides = any(map(self._loses_sight, layers))  # then a cut has something to leave out
+            slides = compression.open or any(
+                map(self._loses_sight, layers)
+            )  # then a cut may find something to leave out
             while step < limit and not slides and not excess(step):  # a cut at which no row loses anything is none
                 step += schedule.compress_every
             if step > limit and step > schedule.compress_every and excess(limit):
@@ -432,17 +475,20 @@ class Segment:
                 step += ceil(lacking)  # it grows by one a token at most
         return max(1, min(step, limit))
 
-    def _cut(self, step: Step, keep: list[float], in_sight: torch.Tensor | None = None) -> None:
-        """Cuts the step's layer to `keep` slots a row; in_sight: [B, 1 or K, N] slots that may stay, None: all."""
-        layer = step.layer
-        store, held, method = self.stores[layer], self.held[layer], self.compression.method
+    def _scored(self, step: Step, keep: Sequence[float], in_sight: torch.Tensor | None) -> tuple[View, torch.Tensor]:
+        """What a cut of the step's layer goes by: the view of it and its scores [B, 1 or K, N]; keep: by row.
+
+        Args:
+            in_sight: [B, 1 or K, N] slots that may stay, None: all.
+        """
+        layer, store, method = step.layer, self.stores[step.layer], self.compression.method
         moves_keys = self.compression.moves_keys is not None
         view = View(
             keys=store.keys,
             values=store.values,
             pos=store.pos,
             seen=self.seen,
-            keep=[ceil(k) for k in keep],
+            keep=[ceil(min(k, h)) for k, h in zip(keep, self.held[layer], strict=True)],
             layer=layer,
             num_layers=len(self.stores),
             _mass=store.mass,
@@ -462,13 +508,26 @@ class Segment:
             )
         if in_sight is not None:
             view = dataclasses.replace(view, pos=store.pos.masked_fill(~in_sight, -1))
+        return view, scores
+
+    def _cut(self, step: Step, keep: list[float], in_sight: torch.Tensor | None = None) -> None:
+        """Cuts the step's layer to `keep` slots a row; in_sight: [B, 1 or K, N] slots that may stay, None: all."""
+        layer = step.layer
+        store, held = self.stores[layer], self.held[layer]
+        view, scores = self._scored(step, keep, in_sight)
+        fresh = [h == s for h, s in zip(held, self.seen, strict=True)]  # rows that lose tokens for the first time
         if self._leaves_holes(layer, scores, keep):
             blank_lowest(scores, store.pos, [int(h - k) for h, k in zip(held, keep, strict=True)])
             store.holes = True
+            self.held[layer] = keep
         else:
-            keep = self._close_ranks(layer, view, scores, keep)
-        fresh = [h == s for h, s in zip(held, self.seen, strict=True)]  # rows that lose tokens for the first time
-        self.held[layer] = _counted(store.pos >= 0) if self._loses_sight(layer) else keep
+            self._close_ranks(
+                layer, view, scores, self.compression.counts(scores, view.pos, keep, self.seen, held, layer)
+            )
+            if self.compression.heads.exact and not self.compression.open:
+                self.held[layer] = keep
+        if self._loses_sight(layer):
+            self.held[layer] = _counted(store.pos >= 0)
         if self.compression.method.in_cache_sinks and self.facts.rope_kinds[layer] == "rope":
             self._move_sinks(layer, fresh)
 
@@ -486,13 +545,15 @@ class Segment:
             and max(h - k for h, k in zip(held, keep, strict=True)) <= FEW
         )
 
-    def _close_ranks(self, layer: int, view: View, scores: torch.Tensor, keep: list[float]) -> list[float]:
-        """Cuts the layer so that what stays stands without gaps; returns the slots that each row then holds."""
-        store, held = self.stores[layer], self.held[layer]
-        counts = self.compression.counts(scores, view.pos, keep, self.seen, held, layer)
+    def _close_ranks(self, layer: int, view: View, scores: torch.Tensor, counts: torch.Tensor) -> None:
+        """Cuts the layer to counts [B, 1 or K] slots, those with the highest scores [B, 1 or K, N], which then stand
+        without gaps."""
+        store = self.stores[layer]
+        if self.compression.open and bool((counts == (store.pos >= 0).sum(-1).cpu()).all()):
+            return  # nothing goes
         kept = self.compression.evicted.cut(self.compression.method, view, scores, counts)
         store.replace(kept, room=min(self.compression.schedule.compress_every, MAX_ROOM))
-        return keep if self.compression.heads.exact else counts.double().mean(1).tolist()
+        self.held[layer] = counts.double().mean(1).tolist()
 
     def _lost(self, layer: int) -> list[float]:
         """How many places each row's sinks have to move up to be right before the window."""
@@ -576,6 +637,12 @@ def together(snapshots: Sequence[dict[str, Any]], rows: Sequence[int]) -> dict[s
         else:
             out[name] = sum(x * n for x, n in zip(values, rows, strict=True)) / sum(rows)
     return out
+
+
+def _without_tensors(step: Step) -> Step:
+    """What a later cut asks of a step, without holding on to its tokens."""
+    none = step.query.new_empty(1, 1, step.tokens, 0)
+    return step._replace(query=none, key=none, value=none, pos=step.pos.new_empty(0))
 
 
 def _counted(real: torch.Tensor) -> list[float]:

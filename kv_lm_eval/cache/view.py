@@ -28,7 +28,8 @@ class View:
         keys, values: [B, K, N, D], keys with the model's rotary embedding applied.
         pos: [B, 1 or K, N] original position of the token in each slot, -1 where a slot is empty.
         seen: tokens each row has seen so far (host integers, length B).
-        keep: slots each row will keep (host integers, length B), already limited to what the row holds.
+        keep: slots each row will keep (host integers, length B), already limited to what the row holds; where all
+            layers share them their mean, and all that it holds where scores alone decide how many stay.
         layer: index of the layer; num_layers: how many there are.
         bias: [B, K, N] float32 added to the attention logits of each slot, the logarithm of the number of tokens that
             it stands for; None: each stands for one.
@@ -288,6 +289,14 @@ class AskedOfCompression(Protocol):
         """How heads share the budget."""
 
     @property
+    def open(self) -> bool:
+        """How many slots a layer keeps is known only when they are scored."""
+
+    @property
+    def together(self) -> bool:
+        """No layer is cut before the last one has attended."""
+
+    @property
     def moves_keys(self) -> object:
         """None: no key is moved in position, and no rotary embedding is needed."""
 
@@ -320,6 +329,14 @@ class AskedOfCompression(Protocol):
         layer: int,
     ) -> torch.Tensor:
         """Slots per row and head that a cut leaves, [B, 1 or K] on the host."""
+
+    def counts_of_layers(
+        self, scores: Sequence[torch.Tensor], pos: Sequence[torch.Tensor], seen: list[int]
+    ) -> list[torch.Tensor]:
+        """The same of all layers together, [B, 1 or K] on the host for each."""
+
+    def mean(self, seen: list[int]) -> list[int]:
+        """Slots per head that each row may keep, mean over the layers that share them."""
 
     def uniform(self, layer: int) -> bool:
         """Whether all heads of the layer keep the same number of slots."""

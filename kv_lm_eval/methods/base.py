@@ -97,6 +97,11 @@ class Method:
         return 0
 
     @property
+    def reads_budget(self) -> bool:
+        """Whether what `score` always keeps is a share of the budget (`view.keep`), which then must be a number."""
+        return False
+
+    @property
     def own_capacity(self) -> int | None:
         """The budget in slots where the method's own settings fix it (sinks + window); None: the user names one."""
         return None

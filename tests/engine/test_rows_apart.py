@@ -60,8 +60,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "quantized": [{}],
 }
 BUDGETS = [{"max_capacity_prompt": 16}, {"max_capacity_prompt": 9}, {"keep_ratio": 0.5}, {"compression_ratio": 0.3}]
+BUDGETS += [{"threshold": -3.0, "threshold_recent": 4}, {"threshold": 0.05, "threshold_recent": 2, "compress_every": 4}]
 PARTS: list[dict[str, Any]] = [
     {"layer_budget": "pyramid"},
+    {"layer_budget": "global"},
+    {"layer_budget": "global", "compress_every": 3},
     {"head_budget": "ada"},
     {"head_budget": "ada", "layer_budget": "pyramid"},
     {"evicted": "cam"},
