@@ -258,7 +258,7 @@ def _budget(method: base.Method, values: dict[str, Any]) -> Budget:
 def _check_shares(method: base.Method, budget: Budget, layers: Layers, heads: Heads, ours: dict[str, Any]) -> None:
     """Raises UserError for settings that share out a budget and do nothing, or nothing sensible."""
     for key, part, without in (
-        ("beta", "layer_budget=pyramid", not layers.differ),
+        ("beta", "layer_budget=pyramid", layers.layer_budget != "pyramid"),
         ("alpha", "head_budget=ada", not heads.differ),
     ):
         if key in ours and without:
@@ -267,10 +267,10 @@ def _check_shares(method: base.Method, budget: Budget, layers: Layers, heads: He
         raise UserError(
             "rounding=reference has no effect on a fixed number of slots for every layer and head, which nothing rounds"
         )
-    if layers.layer_budget != "uniform" and isinstance(budget, RatioAbove):
+    if layers.differ and isinstance(budget, RatioAbove):
         raise UserError(
             f"prune_after={budget.prune_after} with layer_budget={layers.layer_budget}: it asks what a layer holds, "
-            "which then differs between layers, so that each would be cut at other times and other shares; leave one out"
+            "which then differs between layers, so that each is cut at other times and by other shares; leave one out"
         )
     if heads.differ and method.heads_alike:
         raise UserError(
@@ -282,8 +282,8 @@ def _check_shares(method: base.Method, budget: Budget, layers: Layers, heads: He
 def _check_open(method: base.Method, budget: Budget, layers: Layers, heads: Heads, schedule: Schedule) -> None:
     """Raises UserError for settings that cannot go with scores that decide how many pairs of a layer or head stay."""
     setting = f"threshold={budget.threshold:g}" if isinstance(budget, Threshold) else "layer_budget=global"
-    if budget.open and (layers.layer_budget != "uniform" or heads.differ):
-        other = f"layer_budget={layers.layer_budget}" if layers.layer_budget != "uniform" else "head_budget=ada"
+    if budget.open and (layers.differ or heads.differ):
+        other = f"layer_budget={layers.layer_budget}" if layers.differ else "head_budget=ada"
         raise UserError(f"{other} shares out a number of slots, and {setting} names none; give one of them")
     if heads.differ:
         raise UserError(

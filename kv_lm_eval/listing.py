@@ -90,6 +90,8 @@ def _when(cls: type[base.Method]) -> tuple[str, str, str]:
     after = "after the prompt, " + (f"then {rolling}" if every else "once")
     if method.sinks_and_recent is not None:
         looks = "positions"
+    elif cls.reads_again:
+        looks = "attention of a second reading of all tokens"
     elif cls.accumulates:
         looks = "attention of all queries"
     elif method.moments_from is not None:

@@ -22,6 +22,7 @@ from kv_lm_eval import config, identity, loading, quiet, saving, tiny, versions
 from kv_lm_eval.cache import static_ring
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine import adapter
+from kv_lm_eval.engine.again import words_of
 from kv_lm_eval.engine.check import Roads, wrap
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import logits_of
@@ -89,6 +90,7 @@ class KVCompressedLM(HFLM):
             roads = Roads(chunk is not None, not self.engine.question_in_prompt, self.engine.compile)
             with as_found(self.causal_lm):
                 self.facts = wrap(self.causal_lm, self.compression, roads)
+                self.facts.words = words_of(self.tokenizer)
             self._new_cache = partial(make_cache, self.compression, self.facts, chunk, evict is not None)
             self._decoder = Decoder(self.causal_lm) if self.engine.compile else None
         self._memory = PeakMemory({p.device for p in self.causal_lm.parameters()})

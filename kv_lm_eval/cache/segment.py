@@ -19,7 +19,15 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from kv_lm_eval.cache.attention import Step, Visible, attend, attend_one, received_mass, window_attention
+from kv_lm_eval.cache.attention import (
+    Step,
+    Visible,
+    attend,
+    attend_one,
+    received_mass,
+    strongest_attention,
+    window_attention,
+)
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.quantized import QuantizedStore
@@ -32,7 +40,7 @@ FEW = 4  # pairs that one cut may hide in their places instead of moving the oth
 MAX_ROOM = 1024  # slots reserved for the tokens until the next cut, at most; storage grows by itself
 TRIM_EVERY = 64  # tokens a row sees until its sliding-window layers that are never cut drop what they cannot see
 MOMENTS_BLOCK = 1024  # queries turned back in float32 at a time
-Mode = Literal["prefill", "decode", "hold", "score"]
+Mode = Literal["prefill", "decode", "hold", "score", "again"]
 Numbers = tuple[list[float], float, float]  # of a row: slots held by layer, peak, valid bytes
 
 
@@ -48,9 +56,13 @@ class Segment:
             "prefill": the end of the prompts, cut after it; becomes "decode" by itself at the next forward;
             "decode": tokens after the prefill, cut when the schedule says so;
             "hold": stored and not cut;
-            "score": read only, nothing is stored (`branch` says which new tokens see each other).
+            "score": read only, nothing is stored (`branch` says which new tokens see each other);
+            "again": the same for tokens that are read a second time, whose attention to `part` of the slots is noted.
         rows: their number. seen: tokens fed, by row. held: slots in use per row, by layer. peaks: most slots that any
             layer of the row that may be cut ever held.
+        texts: tokens that each row was fed, and read_again: how many of them were read again, for methods that do so.
+        part: the slots whose tokens are being read again, from the first of the two to the second, from the last on.
+        waiting: layers of the last forward that will be cut together.
         decoded: the schedule's clock, tokens fed since the end of the prefill. prefill_end, end: the numbers at the end
             of the prefill, and of rows that have ended.
         around_cut: a context manager entered for each layer's cut, to measure it.
@@ -80,8 +92,9 @@ class Segment:
         self.end: dict[str, Any] | None = None
         self.history: list[list[Numbers]] = []
         self.decoded = 0
-        self.waiting: list[Step] = []  # of the running forward, layers to be cut after the last one
+        self.waiting: list[Step] = []
         self.branch: torch.Tensor | None = None
+        self.part = 0, 0
         self.open(0, nullcontext)
 
     def open(
@@ -92,6 +105,7 @@ class Segment:
         self.seen = [0] * rows
         self.peaks: list[float] = [0] * rows
         self.held: list[list[float]] = [[0] * rows for _ in self.stores]
+        self.texts, self.read_again = list[list[int]]([] for _ in range(rows)), [0] * rows
 
     def _new_store(self, layer: int) -> LayerStore:
         storage = self.compression.storage
@@ -133,6 +147,7 @@ class Segment:
                 own = {k: [v[i] for i in rows] if isinstance(v, list) else v for k, v in numbers.items()}
                 setattr(new, name, own)
         new.history = [[step[i] for i in rows] for step in self.history]
+        new.texts, new.read_again = [list(self.texts[i]) for i in rows], [self.read_again[i] for i in rows]
         return new
 
     @property
@@ -157,6 +172,8 @@ class Segment:
         new.seen = [n for s in segments for n in s.seen]
         new.peaks = [n for s in segments for n in s.peaks]
         new.held = [[n for s in segments for n in s.held[i]] for i in range(len(new.stores))]
+        new.texts = [text for s in segments for text in s.texts]
+        new.read_again = [n for s in segments for n in s.read_again]
         new.stores = [joined([s.stores[i] for s in segments]) for i in range(len(new.stores))]
         histories = zip(*(s.history for s in segments), strict=False)
         new.history = [[row for step in steps for row in step] for steps in histories]
@@ -185,11 +202,21 @@ class Segment:
 
     def begin(self, pos: torch.Tensor) -> None:
         """Called before the first layer: notes the places [B, q] of the new tokens."""
+        if self.waiting and self.mode != "again":
+            raise UserError(
+                f"method={self.compression.method.name} reads tokens a second time before a cut, and this forward "
+                "comes without it: feed the model through kv_lm_eval, or take a method that reads once, such as snapkv"
+            )
         if self.mode == "prefill" and self.prefill_end is not None:
             self.mode = "decode"
         self.new_pos = pos
-        if self.mode != "score":
+        if not self.reads_only:
             self.seen = [n + pos.shape[1] for n in self.seen]
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether the next forward stores nothing."""
+        return self.mode in ("score", "again")
 
     def attend(self, step: Step) -> torch.Tensor:
         """One layer's attention, [B, H, q, D]: the new pairs are stored before it and the layer is cut after it."""
@@ -199,7 +226,7 @@ class Segment:
             step = step._replace(key=key, value=value)
         if step.pos.device != step.query.device:
             step = step._replace(pos=step.pos.to(step.query.device))
-        seen = self._with_stored(step) if self.mode == "score" else self._stored(step)
+        seen = self._with_stored(step) if self.reads_only else self._stored(step)
         method, observes = self.compression.method, self._observes(step.layer)
         mass = None
         if observes and method.accumulates and step.tokens == 1 and seen.sight is None and step.softcap is None:
@@ -208,6 +235,11 @@ class Segment:
             out = attend(step, seen)
         if observes:
             self._observe(step, seen, mass)
+        if self.mode == "again" and self._is_cut(step.layer):
+            far, near = self.part
+            part = slice(seen.old - far, seen.old - near)
+            attention = strongest_attention(step, seen, part, self.compression.method.reread_sinks)
+            self.stores[step.layer].note_mass(part.start, attention)
         self._after_attention(step)
         return out
 
@@ -247,7 +279,7 @@ class Segment:
         sight = self.compression.sight(step.layer) if self.facts.compressible(step.layer) else None
         whole = not gaps and bias is None and branch is None and sight is None
         if step.window is not None:
-            whole = whole and max(self.seen) + (step.tokens if self.mode == "score" else 0) <= step.window
+            whole = whole and max(self.seen) + (step.tokens if self.reads_only else 0) <= step.window
         return Visible(*slots, old, whole, bias, branch, sight)
 
     def _observe(self, step: Step, seen: Visible, mass: torch.Tensor | None) -> None:
@@ -262,7 +294,7 @@ class Segment:
 
     def _observes(self, layer: int) -> bool:
         """Whether the running forward's queries may matter to a later cut of the layer."""
-        if not self.compression.method.compresses or self.mode == "score" or not self.facts.compressible(layer):
+        if not self.compression.method.compresses or self.reads_only or not self.facts.compressible(layer):
             return False
         return self.mode in ("prefill", "hold") or self.compression.schedule.online
 
@@ -309,22 +341,39 @@ class Segment:
     def _after_attention(self, step: Step) -> None:
         """Cuts the layer if this forward is the end of the prefill or the schedule says so; it waits for the last one
         where all are cut together."""
-        if self._is_cut(step.layer) and self.compression.together and self._due(step.layer, step.tokens):
+        if self._is_cut(step.layer) and self.compression.waits and self._due(step.layer, step.tokens):
             self.waiting.append(_without_tensors(step))
         else:
             if self._is_cut(step.layer):
                 self._cut_if_due(step)
-            elif self.mode != "score":
+            elif not self.reads_only:
                 self._trim_sliding(step.layer, step.tokens)
             self._leave(step.layer, step.tokens)
-        if step.layer == len(self.stores) - 1:
+        if step.layer == len(self.stores) - 1 and not self.unfinished:
             self.end_forward(step.tokens)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a cut waits for tokens to be read again, after which `end_forward` makes it."""
+        return bool(self.waiting) and self.compression.method.reads_again
+
+    @property
+    def asks_again(self) -> bool:
+        """Whether that cut will take anything, so that they must be."""
+        return (self.compression.open and not self.compression.ranks_layers) or any(
+            self._first_in_sight(step.layer) or self._keep(step.layer, step.tokens) != self.held[step.layer]
+            for step in self.waiting
+        )
 
     def end_forward(self, q: int) -> None:
         """After the last layer of a forward of q tokens: the cut of those that wait for it, and the numbers."""
         if self.waiting:
             waiting, self.waiting = self.waiting, []
-            self._cut_together(waiting)
+            if self.compression.ranks_layers:
+                self._cut_together(waiting)
+            else:
+                for step in waiting:
+                    self._cut_if_due(step)
             for step in waiting:
                 self._leave(step.layer, q)
         if self.mode == "decode":
@@ -553,7 +602,7 @@ class Segment:
             return  # nothing goes
         kept = self.compression.evicted.cut(self.compression.method, view, scores, counts)
         store.replace(kept, room=min(self.compression.schedule.compress_every, MAX_ROOM))
-        self.held[layer] = counts.double().mean(1).tolist()
+        self.held[layer] = [sum(row) / len(row) for row in counts.tolist()]
 
     def _lost(self, layer: int) -> list[float]:
         """How many places each row's sinks have to move up to be right before the window."""

@@ -37,8 +37,8 @@ class View:
         scaling: factor of the layer's attention logits, mostly D ** -0.5.
         method: its name, for messages. num_queries: last queries that are kept for it; None: all that are asked for.
 
-    `mass`, `moments`, `attention` and `rotate` are there for methods that declare them: the cache gathers nothing that
-    nobody reads.
+    `mass`, `reread`, `moments`, `attention` and `rotate` are there for methods that declare them: the cache gathers
+    nothing that nobody reads.
     """
 
     keys: torch.Tensor
@@ -64,6 +64,14 @@ class View:
         group; for methods with `accumulates = True`."""
         if self._mass is None:
             raise self._undeclared("view.mass, the attention received so far", "accumulates = True")
+        return self._mass
+
+    @property
+    def reread(self) -> torch.Tensor:
+        """[B, K, N] float32 largest attention that each slot received while its tokens were read again, of any query of
+        its group; for methods with `reads_again = True`."""
+        if self._mass is None:
+            raise self._undeclared("view.reread, the attention of tokens read a second time", "reads_again = True")
         return self._mass
 
     @property
@@ -181,6 +189,14 @@ class AskedOfMethod(Protocol):
         """It reads `view.attention` of so many last queries."""
 
     @property
+    def reads_again(self) -> bool:
+        """It reads `view.reread`, for which tokens are fed a second time before each cut."""
+
+    @property
+    def reread_sinks(self) -> int:
+        """First tokens that these see beside the slots in question."""
+
+    @property
     def moments_from(self) -> int | None:
         """It reads `view.moments` of the queries from that position on; None: it does not."""
 
@@ -293,7 +309,11 @@ class AskedOfCompression(Protocol):
         """How many slots a layer keeps is known only when they are scored."""
 
     @property
-    def together(self) -> bool:
+    def ranks_layers(self) -> bool:
+        """The slots of all layers are ranked together."""
+
+    @property
+    def waits(self) -> bool:
         """No layer is cut before the last one has attended."""
 
     @property

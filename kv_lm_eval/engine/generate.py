@@ -26,6 +26,7 @@ from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.forward import cache_among
 from kv_lm_eval.engine.prefill import feed
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods.compression import compression_of
 
 
 def check_generation_settings(settings: dict[str, Any]) -> None:
@@ -47,7 +48,13 @@ def check_generation_settings(settings: dict[str, Any]) -> None:
 def by_rows(cache: CompressedCache, beams: int = 1, compiled: bool = False) -> dict[str, Any]:
     """The argument with which generate() takes `decode` for its loop, where it can; none where the stock loop is to go
     over the cache: for beams, compiled steps and models that start anew beyond some length."""
-    stock = beams > 1 or compiled or cache.facts.border is not None
+    stock, method = beams > 1 or compiled or cache.facts.border is not None, compression_of(cache).method
+    if stock and method.reads_again:
+        what = "num_beams" if beams > 1 else "compile=True" if compiled else "a model that rotates by the length"
+        raise UserError(
+            f"method={method.name} reads the prompt a second time before its cut, which generate()'s own loop does not "
+            f"do, and {what} needs that loop; leave it out, or take a method that reads once, such as snapkv"
+        )
     cache.keep_history(stock and beams == 1)
     return {} if stock else {"custom_generate": decode}
 

@@ -286,7 +286,7 @@ class Layers:
     @property
     def differ(self) -> bool:
         """Whether layers have budgets of their own."""
-        return self.layer_budget == "pyramid"
+        return self.layer_budget != "uniform"
 
     @property
     def together(self) -> bool:
@@ -323,7 +323,7 @@ class Layers:
         Args:
             seen: tokens of the row. protected: slots the method always keeps.
         """
-        if not self.differ or layers == 1 or seen <= mean:
+        if self.layer_budget != "pyramid" or layers == 1 or seen <= mean:
             return mean
         if self.rounding == "reference":
             return self._reference(mean, seen, place, layers, protected)

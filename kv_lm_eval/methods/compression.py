@@ -59,9 +59,14 @@ class Compression:
         return self.budget.open or self.layers.together
 
     @property
-    def together(self) -> bool:
-        """Whether no layer is cut before the last one has attended."""
+    def ranks_layers(self) -> bool:
+        """Whether the slots of all layers are ranked together."""
         return self.layers.together
+
+    @property
+    def waits(self) -> bool:
+        """Whether no layer is cut before the last one has attended."""
+        return self.layers.together or self.method.reads_again
 
     def over_budget(self, tokens: int) -> bool:
         """Whether the slots that always stay are all that a prompt of so many tokens keeps, or more than was asked."""
@@ -217,7 +222,7 @@ class Compression:
                 f"skip_layers={bounded} has no effect: these layers are sliding windows, which are never cut beside "
                 "layers of full attention"
             )
-        if self.layers.differ:
+        if self.layers.layer_budget == "pyramid":
             if len(set(facts.cut_layers) - skipped) == 1:
                 yield "layer_budget=pyramid has no effect: only one layer is cut"
             if self.layers.beta == 1:
