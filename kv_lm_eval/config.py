@@ -14,7 +14,7 @@ from kv_lm_eval import files, presets
 from kv_lm_eval.coerce import coerce, dataclass_of
 from kv_lm_eval.errors import WHICH_MODEL, UserError, close_names
 from kv_lm_eval.methods import base, evicted
-from kv_lm_eval.methods.budget import Budget, Everything, Heads, Layers, PerHead, Ratio, RatioAbove, Slots
+from kv_lm_eval.methods.budget import Budget, Everything, Heads, Layers, PerHead, Ratio, RatioAbove, Slots, Threshold
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.methods.evicted import Drop, Evicted
 from kv_lm_eval.methods.schedule import Schedule
@@ -32,7 +32,7 @@ ALIASES = {  # names used by the papers and their repositories -> ours
     "window_sizes": "window_size",
     "kernel_sizes": "kernel_size",
 }
-BUDGET_KEYS = ("max_capacity_prompt", "keep_ratio", "compression_ratio")
+BUDGET_KEYS = ("max_capacity_prompt", "keep_ratio", "compression_ratio", "threshold")
 
 
 def _names(*parts: Any) -> set[str]:
@@ -41,7 +41,7 @@ def _names(*parts: Any) -> set[str]:
 
 TREATMENTS = {name: _names(evicted.load(name)) for name in evicted.available()}
 STORAGE_KEYS = _names(Storage)
-PARTS = (Slots, Ratio, RatioAbove, Layers, Heads, Schedule, Storage)
+PARTS = (Slots, Ratio, RatioAbove, Threshold, Layers, Heads, Schedule, Storage)
 COMMON_KEYS = _names(*PARTS).union(*TREATMENTS.values()) | {*BUDGET_KEYS, "evicted"}
 
 # from_pretrained arguments that lm-eval users pass through --model_args beyond HFLM's own
@@ -193,6 +193,8 @@ def _build(cls: type[base.Method], ours: dict[str, Any]) -> Compression:
     schedule, layers, heads = (dataclass_of(part, values) for part in (Schedule, Layers, Heads))
     budget = _budget(method, values)
     _check_shares(method, budget, layers, heads, ours)
+    if budget.open or layers.together:
+        _check_open(method, budget, layers, heads, schedule)
     compression = Compression(method, budget, schedule, _evicted(method, values), heads, storage, layers)
     budget.check(method.protected, method.name)
     if cls.ring and storage.quantises:
@@ -231,16 +233,20 @@ def _budget(method: base.Method, values: dict[str, Any]) -> Budget:
         got = "none" if not given else " and ".join(f"{k}={values[k]}" for k in given)
         extra = f" (or {' or '.join(method.capacity_settings)})" if method.capacity_settings else ""
         raise UserError(
-            f"{method.name} needs one budget, got {got}: max_capacity_prompt=SLOTS{extra}, keep_ratio=SHARE kept, or "
-            "compression_ratio=SHARE removed"
+            f"{method.name} needs one budget, got {got}: max_capacity_prompt=SLOTS{extra}, keep_ratio=SHARE kept, "
+            "compression_ratio=SHARE removed, or threshold=SCORE below which pairs go"
         )
-    if given[0] == "max_capacity_prompt":
+    if given[0] != "threshold" and values.get("threshold_recent") is not None:
+        raise UserError(
+            f"threshold_recent={values['threshold_recent']} has no effect with {given[0]}: it goes with threshold"
+        )
+    if given[0] in ("max_capacity_prompt", "threshold"):
         if values.get("prune_after") is not None:
             raise UserError(
-                f"prune_after={values['prune_after']} has no effect without keep_ratio or compression_ratio: a fixed "
-                "number of slots is kept whatever is held"
+                f"prune_after={values['prune_after']} has no effect without keep_ratio or compression_ratio: it is for "
+                f"shares of what is held, not for {given[0]}"
             )
-        return dataclass_of(Slots, values)
+        return dataclass_of(Slots if given[0] == "max_capacity_prompt" else Threshold, values)
     share = coerce(values[given[0]], float, given[0])
     if given[0] == "compression_ratio":
         if not 0 <= share < 1:
@@ -252,7 +258,7 @@ def _budget(method: base.Method, values: dict[str, Any]) -> Budget:
 def _check_shares(method: base.Method, budget: Budget, layers: Layers, heads: Heads, ours: dict[str, Any]) -> None:
     """Raises UserError for settings that share out a budget and do nothing, or nothing sensible."""
     for key, part, without in (
-        ("beta", "layer_budget=pyramid", not layers.differ),
+        ("beta", "layer_budget=pyramid", layers.layer_budget != "pyramid"),
         ("alpha", "head_budget=ada", not heads.differ),
     ):
         if key in ours and without:
@@ -263,13 +269,40 @@ def _check_shares(method: base.Method, budget: Budget, layers: Layers, heads: He
         )
     if layers.differ and isinstance(budget, RatioAbove):
         raise UserError(
-            f"prune_after={budget.prune_after} with layer_budget=pyramid: it asks what a layer holds, which then "
-            "differs between layers, so that each would be cut at other times and by other shares; leave one out"
+            f"prune_after={budget.prune_after} with layer_budget={layers.layer_budget}: it asks what a layer holds, "
+            "which then differs between layers, so that each is cut at other times and by other shares; leave one out"
         )
     if heads.differ and method.heads_alike:
         raise UserError(
             f"head_budget=ada has no effect: method={method.name}{' as it is set' if method.capacity_settings else ''} "
             "gives all heads of a layer the same scores; it is for methods whose heads choose for themselves"
+        )
+
+
+def _check_open(method: base.Method, budget: Budget, layers: Layers, heads: Heads, schedule: Schedule) -> None:
+    """Raises UserError for settings that cannot go with scores that decide how many pairs of a layer or head stay."""
+    setting = f"threshold={budget.threshold:g}" if isinstance(budget, Threshold) else "layer_budget=global"
+    if budget.open and (layers.differ or heads.differ):
+        other = f"layer_budget={layers.layer_budget}" if layers.differ else "head_budget=ada"
+        raise UserError(f"{other} shares out a number of slots, and {setting} names none; give one of them")
+    if heads.differ:
+        raise UserError(
+            f"{setting} ranks the slots of all layers and heads together, and head_budget={heads.head_budget} shares "
+            "out what each layer has: add head_budget=uniform, or leave layer_budget out"
+        )
+    if method.sinks_and_recent is not None or method.reinserted:
+        raise UserError(
+            f"{setting} has no effect: method={method.name} goes by positions, by which all layers and heads are "
+            "alike; it is for methods that look at keys, values or attention"
+        )
+    if budget.open and method.reads_budget:
+        raise UserError(
+            f"method={method.name} as it is set protects a share of its budget, and {setting} names no number of slots"
+        )
+    if schedule.online and schedule.trigger == "excess":
+        raise UserError(
+            f"trigger=excess counts the slots of a layer over its own budget, which {setting} does not have; take "
+            "trigger=clock"
         )
 
 

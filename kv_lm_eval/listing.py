@@ -11,7 +11,7 @@ from typing import Any
 
 from kv_lm_eval.config import ALIASES, EngineSettings
 from kv_lm_eval.methods import base, evicted
-from kv_lm_eval.methods.budget import Heads, Layers, Ratio, RatioAbove, Slots
+from kv_lm_eval.methods.budget import Heads, Layers, Ratio, RatioAbove, Slots, Threshold
 from kv_lm_eval.methods.schedule import Schedule
 from kv_lm_eval.methods.storage import Storage
 
@@ -90,6 +90,8 @@ def _when(cls: type[base.Method]) -> tuple[str, str, str]:
     after = "after the prompt, " + (f"then {rolling}" if every else "once")
     if method.sinks_and_recent is not None:
         looks = "positions"
+    elif cls.reads_again:
+        looks = "attention of a second reading of all tokens"
     elif cls.accumulates:
         looks = "attention of all queries"
     elif method.moments_from is not None:
@@ -130,6 +132,7 @@ def _print_one(cls: type[base.Method], width: int) -> None:
         _print_fields(Slots, {}, width)
         _print_fields(Ratio, {}, width, only="keep_ratio")
         print(_line("compression_ratio", None, "share of the pairs that is removed, 1 - keep_ratio", width))
+        _print_fields(Threshold, {"threshold_recent": None}, width)
         print("  shared out by:")
         _print_fields(Layers, cls.presets, width, without=frozenset({"rounding"}))
         _print_fields(Heads, cls.presets, width)

@@ -12,11 +12,13 @@ import torch
 import transformers as tf
 
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.facts import ModelFacts, Words
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.config import parse
-from kv_lm_eval.engine.check import wrap
+from kv_lm_eval.engine import again
+from kv_lm_eval.engine.check import wrap as check_and_wrap
 from kv_lm_eval.engine.forward import cache_argument, logits_of
+from kv_lm_eval.engine.prefill import forward as engine_forward
 from kv_lm_eval.engine.prefill import prefill as engine_prefill
 from kv_lm_eval.methods import base, evicted
 from kv_lm_eval.methods.compression import Compression
@@ -90,6 +92,8 @@ def given(cache: tf.Cache) -> dict[str, tf.Cache]:
     return {cache_argument(tf.LlamaForCausalLM.forward): cache}
 
 
+WORDS = Words(lambda text: [1 + ord(c) % (VOCAB - 1) for c in text][:11])  # a tokenizer of letters
+
 # --- a model under our attention, its untouched twin, and caches for it --------------------------------------------
 
 
@@ -103,6 +107,13 @@ class Pair:
 
     def cache(self, **settings: object) -> CompressedCache:
         return make_cache(compression(**settings), self.facts)
+
+
+def wrap(model: tf.PreTrainedModel, compression: Compression) -> ModelFacts:
+    """The model under our attention, and what is known of it; a tokenizer of letters for methods that speak to it."""
+    facts = check_and_wrap(model, compression)
+    facts.words = WORDS
+    return facts
 
 
 @functools.cache
@@ -190,7 +201,10 @@ def forward(
     if starts is not None:
         positions = positions + torch.tensor(starts)[:, None] * mask
     padding = mask if (mask == 0).any() else None
-    return logits_of(model, ids, positions=positions, mask=padding, cache=cache)
+    logits = logits_of(model, ids, positions=positions, mask=padding, cache=cache)
+    if isinstance(cache, CompressedCache) and cache.compression.method.reads_again:
+        again.after_forward(cache, rows, lambda tokens: engine_forward(model, cache, tokens, keep=1))
+    return logits
 
 
 def prefill(

@@ -240,7 +240,7 @@ class CompressedCache(Face):
         """Attention of one layer's new tokens, [B, q, H, D]: each segment's over its own slots; 0 for padding."""
         if self._fed is None:
             self._fed, self._announced = self._announced or self._by_mask(mask, *step.pos.shape), None
-            self._columns += max((fed.tokens for fed in self._fed if fed.segment.mode != "score"), default=0)
+            self._columns += max((fed.tokens for fed in self._fed if not fed.segment.reads_only), default=0)
             for fed in self._fed:
                 own = step.pos if fed.where is None else step.pos.reshape(-1)[fed.where]
                 fed.segment.begin(own.reshape(-1, fed.tokens))

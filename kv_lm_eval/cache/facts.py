@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from kv_lm_eval.cache.rope import RopeKit
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a method says something to the model, in token ids.
+
+    Attributes:
+        encode: ids of a text, as it goes on within a prompt. head, tail: what the chat format puts before a user's
+            message, and after it until the answer; nothing where there is no such format.
+    """
+
+    encode: Callable[[str], list[int]]
+    head: Sequence[int] = ()
+    tail: Sequence[int] = ()
 
 
 @dataclass
@@ -25,6 +40,7 @@ class ModelFacts:
     border: tokens of a sequence beyond which the rotation of all its tokens is another (dynamic NTK, longrope); None:
         a token is rotated by its position alone.
     settles: whether the rotation beyond the border is one and the same.
+    words: how a method may say something to the model, where a tokenizer is known.
     ranks: processes that hold an equal share of every layer's heads each (tensor parallelism); bytes are of all.
     """
 
@@ -37,6 +53,7 @@ class ModelFacts:
     rope_kinds: list[str] = field(default_factory=list)
     border: int | None = None
     settles: bool = False
+    words: Words | None = None
     ranks: int = 1
 
     def __post_init__(self) -> None:

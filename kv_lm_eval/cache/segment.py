@@ -19,7 +19,15 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from kv_lm_eval.cache.attention import Step, Visible, attend, attend_one, received_mass, window_attention
+from kv_lm_eval.cache.attention import (
+    Step,
+    Visible,
+    attend,
+    attend_one,
+    received_mass,
+    strongest_attention,
+    window_attention,
+)
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.quantized import QuantizedStore
@@ -32,7 +40,7 @@ FEW = 4  # pairs that one cut may hide in their places instead of moving the oth
 MAX_ROOM = 1024  # slots reserved for the tokens until the next cut, at most; storage grows by itself
 TRIM_EVERY = 64  # tokens a row sees until its sliding-window layers that are never cut drop what they cannot see
 MOMENTS_BLOCK = 1024  # queries turned back in float32 at a time
-Mode = Literal["prefill", "decode", "hold", "score"]
+Mode = Literal["prefill", "decode", "hold", "score", "again"]
 Numbers = tuple[list[float], float, float]  # of a row: slots held by layer, peak, valid bytes
 
 
@@ -48,9 +56,13 @@ class Segment:
             "prefill": the end of the prompts, cut after it; becomes "decode" by itself at the next forward;
             "decode": tokens after the prefill, cut when the schedule says so;
             "hold": stored and not cut;
-            "score": read only, nothing is stored (`branch` says which new tokens see each other).
+            "score": read only, nothing is stored (`branch` says which new tokens see each other);
+            "again": the same for tokens that are read a second time, whose attention to `part` of the slots is noted.
         rows: their number. seen: tokens fed, by row. held: slots in use per row, by layer. peaks: most slots that any
             layer of the row that may be cut ever held.
+        texts: tokens that each row was fed, and read_again: how many of them were read again, for methods that do so.
+        part: the slots whose tokens are being read again, from the first of the two to the second, from the last on.
+        waiting: layers of the last forward that will be cut together.
         decoded: the schedule's clock, tokens fed since the end of the prefill. prefill_end, end: the numbers at the end
             of the prefill, and of rows that have ended.
         around_cut: a context manager entered for each layer's cut, to measure it.
@@ -80,7 +92,9 @@ class Segment:
         self.end: dict[str, Any] | None = None
         self.history: list[list[Numbers]] = []
         self.decoded = 0
+        self.waiting: list[Step] = []
         self.branch: torch.Tensor | None = None
+        self.part = 0, 0
         self.open(0, nullcontext)
 
     def open(
@@ -91,6 +105,7 @@ class Segment:
         self.seen = [0] * rows
         self.peaks: list[float] = [0] * rows
         self.held: list[list[float]] = [[0] * rows for _ in self.stores]
+        self.texts, self.read_again = list[list[int]]([] for _ in range(rows)), [0] * rows
 
     def _new_store(self, layer: int) -> LayerStore:
         storage = self.compression.storage
@@ -124,7 +139,7 @@ class Segment:
     def _counts_of(self, rows: Sequence[int]) -> Segment:
         """A copy with the given rows and no stores yet."""
         new = copy.copy(self)
-        new.stores = []
+        new.stores, new.waiting = [], list(self.waiting)
         new.seen, new.peaks = [self.seen[i] for i in rows], [self.peaks[i] for i in rows]
         new.held = [[held[i] for i in rows] for held in self.held]
         for name in ("prefill_end", "end"):
@@ -132,6 +147,7 @@ class Segment:
                 own = {k: [v[i] for i in rows] if isinstance(v, list) else v for k, v in numbers.items()}
                 setattr(new, name, own)
         new.history = [[step[i] for i in rows] for step in self.history]
+        new.texts, new.read_again = [list(self.texts[i]) for i in rows], [self.read_again[i] for i in rows]
         return new
 
     @property
@@ -162,6 +178,8 @@ class Segment:
         new.seen = [n for s in segments for n in s.seen]
         new.peaks = [n for s in segments for n in s.peaks]
         new.held = [[n for s in segments for n in s.held[i]] for i in range(len(new.stores))]
+        new.texts = [text for s in segments for text in s.texts]
+        new.read_again = [n for s in segments for n in s.read_again]
         new.stores = [joined([s.stores[i] for s in segments]) for i in range(len(new.stores))]
         histories = zip(*(s.history for s in segments), strict=False)
         new.history = [[row for step in steps for row in step] for steps in histories]
@@ -190,11 +208,21 @@ class Segment:
 
     def begin(self, pos: torch.Tensor) -> None:
         """Called before the first layer: notes the places [B, q] of the new tokens."""
+        if self.waiting and self.mode != "again":
+            raise UserError(
+                f"method={self.compression.method.name} reads tokens a second time before a cut, and this forward "
+                "comes without it: feed the model through kv_lm_eval, or take a method that reads once, such as snapkv"
+            )
         if self.mode == "prefill" and self.prefill_end is not None:
             self.mode = "decode"
         self.new_pos = pos
-        if self.mode != "score":
+        if not self.reads_only:
             self.seen = [n + pos.shape[1] for n in self.seen]
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether the next forward stores nothing."""
+        return self.mode in ("score", "again")
 
     def attend(self, step: Step) -> torch.Tensor:
         """One layer's attention, [B, H, q, D]: the new pairs are stored before it and the layer is cut after it."""
@@ -204,7 +232,7 @@ class Segment:
             step = step._replace(key=key, value=value)
         if step.pos.device != step.query.device:
             step = step._replace(pos=step.pos.to(step.query.device))
-        seen = self._with_stored(step) if self.mode == "score" else self._stored(step)
+        seen = self._with_stored(step) if self.reads_only else self._stored(step)
         method, observes = self.compression.method, self._observes(step.layer)
         mass = None
         if observes and method.accumulates and step.tokens == 1 and seen.sight is None and step.softcap is None:
@@ -213,6 +241,11 @@ class Segment:
             out = attend(step, seen)
         if observes:
             self._observe(step, seen, mass)
+        if self.mode == "again" and self._is_cut(step.layer):
+            far, near = self.part
+            part = slice(seen.old - far, seen.old - near)
+            attention = strongest_attention(step, seen, part, self.compression.method.reread_sinks)
+            self.stores[step.layer].note_mass(part.start, attention)
         self._after_attention(step)
         return out
 
@@ -275,7 +308,7 @@ class Segment:
         sight = self.compression.sight(step.layer) if self.facts.compressible(step.layer) else None
         whole = not gaps and bias is None and branch is None and sight is None
         if step.window is not None:
-            whole = whole and max(self.seen) + (step.tokens if self.mode == "score" else 0) <= step.window
+            whole = whole and max(self.seen) + (step.tokens if self.reads_only else 0) <= step.window
         return Visible(*slots, old, whole, bias, branch, sight)
 
     def _observe(self, step: Step, seen: Visible, mass: torch.Tensor | None) -> None:
@@ -290,7 +323,7 @@ class Segment:
 
     def _observes(self, layer: int) -> bool:
         """Whether the running forward's queries may matter to a later cut of the layer."""
-        if not self.compression.method.compresses or self.mode == "score" or not self.facts.compressible(layer):
+        if not self.compression.method.compresses or self.reads_only or not self.facts.compressible(layer):
             return False
         return self.mode in ("prefill", "hold") or self.compression.schedule.online
 
@@ -335,23 +368,56 @@ class Segment:
         return self.facts.rope.rotate(x, delta, layer, over)
 
     def _after_attention(self, step: Step) -> None:
-        """Cuts the layer if this forward is the end of the prefill or the schedule says so."""
-        layer, q = step.layer, step.tokens
-        last = layer == len(self.stores) - 1
-        if self._is_cut(layer):
-            self._cut_if_due(step, q)
-        elif self.mode != "score":
-            self._trim_sliding(layer, q)
+        """Cuts the layer if this forward is the end of the prefill or the schedule says so; it waits for the last one
+        where all are cut together."""
+        if self._is_cut(step.layer) and self.compression.waits and self._due(step.layer, step.tokens):
+            self.waiting.append(_without_tensors(step))
+        else:
+            if self._is_cut(step.layer):
+                self._cut_if_due(step)
+            elif not self.reads_only:
+                self._trim_sliding(step.layer, step.tokens)
+            self._leave(step.layer, step.tokens)
+        if step.layer == len(self.stores) - 1 and not self.unfinished:
+            self.end_forward(step.tokens)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a cut waits for tokens to be read again, after which `end_forward` makes it."""
+        return bool(self.waiting) and self.compression.method.reads_again
+
+    @property
+    def asks_again(self) -> bool:
+        """Whether that cut will take anything, so that they must be."""
+        return (self.compression.open and not self.compression.ranks_layers) or any(
+            self._first_in_sight(step.layer) or self._keep(step.layer, step.tokens) != self.held[step.layer]
+            for step in self.waiting
+        )
+
+    def end_forward(self, q: int) -> None:
+        """After the last layer of a forward of q tokens: the cut of those that wait for it, and the numbers."""
+        if self.waiting:
+            waiting, self.waiting = self.waiting, []
+            if self.compression.ranks_layers:
+                self._cut_together(waiting)
+            else:
+                for step in waiting:
+                    self._cut_if_due(step)
+            for step in waiting:
+                self._leave(step.layer, q)
+        if self.mode == "decode":
+            self.decoded += q
+        if self.mode in ("prefill", "decode") and self.keeps_history:
+            self.note()
+        if self.mode == "prefill":
+            self.prefill_end = self.snapshot()
+
+    def _leave(self, layer: int, q: int) -> None:
+        """After a layer's forward and its cut: frees what only a further one would ask for, quantises what is due."""
         if self.mode == "prefill" and not self.compression.schedule.online:
             self.stores[layer].forget_observations()
         if self.compression.storage.quantises and self._settles(q):
             self.stores[layer].settle()
-        if last and self.mode == "decode":
-            self.decoded += q
-        if last and self.mode in ("prefill", "decode") and self.keeps_history:
-            self.note()
-        if last and self.mode == "prefill":
-            self.prefill_end = self.snapshot()
 
     def note(self) -> None:
         """Adds each row's numbers to the history."""
@@ -382,26 +448,50 @@ class Segment:
             self.held[layer] = [n - f for n, f in zip(self.seen, first, strict=True)]
             self.stores[layer].compact(int(max(self.held[layer])), first=first)
 
-    def _cut_if_due(self, step: Step, q: int) -> None:
+    def _cut_if_due(self, step: Step) -> None:
         """Cuts the layer to its budget if this forward ends with a cut; what its own window no longer shows goes first:
         it may vote, it is neither counted nor chosen."""
-        layer, store, most = step.layer, self.stores[step.layer], self._most(step.layer)
-        first = None
-        if most is not None and self._due(layer, q):
-            first = [max(0, n - most) for n in self.seen]
-        if first is None or not any(first):
-            keep, in_sight = self._keep(layer, q), None
-            if keep == self.held[layer]:
-                return
-        else:
-            in_sight = (store.pos >= 0) & (store.pos >= to_device(first, store.pos.device).view(-1, 1, 1))
-            self.held[layer] = _counted(in_sight)
-            keep = self._keep(layer, q)
-            if keep == self.held[layer]:
-                store.compact(int(in_sight.sum(-1).max()), first=first)
-                return
+        layer, store, q = step.layer, self.stores[step.layer], step.tokens
+        due = self._due(layer, q) if self.compression.open or self._most(layer) is not None else True
+        in_sight = self._in_sight(layer) if due else None
+        keep = self._keep(layer, q)
+        if keep != self.held[layer] or (due and self.compression.open):
+            with self.around_cut():
+                self._cut(step, keep, in_sight)
+        elif in_sight is not None:
+            store.compact(int(in_sight.sum(-1).max()), first=self._first_in_sight(layer))
+
+    def _first_in_sight(self, layer: int) -> list[int] | None:
+        """First token of each row that the layer's own window still shows; None: all are, or need not be."""
+        most = self._most(layer)
+        first = None if most is None else [max(0, n - most) for n in self.seen]
+        return first if first is not None and any(first) else None
+
+    def _in_sight(self, layer: int) -> torch.Tensor | None:
+        """Slots that a cut of the layer may leave, [B, 1 or K, N], which alone are held from now on; None: all."""
+        if (first := self._first_in_sight(layer)) is None:
+            return None
+        pos = self.stores[layer].pos
+        in_sight = (pos >= 0) & (pos >= to_device(first, pos.device).view(-1, 1, 1))
+        self.held[layer] = _counted(in_sight)
+        return in_sight
+
+    def _cut_together(self, waiting: Sequence[Step]) -> None:
+        """Cuts the layers that have waited for the last one, which share their slots."""
+        in_sight, keep = {step.layer: self._in_sight(step.layer) for step in waiting}, self.compression.mean(self.seen)
+        if all(h <= k for step in waiting for h, k in zip(self.held[step.layer], keep, strict=True)) and not any(
+            shown is not None for shown in in_sight.values()
+        ):
+            return
         with self.around_cut():
-            self._cut(step, keep, in_sight)
+            views, scores = list[View](), list[torch.Tensor]()
+            for step in waiting:
+                view, score = self._scored(step, keep, in_sight[step.layer])
+                views.append(view)
+                scores.append(score)
+            counts = self.compression.counts_of_layers(scores, [view.pos for view in views], self.seen)
+            for step, view, score, count in zip(waiting, views, scores, counts, strict=True):
+                self._close_ranks(step.layer, view, score, count)
 
     def _is_cut(self, layer: int) -> bool:
         """Whether the method ever cuts the layer."""
@@ -450,7 +540,9 @@ class Segment:
 
         if schedule.trigger == "clock":
             step = schedule.until_due(self.decoded)
-            slides = any(map(self._loses_sight, layers))  # then a cut has something to leave out
+            slides = compression.open or any(
+                map(self._loses_sight, layers)
+            )  # then a cut may find something to leave out
             while step < limit and not slides and not excess(step):  # a cut at which no row loses anything is none
                 step += schedule.compress_every
             if step > limit and step > schedule.compress_every and excess(limit):
@@ -461,17 +553,20 @@ class Segment:
                 step += ceil(lacking)  # it grows by one a token at most
         return max(1, min(step, limit))
 
-    def _cut(self, step: Step, keep: list[float], in_sight: torch.Tensor | None = None) -> None:
-        """Cuts the step's layer to `keep` slots a row; in_sight: [B, 1 or K, N] slots that may stay, None: all."""
-        layer = step.layer
-        store, held, method = self.stores[layer], self.held[layer], self.compression.method
+    def _scored(self, step: Step, keep: Sequence[float], in_sight: torch.Tensor | None) -> tuple[View, torch.Tensor]:
+        """What a cut of the step's layer goes by: the view of it and its scores [B, 1 or K, N]; keep: by row.
+
+        Args:
+            in_sight: [B, 1 or K, N] slots that may stay, None: all.
+        """
+        layer, store, method = step.layer, self.stores[step.layer], self.compression.method
         moves_keys = self.compression.moves_keys is not None
         view = View(
             keys=store.keys,
             values=store.values,
             pos=store.pos,
             seen=self.seen,
-            keep=[ceil(k) for k in keep],
+            keep=[ceil(min(k, h)) for k, h in zip(keep, self.held[layer], strict=True)],
             layer=layer,
             num_layers=len(self.stores),
             _mass=store.mass,
@@ -491,13 +586,26 @@ class Segment:
             )
         if in_sight is not None:
             view = dataclasses.replace(view, pos=store.pos.masked_fill(~in_sight, -1))
+        return view, scores
+
+    def _cut(self, step: Step, keep: list[float], in_sight: torch.Tensor | None = None) -> None:
+        """Cuts the step's layer to `keep` slots a row; in_sight: [B, 1 or K, N] slots that may stay, None: all."""
+        layer = step.layer
+        store, held = self.stores[layer], self.held[layer]
+        view, scores = self._scored(step, keep, in_sight)
+        fresh = [h == s for h, s in zip(held, self.seen, strict=True)]  # rows that lose tokens for the first time
         if self._leaves_holes(layer, scores, keep):
             blank_lowest(scores, store.pos, [int(h - k) for h, k in zip(held, keep, strict=True)])
             store.holes = True
+            self.held[layer] = keep
         else:
-            keep = self._close_ranks(layer, view, scores, keep)
-        fresh = [h == s for h, s in zip(held, self.seen, strict=True)]  # rows that lose tokens for the first time
-        self.held[layer] = _counted(store.pos >= 0) if self._loses_sight(layer) else keep
+            self._close_ranks(
+                layer, view, scores, self.compression.counts(scores, view.pos, keep, self.seen, held, layer)
+            )
+            if self.compression.heads.exact and not self.compression.open:
+                self.held[layer] = keep
+        if self._loses_sight(layer):
+            self.held[layer] = _counted(store.pos >= 0)
         if self.compression.method.in_cache_sinks and self.facts.rope_kinds[layer] == "rope":
             self._move_sinks(layer, fresh)
 
@@ -515,13 +623,15 @@ class Segment:
             and max(h - k for h, k in zip(held, keep, strict=True)) <= FEW
         )
 
-    def _close_ranks(self, layer: int, view: View, scores: torch.Tensor, keep: list[float]) -> list[float]:
-        """Cuts the layer so that what stays stands without gaps; returns the slots that each row then holds."""
-        store, held = self.stores[layer], self.held[layer]
-        counts = self.compression.counts(scores, view.pos, keep, self.seen, held, layer)
+    def _close_ranks(self, layer: int, view: View, scores: torch.Tensor, counts: torch.Tensor) -> None:
+        """Cuts the layer to counts [B, 1 or K] slots, those with the highest scores [B, 1 or K, N], which then stand
+        without gaps."""
+        store = self.stores[layer]
+        if self.compression.open and bool((counts == (store.pos >= 0).sum(-1).cpu()).all()):
+            return  # nothing goes
         kept = self.compression.evicted.cut(self.compression.method, view, scores, counts)
         store.replace(kept, room=min(self.compression.schedule.compress_every, MAX_ROOM))
-        return keep if self.compression.heads.exact else counts.double().mean(1).tolist()
+        self.held[layer] = [sum(row) / len(row) for row in counts.tolist()]
 
     def _lost(self, layer: int) -> list[float]:
         """How many places each row's sinks have to move up to be right before the window."""
@@ -605,6 +715,12 @@ def together(snapshots: Sequence[dict[str, Any]], rows: Sequence[int]) -> dict[s
         else:
             out[name] = sum(x * n for x, n in zip(values, rows, strict=True)) / sum(rows)
     return out
+
+
+def _without_tensors(step: Step) -> Step:
+    """What a later cut asks of a step, without holding on to its tokens."""
+    none = step.query.new_empty(1, 1, step.tokens, 0)
+    return step._replace(query=none, key=none, value=none, pos=step.pos.new_empty(0))
 
 
 def _counted(real: torch.Tensor) -> list[float]:

@@ -150,6 +150,13 @@ class LayerStore:
             self._mass = mass.new_zeros(*self._keys.shape[:3])
         self._mass[:, :, : self.length] += mass
 
+    def note_mass(self, first: int, mass: torch.Tensor) -> None:
+        """Puts attention [B, K, n] down for the slots from `first` on, in the place of what was there."""
+        if self._mass is None:
+            assert self._keys is not None
+            self._mass = mass.new_zeros(*self._keys.shape[:3])
+        self._mass[:, :, first : first + mass.shape[2]] = mass
+
     def observe(self, queries: torch.Tensor, pos: torch.Tensor, last: int) -> None:
         """Keeps each row's last `last` queries of [B, H, q, D] with their positions [B, q]."""
         if self.queries is not None and self.query_pos is not None and queries.shape[2] < last:

@@ -28,7 +28,8 @@ class View:
         keys, values: [B, K, N, D], keys with the model's rotary embedding applied.
         pos: [B, 1 or K, N] original position of the token in each slot, -1 where a slot is empty.
         seen: tokens each row has seen so far (host integers, length B).
-        keep: slots each row will keep (host integers, length B), already limited to what the row holds.
+        keep: slots each row will keep (host integers, length B), already limited to what the row holds; where all
+            layers share them their mean, and all that it holds where scores alone decide how many stay.
         layer: index of the layer; num_layers: how many there are.
         bias: [B, K, N] float32 added to the attention logits of each slot, the logarithm of the number of tokens that
             it stands for; None: each stands for one.
@@ -36,8 +37,8 @@ class View:
         scaling: factor of the layer's attention logits, mostly D ** -0.5.
         method: its name, for messages. num_queries: last queries that are kept for it; None: all that are asked for.
 
-    `mass`, `moments`, `attention` and `rotate` are there for methods that declare them: the cache gathers nothing that
-    nobody reads.
+    `mass`, `reread`, `moments`, `attention` and `rotate` are there for methods that declare them: the cache gathers
+    nothing that nobody reads.
     """
 
     keys: torch.Tensor
@@ -63,6 +64,14 @@ class View:
         group; for methods with `accumulates = True`."""
         if self._mass is None:
             raise self._undeclared("view.mass, the attention received so far", "accumulates = True")
+        return self._mass
+
+    @property
+    def reread(self) -> torch.Tensor:
+        """[B, K, N] float32 largest attention that each slot received while its tokens were read again, of any query of
+        its group; for methods with `reads_again = True`."""
+        if self._mass is None:
+            raise self._undeclared("view.reread, the attention of tokens read a second time", "reads_again = True")
         return self._mass
 
     @property
@@ -180,6 +189,14 @@ class AskedOfMethod(Protocol):
         """It reads `view.attention` of so many last queries."""
 
     @property
+    def reads_again(self) -> bool:
+        """It reads `view.reread`, for which tokens are fed a second time before each cut."""
+
+    @property
+    def reread_sinks(self) -> int:
+        """First tokens that these see beside the slots in question."""
+
+    @property
     def moments_from(self) -> int | None:
         """It reads `view.moments` of the queries from that position on; None: it does not."""
 
@@ -288,6 +305,18 @@ class AskedOfCompression(Protocol):
         """How heads share the budget."""
 
     @property
+    def open(self) -> bool:
+        """How many slots a layer keeps is known only when they are scored."""
+
+    @property
+    def ranks_layers(self) -> bool:
+        """The slots of all layers are ranked together."""
+
+    @property
+    def waits(self) -> bool:
+        """No layer is cut before the last one has attended."""
+
+    @property
     def moves_keys(self) -> object:
         """None: no key is moved in position, and no rotary embedding is needed."""
 
@@ -320,6 +349,14 @@ class AskedOfCompression(Protocol):
         layer: int,
     ) -> torch.Tensor:
         """Slots per row and head that a cut leaves, [B, 1 or K] on the host."""
+
+    def counts_of_layers(
+        self, scores: Sequence[torch.Tensor], pos: Sequence[torch.Tensor], seen: list[int]
+    ) -> list[torch.Tensor]:
+        """The same of all layers together, [B, 1 or K] on the host for each."""
+
+    def mean(self, seen: list[int]) -> list[int]:
+        """Slots per head that each row may keep, mean over the layers that share them."""
 
     def uniform(self, layer: int) -> bool:
         """Whether all heads of the layer keep the same number of slots."""

@@ -27,6 +27,7 @@ from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.forward import cache_among
 from kv_lm_eval.engine.prefill import Logits, feed
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods.compression import compression_of
 
 
 def check_generation_settings(settings: dict[str, Any]) -> None:
@@ -54,7 +55,13 @@ def by_rows(
     Args:
         first: each row's last logits [1, V] where the prompts have been fed to their end.
     """
-    stock = beams > 1 or compiled or cache.facts.border is not None
+    stock, method = beams > 1 or compiled or cache.facts.border is not None, compression_of(cache).method
+    if stock and method.reads_again:
+        what = "num_beams" if beams > 1 else "compile=True" if compiled else "a model that rotates by the length"
+        raise UserError(
+            f"method={method.name} reads the prompt a second time before its cut, which generate()'s own loop does not "
+            f"do, and {what} needs that loop; leave it out, or take a method that reads once, such as snapkv"
+        )
     cache.keep_history(stock and beams == 1)
     assert first is None or not stock
     return {} if stock else {"custom_generate": partial(decode, first=first)}

@@ -26,6 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.engine import again
 from kv_lm_eval.engine.forward import device_of, logits_of
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.compression import compression_of
@@ -96,11 +97,20 @@ def _before_the_last(cache: CompressedCache) -> Iterator[None]:
 def forward(
     model: PreTrainedModel, cache: CompressedCache, rows: Rows, keep: int = 0, places: Rows | None = None
 ) -> Logits:
-    """One forward of the rows' tokens: logits of the last `keep` of each row, 0: of all.
+    """One forward of the rows' tokens, and others of what the method wants to read again before its cut: logits of the
+    last `keep` of each row, 0: of all.
 
     Args:
         places: position of each token; None: they follow on what the row has seen.
     """
+    stores = not any(segment.reads_only for segment in cache.segments)
+    logits = _forward(model, cache, rows, keep, places)
+    if stores and compression_of(cache).method.reads_again:
+        again.after_forward(cache, rows, lambda tokens: _forward(model, cache, tokens, 1, None))
+    return logits
+
+
+def _forward(model: PreTrainedModel, cache: CompressedCache, rows: Rows, keep: int, places: Rows | None) -> Logits:
     shares = cache.announce([len(row) for row in rows])
     fed, ids, positions = list[int](), list[int](), list[int]()
     for segment, members in shares:

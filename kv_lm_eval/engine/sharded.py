@@ -36,6 +36,8 @@ def each_head_by_itself(compression: Compression) -> bool:
     """Whether half of the heads alone keep what they keep beside the others."""
     if compression.method.head_slots is not None or compression.method.sight(0) is not None:
         return False  # windows of numbered heads
+    if compression.ranks_layers:
+        return False  # the slots of all heads are ranked together
     whole = _view(compression)
     half = _heads(whole, HEADS // 2)
     a, b = _cut(compression, whole), _cut(compression, half)

@@ -36,7 +36,7 @@ class ScoredDocument:
         log_probs: [n] float32 (float64 of a model in float64), nats. greedy: [n] bool, whether the token was the most
             likely one.
         slots: [n] int32, slots per KV head that the query which predicted the token saw, itself included, in the layer
-            that holds most.
+            that holds most; where all layers share their slots, or scores alone decide how many stay, as it was found.
         evictions: (tokens fed, slots dropped per KV head) of every cut, in order; the document's prefix token counts
             as fed.
     """
@@ -86,13 +86,46 @@ def score_documents(
     longest = max(map(len, rows))
     cache = _stream_cache(new_cache(), stream, longest)
     parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in rows]
+    found = [Found(len(cache.facts.cut_layers)) for _ in rows] if compression_of(cache).open else None
     for fed, logits in forwards(model, cache, rows, stream.prefill_tokens):
         for b, own in logits.items():
             targets = torch.tensor(documents[b][fed[b] : fed[b] + len(own)], device=own.device)
             parts[b].append(_scored(own, targets, stream.dtype))
             observe(b, fed[b], own)
+            if found is not None:
+                found[b].note([cache.held[i][b] for i in cache.facts.cut_layers], len(own))
         progress(sum(map(len, logits.values())))
-    return [_document(p, len(d), stream.prefill_tokens, cache) for p, d in zip(parts, documents, strict=True)], cache
+    scored = []
+    for b, part in enumerate(parts):
+        document = _document(part, len(documents[b]), stream.prefill_tokens, cache)
+        if found is not None:
+            slots = torch.tensor(found[b].slots, dtype=torch.int32)
+            document = dataclasses.replace(document, slots=slots, evictions=found[b].cuts)
+        scored.append(document)
+    return scored, cache
+
+
+@dataclasses.dataclass
+class Found:
+    """What a row held at every token, and its cuts, where they are not known before it is run.
+
+    Attributes:
+        slots: by token, ceil of what it saw in the layer that holds most. cuts: as in ScoredDocument.
+    """
+
+    layers: int
+    slots: list[int] = dataclasses.field(default_factory=list)
+    cuts: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    _held: list[float] = dataclasses.field(default_factory=list)
+
+    def note(self, held: Sequence[float], tokens: int) -> None:
+        """A forward of so many tokens, after which the layers hold so much."""
+        before = self._held or [0.0] * self.layers
+        self.slots += [ceil(max(before) + i) for i in range(1, tokens + 1)]
+        dropped = max(b + tokens - h for b, h in zip(before, held, strict=True))
+        if dropped > 0:
+            self.cuts.append((len(self.slots), ceil(dropped)))
+        self._held = list(held)
 
 
 @torch.inference_mode()

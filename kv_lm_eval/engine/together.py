@@ -21,9 +21,10 @@ from kv_lm_eval.methods.compression import compression_of
 
 
 def may_share(cache: CompressedCache) -> bool:
-    """Whether the prompt's own forward is the full cache's: nothing is cut, and no pair hidden, before its end."""
+    """Whether the prompt's own forward is the full cache's, and all that a cut needs: nothing is cut, and no pair hidden,
+    before its end, and no token is read again after it."""
     method = compression_of(cache).method
-    return not method.hides and not cache.prefill_evicts and cache.facts.border is None
+    return not method.hides and not method.reads_again and not cache.prefill_evicts and cache.facts.border is None
 
 
 def prefill_for_all(

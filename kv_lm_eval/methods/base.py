@@ -15,8 +15,9 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from typing_extensions import dataclass_transform
@@ -28,12 +29,20 @@ from kv_lm_eval.methods import names
 from kv_lm_eval.methods.names import available as available
 
 if TYPE_CHECKING:
-    from kv_lm_eval.cache.facts import ModelFacts
+    from kv_lm_eval.cache.facts import ModelFacts, Words
 
 
 def setting(default: Any = dataclasses.MISSING, help: str = "", choices: tuple[Any, ...] = ()) -> Any:
     """One hyper-parameter: its default, what it means in a sentence (with its unit), and what it may be."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+class Reading(NamedTuple):
+    """Tokens that are fed a second time: those from `first` to `last` - 1 of the text are scored by their attention."""
+
+    first: int
+    last: int
+    tokens: list[int]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(setting,))
@@ -49,6 +58,7 @@ class Method:
     source: ClassVar[str] = ""  # of a user's own method: its file and the sha256 of its text
     presets: ClassVar[dict[str, Any]] = {}  # defaults of the other three parts, e.g. {"compress_every": 1}
     accumulates: ClassVar[bool] = False  # score() reads view.mass, the attention summed over all queries
+    reads_again: ClassVar[bool] = False  # score() reads view.reread, for which `readings` are fed before each cut
     compresses: ClassVar[bool] = True  # False: everything is kept, no budget is taken
     takes_budget: ClassVar[bool] = True  # False: its own settings always fix the budget, and no other is taken
     capacity_settings: ClassVar[tuple[str, ...]] = ()  # those that fix the budget by themselves (own_capacity)
@@ -91,10 +101,25 @@ class Method:
         """How many of the last queries `score` asks `view.attention` for; 0 if none."""
         return 0
 
+    def readings(self, text: Sequence[int], done: int, words: Words) -> list[Reading]:
+        """What is fed again before a cut, and thrown away, of a row's text so far, of which the first `done` tokens
+        were read again before; for methods with `reads_again`."""
+        raise NotImplementedError(f"{type(self).__name__} has no readings()")
+
+    @property
+    def reread_sinks(self) -> int:
+        """How many of the first tokens each reading sees beside what it is of."""
+        return 0
+
     @property
     def protected(self) -> int:
         """How many slots `score` always keeps; a budget must leave room for more than these."""
         return 0
+
+    @property
+    def reads_budget(self) -> bool:
+        """Whether what `score` always keeps is a share of the budget (`view.keep`), which then must be a number."""
+        return False
 
     @property
     def own_capacity(self) -> int | None:

@@ -3,7 +3,8 @@
 The total is chosen by the setting that names it: `max_capacity_prompt` (slots) or `keep_ratio` / `compression_ratio`
 (a share of the tokens seen). `layer_budget` says how layers share it, `head_budget` how the heads of a layer do; both
 leave the total as it is: the mean over the layers that are cut and their heads is the budget, to the slot. Layers that
-the model bounds itself (sliding windows) and those of skip_layers are never cut and do not count.
+the model bounds itself (sliding windows) and those of skip_layers are never cut and do not count. With `threshold`
+there is no total: a score decides for itself, and every prompt keeps what it keeps.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Budget:
     """How many slots each row of a layer keeps, as the mean over the layers that share them."""
 
     least: ClassVar[int] = 1  # slots that a layer keeps in any case
+    open: ClassVar[bool] = False  # how many slots stay is known only when they are scored
 
     def asked(self, seen: Sequence[int], held: Sequence[float], layer: int) -> Sequence[float]:
         """Slots per KV head (their mean) that were asked for, by row; fewer than `least` where a share is that small.
@@ -48,6 +50,15 @@ class Budget:
     def by_head(self, seen: int, layer: int) -> list[int] | None:
         """Slots that each KV head keeps of `seen` tokens, where heads have fixed budgets of their own; else None."""
         return None
+
+    def adjusted(self, scores: torch.Tensor, pos: torch.Tensor, seen: Sequence[int]) -> torch.Tensor:
+        """Scores [B, 1 or K, N] with +inf for what the budget itself keeps; pos: [B, 1 or K, N], seen: tokens of each
+        row."""
+        return scores
+
+    def passing(self, scores: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+        """Where the budget is open: slots that stay, [B, 1 or K] on the host, by their scores [B, 1 or K, N]."""
+        raise NotImplementedError
 
     @property
     def per_layer(self) -> bool:
@@ -195,6 +206,45 @@ class PerHead(Budget):
 
 
 @dataclass(frozen=True)
+class Threshold(Budget):
+    """Every slot whose score is at least `threshold`, and the newest tokens whatever their score.
+
+    What a prompt keeps depends on the prompt, by layer and head: heads really hold different numbers of pairs, and
+    bytes differ between requests. What is asked in integers, before anything is run, is no more than that nothing goes.
+
+    Reference: NVIDIA/kvpress, dms_press.py (scores below the threshold go once they have left the newest tokens).
+    Deviations: all slots held are scored anew at every cut, by scorers that look at more than the token's own vectors.
+    """
+
+    open: ClassVar[bool] = True
+
+    threshold: float = field(
+        metadata={"help": "pairs that the method scores lower go, however many they are; in the scorer's own unit"}
+    )
+    threshold_recent: int = field(
+        default=128, metadata={"help": "threshold: newest tokens that stay whatever their score"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.threshold_recent < 0:
+            raise UserError(
+                f"threshold_recent={self.threshold_recent} is negative; it is a number of tokens, 0 or more"
+            )
+
+    def asked(self, seen: Sequence[int], held: Sequence[float], layer: int) -> Sequence[float]:
+        return list(held)
+
+    def adjusted(self, scores: torch.Tensor, pos: torch.Tensor, seen: Sequence[int]) -> torch.Tensor:
+        """[B, 1 or K, N]: the newest tokens always."""
+        first = to_device([n - self.threshold_recent for n in seen], pos.device).view(-1, 1, 1)
+        return torch.where((pos >= 0) & (pos >= first), float("inf"), at_least_float32(scores))
+
+    def passing(self, scores: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+        """[B, 1 or K]: slots that score at least the threshold."""
+        return ((scores >= self.threshold) & (pos >= 0)).sum(-1).cpu()
+
+
+@dataclass(frozen=True)
 class Everything(Budget):
     """No limit: the full cache."""
 
@@ -210,16 +260,19 @@ class Layers:
     c = m - window of it scored: the bottom keeps c - c // beta more than m, the top as many fewer. A layer and its
     mirror image always differ from m by the same whole number, so that the mean is m whatever their number. Nothing is
     asked of a layer that the prompt does not have: a prompt of m + x tokens is kept whole by the bottom, and the top
-    keeps m - x, so that the mean is m for every prompt longer than m, and at every token of a stream.
+    keeps m - x, so that the mean is m for every prompt longer than m, and at every token of a stream. "global": the
+    best slots of all layers and heads together stay, m a head on average; a head or a layer may keep nothing. The cut
+    waits for the last layer, so that all layers are whole at once.
 
-    Paper: arXiv:2406.02069 (PyramidKV), section 3.2. Reference: KVCache-Factory, pyramidkv_utils.py.
+    Papers: arXiv:2406.02069 (PyramidKV), section 3.2; arXiv:2505.23416 (KVzip) for global. References: KVCache-Factory,
+    pyramidkv_utils.py; snu-mllab/KVzip, attention/score.py, which keeps one slot less in all than its share.
     Deviations: the reference rounds the steps between layers down, which keeps more than m (265 for 256), counts layers
     that are never cut, and keeps m in every layer of a prompt under 2c. rounding=reference is its arithmetic.
     """
 
     layer_budget: str = field(
         default="uniform",
-        metadata={"help": "how the layers that are cut share the slots", "choices": ("uniform", "pyramid")},
+        metadata={"help": "how the layers that are cut share the slots", "choices": ("uniform", "pyramid", "global")},
     )
     beta: int = field(
         default=20, metadata={"help": "layer_budget=pyramid: the top layer keeps about 1/beta of the mean"}
@@ -233,7 +286,36 @@ class Layers:
     @property
     def differ(self) -> bool:
         """Whether layers have budgets of their own."""
-        return self.layer_budget == "pyramid"
+        return self.layer_budget != "uniform"
+
+    @property
+    def together(self) -> bool:
+        """Whether the slots of all layers are ranked together, so that none is cut before the last one is scored."""
+        return self.layer_budget == "global"
+
+    def split(
+        self, scores: Sequence[torch.Tensor], pos: Sequence[torch.Tensor], keep: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Slots per row and head [B, heads] of each layer, on the host: in all, `keep` a head on average.
+
+        Of equal scores the lower layer's comes first, then the lower head's, then the older token's.
+
+        Args:
+            scores: [B, heads, N] of each layer. pos: [B, 1 or heads, N] of each, -1 where empty. keep: by row.
+        """
+        device = scores[-1].device
+        least = torch.finfo(at_least_float32(scores[0]).dtype).min
+        layers = [
+            torch.where(at >= 0, at_least_float32(own).clamp_min(least), float("-inf"))
+            for own, at in zip(scores, pos, strict=True)
+        ]
+        flat = torch.cat([layer.flatten(1).to(device) for layer in layers], dim=1)
+        most = to_device([k * sum(layer.shape[1] for layer in layers) for k in keep], device).view(-1, 1)
+        best = torch.arange(flat.shape[1], device=device) < most
+        order = flat.argsort(dim=-1, descending=True, stable=True)
+        chosen = torch.zeros_like(best).scatter_(1, order, best) & ~flat.isneginf()
+        parts = chosen.split([layer[0].numel() for layer in layers], dim=1)
+        return [part.view_as(layer).sum(-1).cpu() for part, layer in zip(parts, layers, strict=True)]
 
     def share(self, mean: int, seen: int, place: int, layers: int, protected: int) -> int:
         """Slots of one of `layers` layers that keep `mean` on average, counted from the bottom.
@@ -241,7 +323,7 @@ class Layers:
         Args:
             seen: tokens of the row. protected: slots the method always keeps.
         """
-        if not self.differ or layers == 1 or seen <= mean:
+        if self.layer_budget != "pyramid" or layers == 1 or seen <= mean:
             return mean
         if self.rounding == "reference":
             return self._reference(mean, seen, place, layers, protected)

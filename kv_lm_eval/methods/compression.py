@@ -53,12 +53,29 @@ class Compression:
             asked = [self.layers.share(int(a), n, *place, protected) for a, n in zip(asked, there, strict=True)]
         return [min(h, max(a, protected, self.budget.least)) for a, h in zip(asked, held, strict=True)]
 
+    @property
+    def open(self) -> bool:
+        """Whether how many slots a layer keeps is known only when they are scored."""
+        return self.budget.open or self.layers.together
+
+    @property
+    def ranks_layers(self) -> bool:
+        """Whether the slots of all layers are ranked together."""
+        return self.layers.together
+
+    @property
+    def waits(self) -> bool:
+        """Whether no layer is cut before the last one has attended."""
+        return self.layers.together or self.method.reads_again
+
     def over_budget(self, tokens: int) -> bool:
         """Whether the slots that always stay are all that a prompt of so many tokens keeps, or more than was asked."""
         if not self.method.compresses or self.method.hides:
             return False
         asked = self.budget.asked([tokens], [tokens], 0)[0]
         protected = self.method.protected
+        if self.budget.open:
+            return False
         return tokens > asked and asked < max(protected + 1 if protected else 0, self.budget.least)
 
     def score(self, view: View) -> torch.Tensor:
@@ -74,7 +91,22 @@ class Compression:
                 f"method={self.method.name} gave scores of shape {list(scores.shape)}: {b} rows, {k} KV heads and {n} "
                 f"slots make [{b}, {k}, {n}], or [{b}, 1, {n}] where all heads keep the same tokens"
             )
-        return scores
+        return self.budget.adjusted(scores, view.pos, view.seen)
+
+    def counts_of_layers(
+        self, scores: Sequence[torch.Tensor], pos: Sequence[torch.Tensor], seen: list[int]
+    ) -> list[torch.Tensor]:
+        """Slots per row and head that a cut of all layers together leaves in each, [B, heads] on the host.
+
+        Args:
+            scores: [B, heads, N] of each layer that is cut; pos: [B, 1 or heads, N], -1 where empty.
+        """
+        return self.layers.split(scores, pos, self.mean(seen))
+
+    def mean(self, seen: list[int]) -> list[int]:
+        """Slots per head that each row may keep, mean over the layers that share them."""
+        least = max(self.method.protected, self.budget.least)
+        return [max(int(asked), least) for asked in self.budget.asked(seen, seen, 0)]
 
     def counts(
         self,
@@ -85,7 +117,10 @@ class Compression:
         held: list[float],
         layer: int,
     ) -> torch.Tensor:
-        """Slots per row and head that a cut leaves, [B, heads], on the host; keep is their mean over the heads."""
+        """Slots per row and head that a cut leaves, [B, heads], on the host; keep is their mean over the heads, and
+        more than that where scores alone decide."""
+        if self.budget.open:
+            return self.budget.passing(scores, pos)
         shares = [self.budget.by_head(n, layer) for n in seen]
         if all(shares):
             counts = torch.tensor(shares)
@@ -99,7 +134,7 @@ class Compression:
 
     def uniform(self, layer: int) -> bool:
         """Whether all heads of the layer keep the same number of slots."""
-        return not self.heads.differ and self.budget.by_head(1, layer) is None
+        return not self.heads.differ and not self.open and self.budget.by_head(1, layer) is None
 
     def sight(self, layer: int) -> Sight | None:
         """What the queries of a layer may see of what is held; None: all of it."""
@@ -133,12 +168,20 @@ class Compression:
             return [schedule.after_cut(h, k) for h, k in zip(held, keep, strict=True)]
         return keep
 
-    def trace(self, prompt: int, new: int, layer: int, layers: Sequence[int]) -> Iterator[tuple[float, float]]:
+    def trace(
+        self, prompt: int, new: int, layer: int, layers: Sequence[int], at_most: bool = False
+    ) -> Iterator[tuple[float, float]]:
         """Slots a row holds in a layer when it attends, and after the cut: for a prompt of `prompt` tokens in one
-        forward (0: none), then for each of `new` tokens, in integers, before anything is run."""
+        forward (0: none), then for each of `new` tokens, in integers, before anything is run.
+
+        Where scores alone decide how many stay, nothing goes; where all layers share their slots, it is their mean, or
+        with `at_most` as many as one of them could have.
+        """
         held: float = prompt
+        sharing = len(set(layers).difference(self.schedule.skip_layers)) if at_most and self.layers.together else 1
         if prompt:
             kept = self.keep([prompt], [held], layer, layers)[0] if self.method.compresses else held
+            kept = min(held, sharing * kept)
             yield held, kept
             held = kept
         for t in range(new):
@@ -146,7 +189,7 @@ class Compression:
             after = None
             if self.method.compresses:
                 after = self.after_forward([prompt + t + 1], [held], (t, t + 1), layer, layers)
-            kept = held if after is None else after[0]
+            kept = held if after is None else min(held, sharing * after[0])
             yield held, kept
             held = kept
 
@@ -179,7 +222,7 @@ class Compression:
                 f"skip_layers={bounded} has no effect: these layers are sliding windows, which are never cut beside "
                 "layers of full attention"
             )
-        if self.layers.differ:
+        if self.layers.layer_budget == "pyramid":
             if len(set(facts.cut_layers) - skipped) == 1:
                 yield "layer_budget=pyramid has no effect: only one layer is cut"
             if self.layers.beta == 1:
@@ -233,6 +276,7 @@ class Compression:
             and not self.heads.differ
             and not self.schedule.skip_layers
             and not self.per_layer
+            and not self.open
             and not self.storage.quantises
         )
 
@@ -254,12 +298,14 @@ class Compression:
         return skipped[:1] + [i for i in layers if i not in self.schedule.skip_layers][:1]
 
     def peak_slots(self, prompt: int, new: int, layers: Sequence[int]) -> int:
-        """Most slots per KV head that any of the layers will hold over a prompt in one forward and `new` more tokens.
+        """Most slots per KV head that any of the layers will hold over a prompt in one forward and `new` more tokens;
+        where scores decide how many stay, the most that any could.
 
         Args:
             layers: those that the model lets be cut.
         """
-        return ceil(max(held for i in self.distinct_layers(layers) for held, _ in self.trace(prompt, new, i, layers)))
+        traces = (self.trace(prompt, new, i, layers, at_most=True) for i in self.distinct_layers(layers))
+        return ceil(max(held for trace in traces for held, _ in trace))
 
     def settings(self) -> dict[str, Any]:
         """All settings after defaults, flat, by the names of --model_args."""
@@ -278,8 +324,8 @@ class Compression:
         flat.update(self.method.notes())
         if self.storage.quantises:
             flat.update({f.name: getattr(self.storage, f.name) for f in fields(self.storage)})
-        for share, of_it in (("head_budget", "alpha"), ("layer_budget", "beta")):
-            if flat.get(share) == "uniform":
+        for share, of_it, differs in (("head_budget", "alpha", "ada"), ("layer_budget", "beta", "pyramid")):
+            if flat.get(share, differs) != differs:
                 del flat[of_it]
         return flat
 

@@ -32,6 +32,10 @@ class H2O(Method):
     def protected(self) -> int:
         return self.window_size or 0
 
+    @property
+    def reads_budget(self) -> bool:
+        return self.window_size is None
+
     def weights(self, view: View) -> Tensor:
         """[B, K, N]: attention received from all queries."""
         return view.mass

@@ -215,7 +215,8 @@ class HeadAware(Method):
             out.update(dict.fromkeys(names, mask))
         elif self._profile:
             out.update(dict.fromkeys(("trigger", "cache_slack", "max_drop"), mean))
-        budget = ("max_capacity_prompt", "keep_ratio", "compression_ratio", "prune_after")
+        totals = ("max_capacity_prompt", "keep_ratio", "compression_ratio", "threshold")
+        budget = (*totals, "prune_after", "threshold_recent")
         return {**out, **dict.fromkeys((*budget, "layer_budget", "beta", "head_budget", "alpha", "rounding"), alone)}
 
     def check_model(self, facts: ModelFacts) -> None:

@@ -63,6 +63,10 @@ class L2Fixed(Method):
     def heads_alike(self) -> bool:
         return self.strategy == "recent_only"
 
+    @property
+    def reads_budget(self) -> bool:
+        return True
+
     def score(self, view: View) -> Tensor:
         """[B, K, N]: the newest always, then by norm or chance; [B, 1 or K, N] where only position counts."""
         if self.strategy == "recent_only":

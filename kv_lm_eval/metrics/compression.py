@@ -181,6 +181,8 @@ def _summary(records: list[RequestRecord]) -> dict[str, Any]:
         "requests": len(records),
         "compressed_share": fmean(r.compressed for r in records),
         "kept_fraction_mean": fmean(r.kept_fraction for r in records),
+        "kept_fraction_min": min(r.kept_fraction for r in records),
+        "kept_fraction_max": max(r.kept_fraction for r in records),
         "prompt_tokens": _range(lengths),
         "kv_bytes_prefill_mean": fmean(r.kv_bytes_prefill for r in records),
         "kv_bytes_decode_mean": fmean(r.kv_bytes_decode for r in records),

@@ -14,7 +14,7 @@ from typing import Any
 from kv_lm_eval.reporting.rerun import metadata
 from kv_lm_eval.reporting.run import Run, digest
 
-BUDGETS = ("max_capacity_prompt", "cache_size", "keep_ratio", "compression_ratio")
+BUDGETS = ("max_capacity_prompt", "cache_size", "keep_ratio", "compression_ratio", "threshold")
 # Arguments of the model that name it, or that decide no answer; a preset's are in the settings and the task's record.
 NO_CONDITION = frozenset(
     "pretrained method compression preset device device_map parallelize max_memory_per_gpu max_cpu_memory max_memory "

@@ -65,7 +65,7 @@ def at_end(compression: Compression, summary: dict[str, Any]) -> None:
                 asked["median"],
                 one["prompt_tokens"]["median"],
             )
-    limits = ("max_capacity_prompt", "keep_ratio", "prune_after", "residual_length")
+    limits = ("max_capacity_prompt", "keep_ratio", "threshold", "prune_after", "residual_length")
     budget = {k: v for k, v in compression.settings().items() if k in limits}
     if summary["over_budget"]:
         log.warning(

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.methods.budget import Ratio
 
 ONLINE = {  # those that share nothing out: every head and layer keeps the budget
@@ -136,7 +135,7 @@ def test_methods_that_cut_only_after_the_prefill_grow_by_one_slot_a_token(method
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_same_number_of_slots_and_finite_logits(method: str, dtype: torch.dtype) -> None:
     model = tiny.build("llama").to(dtype)
-    pair = tiny.Pair(model, model, wrap(model, tiny.compression(method="streaming_llm", window_size=8)))
+    pair = tiny.Pair(model, model, tiny.wrap(model, tiny.compression(method="streaming_llm", window_size=8)))
     cache = pair.cache(**ONLINE[method], max_capacity_prompt=10, compress_every=1)
     tiny.forward(model, cache, [tiny.tokens(40), tiny.tokens(20)])
     for step in range(3):

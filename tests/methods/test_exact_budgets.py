@@ -51,7 +51,7 @@ def draw(rng: random.Random, layers: int) -> dict[str, Any]:
     few = {"n_sink": 2} if "n_sink" in tiny.fields_of(cls) else {}
     args = {**own, **few, **budget}
     if rng.random() < 0.6:
-        args["layer_budget"] = rng.choice(["uniform", "pyramid", "pyramid"])
+        args["layer_budget"] = rng.choice(["uniform", "pyramid", "pyramid", "global"])
     if args.get("layer_budget") == "pyramid":
         args["beta"] = rng.choice([1, 2, 7, 20])
     if rng.random() < 0.5:

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_lm_eval.cache.make import make_cache
-from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods import base, evicted
 from kv_lm_eval.methods.compression import Compression
@@ -31,7 +30,7 @@ TREATMENTS = {
 @functools.cache
 def half(dtype: torch.dtype) -> tuple[torch.nn.Module, object]:
     model = tiny.build("llama").to(dtype)
-    return model, wrap(model, tiny.compression(method="streaming_llm", window_size=8))
+    return model, tiny.wrap(model, tiny.compression(method="streaming_llm", window_size=8))
 
 
 def composed(method: str, treatment: str) -> Compression | str:

@@ -51,5 +51,9 @@ def test_the_declared_peak_is_the_peak(name: str) -> None:
         tiny.forward(pair.model, cache, [row[:prompt]])
         for t in range(prompt, prompt + new):
             tiny.forward(pair.model, cache, [[row[t]]], [t])
-        declared = tiny.compression(**METHODS[name]).peak_slots(prompt, new, pair.facts.cut_layers)
-        assert cache.peaks == [declared], (prompt, new)
+        compression = tiny.compression(**METHODS[name])
+        declared = compression.peak_slots(prompt, new, pair.facts.cut_layers)
+        if compression.open:  # what scores decide is known no better than that it may be all
+            assert prompt <= cache.peaks[0] <= declared, (prompt, new)
+        else:
+            assert cache.peaks == [declared], (prompt, new)

@@ -10,7 +10,6 @@ import torch
 
 from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.config import parse
-from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.streaming import Stream, score_documents
 from kv_lm_eval.errors import UserError
@@ -42,7 +41,7 @@ STEP = 0.05
 @functools.cache
 def in_float64() -> tiny.Pair:
     model = tiny.build("gpt_neox").double()
-    return tiny.Pair(model, model, wrap(model, tiny.compression(method="streaming_llm", window_size=8)))
+    return tiny.Pair(model, model, tiny.wrap(model, tiny.compression(method="streaming_llm", window_size=8)))
 
 
 def pair_of(name: str) -> tiny.Pair:
@@ -162,7 +161,7 @@ def test_a_pair_is_coded_once_and_then_only_kept_or_dropped(method: str) -> None
 def test_half_precision_stays_finite_and_takes_less(method: str, dtype: torch.dtype) -> None:
     model = tiny.build("llama").to(dtype)
     chosen = settings(method, nbits=4)
-    pair = tiny.Pair(model, model, wrap(model, tiny.compression(**chosen)))
+    pair = tiny.Pair(model, model, tiny.wrap(model, tiny.compression(**chosen)))
     rows = [tiny.tokens(n, seed=n) for n in (61, 30)]
     cache = pair.cache(**chosen)
     assert tiny.forward(pair.model, cache, rows)[:, -1].isfinite().all()
