@@ -21,8 +21,8 @@ from kv_lm_eval.methods.compression import compression_of
 
 
 def may_share(cache: CompressedCache) -> bool:
-    """Whether the prompt's own forward is the full cache's, and all that a cut needs: nothing is cut, and no pair hidden,
-    before its end, and no token is read again after it."""
+    """Whether the prompt's own forward is the full cache's and all that a cut needs: nothing is cut and no pair hidden
+    before its end, no token is read again after it."""
     method = compression_of(cache).method
     return not method.hides and not method.reads_again and not cache.prefill_evicts and cache.facts.border is None
 
