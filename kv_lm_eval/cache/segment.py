@@ -428,12 +428,17 @@ class Segment:
     def _settles(self, q: int) -> bool:
         """Whether pairs change their form after this forward: at the end of the prompt, then as their tokens age."""
         if self.mode == "prefill":
-            return True
+            return self.compression.storage.due(0, self.seen[0])
         return self.mode == "decode" and self.compression.storage.due(self.seen[0] - q, self.seen[0])
 
     def _valid_bytes(self) -> list[float]:
         by_layer = [store.valid_bytes(held) for store, held in zip(self.stores, self.held, strict=True)]
         return [sum(row) * self.facts.ranks for row in zip(*by_layer, strict=True)]
+
+    def _shared_bytes(self) -> int:
+        """Bytes of the tables that layers share, such as the codebook of a storage: they are there once."""
+        shared = {t.data_ptr(): t.numel() * t.element_size() for store in self.stores for t in store.shared}
+        return sum(shared.values())
 
     def _trim_sliding(self, layer: int, q: int) -> None:
         """Drops what a layer of the model's own sliding window, which is never cut, can never see again.
@@ -699,7 +704,8 @@ class Segment:
             "compressed": [(compresses and min(used[b]) < seen[b]) or valid[b] != exact[b] for b in rows],
             "kv_bytes_valid": valid,
             "kv_bytes_allocated": ranks * sum(s.allocated_bytes for s in self.stores) / max(len(rows), 1),
-            "overhead_bytes": ranks * sum(s.overhead_bytes for s in self.stores) / max(len(rows), 1),
+            "overhead_bytes": (ranks * sum(s.overhead_bytes for s in self.stores) + self._shared_bytes())
+            / max(len(rows), 1),
             "peak_slots": list(peaks),
             "over_budget": [self.compression.over_budget(n) for n in seen],
         }

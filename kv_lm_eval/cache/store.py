@@ -293,6 +293,11 @@ class LayerStore:
         moments = 0 if self.moments is None else self.moments.nbytes
         return sum(t.numel() * t.element_size() for t in held if t is not None) + moments
 
+    @property
+    def shared(self) -> Sequence[torch.Tensor]:
+        """Tables that other layers hold too."""
+        return ()
+
 
 def joined(stores: Sequence[LayerStore]) -> LayerStore:
     """The rows of all in one store, with empty slots before those that hold fewer; what only a further cut would ask
