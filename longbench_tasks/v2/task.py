@@ -91,21 +91,12 @@ class LongBench2Task(BenchmarkTask):
 
     # ------------------------------------------------------------------------------------ results
 
-    def process_results(self, doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
+    def scored(self, answer: str, doc: Mapping[str, Any]) -> dict[str, Any]:
         """The score of one answer, from 0 to 100; an empty answer has none."""
-        if "bypass" in self._metric_fn_list:  # --predict_only
-            return {"bypass": 0}
-        answer, counts = str(results[0]), {}
-        if (fitted := self._fitted.get(doc["row"])) is not None:
-            counts = {
-                "truncated": int(fitted.truncated),
-                "prompt_tokens": fitted.tokens_before,
-                "prompt_tokens_kept": fitted.tokens_after,
-            }
         if not answer.strip():
-            return {"empty": 1, **counts}
+            return {"empty": 1}
         right = scoring.score(answer, doc["answer"])
         buckets = tuple(scoring.bucket_of(doc, kind) for kind in scoring.BUCKETS)
         by_bucket = {name: (right, buckets) for kind in scoring.BUCKETS.values() for name in kind}
         no_choice = int(scoring.choice(answer) is None)
-        return {"score": 100 * right, **by_bucket, "no_choice": no_choice, "empty": 0, **counts}
+        return {"score": 100 * right, **by_bucket, "no_choice": no_choice, "empty": 0}
