@@ -274,8 +274,9 @@ def _check_shares(method: base.Method, budget: Budget, layers: Layers, heads: He
         )
     if heads.differ and method.heads_alike:
         raise UserError(
-            f"head_budget=ada has no effect: method={method.name}{' as it is set' if method.capacity_settings else ''} "
-            "gives all heads of a layer the same scores; it is for methods whose heads choose for themselves"
+            f"head_budget={heads.head_budget} has no effect: method={method.name}"
+            f"{' as it is set' if method.capacity_settings else ''} gives all heads of a layer the same scores; it is "
+            "for methods whose heads choose for themselves"
         )
 
 

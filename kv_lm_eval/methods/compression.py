@@ -228,7 +228,7 @@ class Compression:
             if self.layers.beta == 1:
                 yield "beta=1 makes layer_budget=pyramid the same for every layer: layer_budget=uniform"
         if self.heads.differ and all(kv_heads == 1 for _, kv_heads in facts.heads.values()):
-            yield "head_budget=ada has no effect: the model has one KV head a layer"
+            yield f"head_budget={self.heads.head_budget} has no effect: the model has one KV head a layer"
 
     def check_model(self, facts: ModelFacts) -> None:
         """Raises UserError where the settings cannot go with this model."""
