@@ -1,0 +1,96 @@
+"""Which token is the attention sink, what does the prefix do to it, and do low key norms mean attention?
+
+    python scripts/find_sinks.py --model smollm2-hf --text texts/*_quarter.txt
+    python scripts/find_sinks.py --model qwen05-hf --text texts/*_quarter.txt --prefix none 151643 151644
+
+For each prefix token, over the texts: perplexity of the first `--tokens` tokens; the token that the second half of the
+queries looks at most, as a mean over heads and the last two thirds of the layers; the share of attention on it and on
+the first four tokens; Spearman's correlation of a key's norm with the attention that it receives, as a mean over KV
+heads. The last line is one JSON document. Attention is eager: the length is limited by memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Along the last dimension, minus their mean."""
+    order = values.argsort(-1).argsort(-1).double()
+    return order - order.mean(-1, keepdim=True)
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman's, along the last dimension; ties are broken by place."""
+    a, b = ranks(a), ranks(b)
+    return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+
+
+@torch.inference_mode()
+def look(model: Any, ids: list[int], prefix: int | None) -> dict[str, Any]:
+    """Of one text [tokens] after its prefix."""
+    fed = torch.tensor([([] if prefix is None else [prefix]) + ids])
+    out = model(fed, output_attentions=True, use_cache=True)
+    first = fed.shape[1] - len(ids)  # the text's first token is scored where something comes before it
+    log_probs = out.logits[0, :-1].log_softmax(-1).gather(1, fed[0, 1:, None])[max(0, first - 1) :, 0]
+    half = fed.shape[1] // 2
+    received, rho, lowest = [], [], []
+    for layer, attention in zip(out.past_key_values.layers, out.attentions, strict=True):
+        of_keys = attention[0, :, half:].mean(1)  # [query heads, keys], from the second half of the queries
+        received.append(of_keys.mean(0))
+        norms = layer.keys[0].norm(dim=-1)[:, :half]  # [KV heads, keys]
+        rho.append(correlation(norms, of_keys.reshape(len(norms), -1, fed.shape[1]).mean(1)[:, :half]))
+        lowest.append((norms.argmin(-1) == 0).double())
+    later = torch.stack(received[len(received) // 3 :]).mean(0)
+    sink = int(later.argmax())
+    return {
+        "nll": [-float(v) for v in log_probs],
+        "sink": sink,
+        "token": int(fed[0, sink]),
+        "share": float(later[sink]),
+        "first_four": float(later[:4].sum()),
+        "norm_correlation": torch.stack(rho).mean(-1).tolist(),  # of each layer
+        "negative": float((torch.stack(rho) < 0).double().mean()),
+        "first_has_lowest_norm": torch.stack(lowest).mean(-1).tolist(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--prefix", nargs="+", default=["none", "bos"], help="none, bos, eos or a token's number")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="eager").eval()
+    named = {"none": None, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    texts = [tokenizer(p.read_text()[: 20 * args.tokens], add_special_tokens=False).input_ids for p in args.text]
+    result = {}
+    for name in args.prefix:
+        prefix = named[name] if name in named else int(name)
+        found = [look(model, ids[: args.tokens], prefix) for ids in texts]
+        ppl = float(np.exp(np.mean([v for one in found for v in one["nll"]])))
+        rho = np.array([one["norm_correlation"] for one in found]).mean(0)
+        result[name] = {"perplexity": ppl, "texts": [{k: v for k, v in one.items() if k != "nll"} for one in found]}
+        spelled = "none" if prefix is None else repr(tokenizer.decode([prefix]))
+        sinks = ", ".join(f"{one['sink']} {tokenizer.decode([one['token']])!r} {one['share']:.2f}" for one in found)
+        print(f"prefix {spelled}: perplexity {ppl:.1f}; sink at: {sinks}")
+        print(
+            f"    first four tokens {np.mean([one['first_four'] for one in found]):.3f}; norm against attention "
+            f"{rho.mean():+.2f}, negative in {np.mean([one['negative'] for one in found]):.0%} of the KV heads; first "
+            f"token has the lowest norm in {np.mean([one['first_has_lowest_norm'] for one in found]):.0%}"
+        )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
