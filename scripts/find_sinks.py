@@ -6,7 +6,7 @@
 For each prefix token, over the texts: perplexity of the first `--tokens` tokens; the token that the second half of the
 queries looks at most, as a mean over heads and the last two thirds of the layers; the share of attention on it and on
 the first four tokens; Spearman's correlation of a key's norm with the attention that it receives, as a mean over KV
-heads. The last line is one JSON document. Attention is eager: the length is limited by memory.
+heads, in --picture layer by layer. The last line is one JSON document. Attention is eager: keep the texts short.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--prefix", nargs="+", default=["none", "bos"], help="none, bos, eos or a token's number")
+    parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="eager").eval()
@@ -89,7 +90,32 @@ def main() -> None:
             f"{rho.mean():+.2f}, negative in {np.mean([one['negative'] for one in found]):.0%} of the KV heads; first "
             f"token has the lowest norm in {np.mean([one['first_has_lowest_norm'] for one in found]):.0%}"
         )
+    if args.picture:
+        draw(result, args.picture)
     print(json.dumps(result))
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Key norm against attention, a line a prefix: mean over texts, layer by layer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 5.5), sharex=True)
+    for name, found in result.items():
+        for axes, key in ((upper, "norm_correlation"), (lower, "first_has_lowest_norm")):
+            axes.plot(np.array([text[key] for text in found["texts"]]).mean(0), "o-", ms=3, lw=1, label=name)
+    upper.axhline(0, color="black", lw=0.8)
+    upper.set_ylabel("rank correlation of key norm\nand attention received")
+    lower.set(
+        xlabel="layer", ylabel="share of KV heads in which the\nfirst token has the lowest norm", ylim=(-0.05, 1.05)
+    )
+    lower.legend(title="the text begins with", loc="center right")
+    for axes in (upper, lower):
+        axes.grid(lw=0.3)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
 
 
 if __name__ == "__main__":
