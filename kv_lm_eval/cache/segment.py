@@ -244,10 +244,14 @@ class Segment:
     ) -> Visible:
         """What the step attends over: keys, values and positions of the slots, and all that narrows the view."""
         sight = self.compression.sight(step.layer) if self.facts.compressible(step.layer) else None
-        whole = not gaps and bias is None and branch is None and sight is None
-        if step.window is not None:
-            whole = whole and max(self.seen) + (step.tokens if self.mode == "score" else 0) <= step.window
-        return Visible(*slots, old, whole, bias, branch, sight)
+        whole, reach = not gaps and bias is None and branch is None and sight is None, None
+        if step.window is not None and max(self.seen) + (step.tokens if self.mode == "score" else 0) > step.window:
+            whole, reach = whole and self._in_a_row(step.layer), step.window
+        return Visible(*slots, old, whole, bias, branch, sight, reach)
+
+    def _in_a_row(self, layer: int) -> bool:
+        """Whether the layer's slots hold tokens that follow each other, so that its window is one of slots too."""
+        return not self._is_cut(layer) or all(h >= n for h, n in zip(self.held[layer], self.seen, strict=True))
 
     def _observe(self, step: Step, seen: Visible, mass: torch.Tensor | None) -> None:
         """Notes what scores will ask for: the last queries, the attention that each slot received, query moments."""
