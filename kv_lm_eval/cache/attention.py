@@ -78,27 +78,6 @@ def attend(step: Step, seen: Visible) -> torch.Tensor:
     return torch.cat([_attend_block(step, seen, *block) for block in _blocks(step, seen)], dim=2)
 
 
-def attend_one(step: Step, seen: Visible) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one new token a row, [B, H, 1, D], and what each slot receives from it, as `received_mass` gives
-    it, from one reading of the keys."""
-    weights = new_weights(step, seen, 0, 1)  # [B, K, G, N]
-    out = (weights.to(seen.values.dtype) @ seen.values).reshape(*step.query.shape[:2], 1, -1)
-    return out, weights.mean(2)
-
-
-def received_mass(step: Step, seen: Visible) -> torch.Tensor:
-    """Attention that each slot receives from the new queries, mean over the query heads of a group:
-    [B, K, N] float32."""
-    b, h, q, _ = step.query.shape
-    kv_heads, n = seen.keys.shape[1], seen.keys.shape[2]
-    block = max(1, min(q, 128, WEIGHT_ELEMENTS // (b * h * n)))
-    mass = at_least_float32(step.query.new_zeros(0)).new_zeros(b, kv_heads, n)
-    for first in range(0, q, block):
-        last = min(q, first + block)
-        mass[:, :, : seen.old + last] += new_weights(step, seen, first, last).sum(2)
-    return mass / (h // kv_heads)
-
-
 def window_attention(store: LayerStore, last: int, step: Step) -> torch.Tensor:
     """Attention weights of the last `last` queries of a layer over its slots: [B, K, G, last, N] float32.
 

@@ -133,14 +133,8 @@ def _tiles(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale:
     done, step = window, window * max(1, TILE_TOKENS // window)
     while done + window <= q:
         end = min(done + step, q // window * window)
-        parts.append(
-            _full_tiles(
-                query[:, :, done:end],
-                *(x[:, :, old + done - window : old + end] for x in (keys, values)),
-                scale,
-                window,
-            )
-        )
+        k, v = (t[:, :, old + done - window : old + end] for t in (keys, values))
+        parts.append(_full_tiles(query[:, :, done:end], k, v, scale, window))
         done = end
     if done < q:
         first = old + done - (window - 1)
@@ -152,11 +146,11 @@ def _full_tiles(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int
 ) -> torch.Tensor:
     """The same for m W queries [B, H, m W, D] behind W older slots, [B, K, (m + 1) W, D]: blocks are rows."""
-    own = query.unflatten(2, (-1, window))
-    blocks = (x.unflatten(2, (-1, window)) for x in (keys, values))
+    m = query.shape[2] // window
+    own, *blocks = (x.unflatten(2, (-1, window)) for x in (query, keys, values))
     both = (torch.cat([x[:, :, :-1, 1:], x[:, :, 1:]], dim=3) for x in blocks)  # [B, K, m, 2 W - 1, D]
-    as_rows = (x.transpose(1, 2).flatten(0, 1) for x in (own, *both))
-    return _tile(*as_rows, scale, window).unflatten(0, (-1, own.shape[2])).transpose(1, 2).flatten(2, 3)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (own, *both))
+    return _tile(q, k, v, scale, window).unflatten(0, (-1, m)).transpose(1, 2).flatten(2, 3)
 
 
 def _tile(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int) -> torch.Tensor:
@@ -166,14 +160,14 @@ def _tile(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: 
     out, lse = causal(query, keys[:, :, old:], values[:, :, old:], scale)
     if not old:
         return out
-    before = keys[:, :, :old], values[:, :, :old]
+    k, v = keys[:, :, :old], values[:, :, :old]
     near = min(x, window - 1 - old)  # queries that see every older slot
     some = min(x, window - 1) - near  # those after them, of which each sees one less than the one before it
     seen: list[Part] = []
     if near:
-        seen.append(whole(query[:, :, :near], *before, scale))
+        seen.append(whole(query[:, :, :near], k, v, scale))
     if some:  # back to front, what they see is what is causal
-        turned = _lower_right(query[:, :, near : near + some].flip(2), *(t.flip(2) for t in before), scale)
+        turned = _lower_right(query[:, :, near : near + some].flip(2), k.flip(2), v.flip(2), scale)
         seen.append((turned[0].flip(2), turned[1].flip(2)))
     older = torch.cat([part[0].to(lse.dtype) for part in seen], 2), torch.cat([part[1] for part in seen], 2)
     with_older = joined(older, (out[:, :, : near + some], lse[:, :, : near + some]))[0]
@@ -193,7 +187,7 @@ def _torch_lower_right(query: torch.Tensor, keys: torch.Tensor, values: torch.Te
         query,
         keys,
         values,
-        attn_mask=order,  # type: ignore[arg-type]  # not a tensor of so many elements, only its name
+        attn_mask=order,  # a name, not a tensor of so many elements
         scale=scale,
         enable_gqa=group > 1,
     )

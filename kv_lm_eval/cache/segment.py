@@ -19,10 +19,11 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from kv_lm_eval.cache.attention import Step, Visible, attend, attend_one, received_mass, window_attention
+from kv_lm_eval.cache.attention import Step, Visible, attend, window_attention
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.quantized import QuantizedStore
+from kv_lm_eval.cache.received import attend_counted
 from kv_lm_eval.cache.store import LayerStore, blank_lowest, joined
 from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype, to_device
 from kv_lm_eval.cache.view import AskedOfCompression, View
@@ -201,8 +202,8 @@ class Segment:
         seen = self._with_stored(step) if self.mode == "score" else self._stored(step)
         method, observes = self.compression.method, self._observes(step.layer)
         mass = None
-        if observes and method.accumulates and step.tokens == 1 and seen.sight is None and step.softcap is None:
-            out, mass = attend_one(step, seen)
+        if observes and method.accumulates:
+            out, mass = attend_counted(step, seen)
         else:
             out = attend(step, seen)
         if observes:
@@ -258,8 +259,8 @@ class Segment:
         store, method = self.stores[step.layer], self.compression.method
         if method.num_queries:
             store.observe(step.query, step.pos, method.num_queries)
-        if method.accumulates:
-            store.add_mass(received_mass(step, seen) if mass is None else mass)
+        if mass is not None:
+            store.add_mass(mass)
         if method.moments_from is not None:
             self.add_moments(step.layer, step.query, step.pos)
 
