@@ -19,18 +19,11 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from kv_lm_eval.cache.attention import (
-    Step,
-    Visible,
-    attend,
-    attend_one,
-    received_mass,
-    strongest_attention,
-    window_attention,
-)
+from kv_lm_eval.cache.attention import Step, Visible, attend, strongest_attention, window_attention
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.quantized import QuantizedStore
+from kv_lm_eval.cache.received import attend_counted, received_mass
 from kv_lm_eval.cache.store import LayerStore, blank_lowest, joined
 from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype, to_device
 from kv_lm_eval.cache.view import AskedOfCompression, View
@@ -235,8 +228,8 @@ class Segment:
         seen = self._with_stored(step) if self.reads_only else self._stored(step)
         method, observes = self.compression.method, self._observes(step.layer)
         mass = None
-        if observes and method.accumulates and step.tokens == 1 and seen.sight is None and step.softcap is None:
-            out, mass = attend_one(step, seen)
+        if observes and method.accumulates:
+            out, mass = attend_counted(step, seen)
         else:
             out = attend(step, seen)
         if observes:
@@ -282,7 +275,8 @@ class Segment:
             mine.compact(most, first=[seen - most for seen in self.seen])
         if self._observes(layer):
             step = step._replace(key=mine.keys[:, :, old:], value=mine.values[:, :, old:])
-            self._observe(step, self._visible(step, (mine.keys, mine.values, mine.pos), old, False, None), None)
+            seen = self._visible(step, (mine.keys, mine.values, mine.pos), old, False, None)
+            self._observe(step, seen, received_mass(step, seen) if self.compression.method.accumulates else None)
         self._after_attention(step)
 
     def _with_stored(self, step: Step) -> Visible:
@@ -306,18 +300,22 @@ class Segment:
     ) -> Visible:
         """What the step attends over: keys, values and positions of the slots, and all that narrows the view."""
         sight = self.compression.sight(step.layer) if self.facts.compressible(step.layer) else None
-        whole = not gaps and bias is None and branch is None and sight is None
-        if step.window is not None:
-            whole = whole and max(self.seen) + (step.tokens if self.reads_only else 0) <= step.window
-        return Visible(*slots, old, whole, bias, branch, sight)
+        whole, reach = not gaps and bias is None and branch is None and sight is None, None
+        if step.window is not None and max(self.seen) + (step.tokens if self.reads_only else 0) > step.window:
+            whole, reach = whole and self._in_a_row(step.layer), step.window
+        return Visible(*slots, old, whole, bias, branch, sight, reach)
+
+    def _in_a_row(self, layer: int) -> bool:
+        """Whether the layer's slots hold tokens that follow each other, so that its window is one of slots too."""
+        return not self._is_cut(layer) or all(h >= n for h, n in zip(self.held[layer], self.seen, strict=True))
 
     def _observe(self, step: Step, seen: Visible, mass: torch.Tensor | None) -> None:
         """Notes what scores will ask for: the last queries, the attention that each slot received, query moments."""
         store, method = self.stores[step.layer], self.compression.method
         if method.num_queries:
             store.observe(step.query, step.pos, method.num_queries)
-        if method.accumulates:
-            store.add_mass(received_mass(step, seen) if mass is None else mass)
+        if mass is not None:
+            store.add_mass(mass)
         if method.moments_from is not None:
             self.add_moments(step.layer, step.query, step.pos)
 
