@@ -73,7 +73,8 @@ def prefill_before_question(
     heads, middles = split(rows, tokens)
     cache = (contexts or Contexts(heads)).forks(model, new_cache, heads)
     if any(middles):
-        cache.set(mode="hold" if cache.compression.schedule.online else "decode")
+        whole = cache.compression.schedule.online or cache.compression.method.pages is not None
+        cache.set(mode="hold" if whole else "decode")
         forward(model, cache, middles, keep=1)
     cache.set(mode="decode", decoded=0)
     return cache

@@ -199,8 +199,8 @@ def _weight(cell: str, file: Path, line: int) -> float:
         number = nan
     if not isfinite(number):
         raise UserError(
-            f"profile={file}: line {line}: {cell.strip()!r} is no number; a DuoAttention pattern has one a KV head, with "
-            "tabs between"
+            f"profile={file}: line {line}: {cell.strip()!r} is no number; a DuoAttention pattern has one a KV head, "
+            "with tabs between"
         )
     return number
 
