@@ -13,12 +13,11 @@ from typing import Any
 from kv_lm_eval import files, presets
 from kv_lm_eval.coerce import coerce, dataclass_of
 from kv_lm_eval.errors import WHICH_MODEL, UserError, close_names
-from kv_lm_eval.methods import base, evicted
+from kv_lm_eval.methods import base, evicted, storage
 from kv_lm_eval.methods.budget import Budget, Everything, Heads, Layers, PerHead, Ratio, RatioAbove, Slots, Threshold
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.methods.evicted import Drop, Evicted
 from kv_lm_eval.methods.schedule import Schedule
-from kv_lm_eval.methods.storage import Storage
 from kv_lm_eval.settings import EngineSettings
 
 ALIASES = {  # names used by the papers and their repositories -> ours
@@ -40,9 +39,10 @@ def _names(*parts: Any) -> set[str]:
 
 
 TREATMENTS = {name: _names(evicted.load(name)) for name in evicted.available()}
-STORAGE_KEYS = _names(Storage)
-PARTS = (Slots, Ratio, RatioAbove, Threshold, Layers, Heads, Schedule, Storage)
-COMMON_KEYS = _names(*PARTS).union(*TREATMENTS.values()) | {*BUDGET_KEYS, "evicted"}
+STORAGES = {name: _names(storage.load(name)) for name in storage.available()}
+STORAGE_KEYS = {storage.KEY}.union(*STORAGES.values())
+PARTS = (Slots, Ratio, RatioAbove, Threshold, Layers, Heads, Schedule)
+COMMON_KEYS = _names(*PARTS).union(*TREATMENTS.values()) | {*BUDGET_KEYS, "evicted"} | STORAGE_KEYS
 
 # from_pretrained arguments that lm-eval users pass through --model_args beyond HFLM's own
 FROM_PRETRAINED_KEYS = frozenset(
@@ -184,9 +184,9 @@ def _build(cls: type[base.Method], ours: dict[str, Any]) -> Compression:
     method = dataclass_of(cls, ours)
     method.validate()
     values = {**cls.presets, **ours}
-    storage = _storage(cls, values, ours)
+    held_as = _storage(cls, values, ours)
     if not cls.compresses:
-        return Compression(method, Everything(), Schedule(), Drop(), storage=storage)
+        return Compression(method, Everything(), Schedule(), Drop(), storage=held_as)
     for key, why in method.without_effect.items():
         if key in ours:
             raise UserError(f"{key}={ours[key]} has no effect: {why}")
@@ -195,12 +195,12 @@ def _build(cls: type[base.Method], ours: dict[str, Any]) -> Compression:
     _check_shares(method, budget, layers, heads, ours)
     if budget.open or layers.together:
         _check_open(method, budget, layers, heads, schedule)
-    compression = Compression(method, budget, schedule, _evicted(method, values), heads, storage, layers)
+    compression = Compression(method, budget, schedule, _evicted(method, values), heads, held_as, layers)
     budget.check(method.protected, method.name)
-    if cls.ring and storage.quantises:
+    if cls.ring and held_as.quantises:
         raise UserError(
-            f"nbits={storage.nbits}: method={cls.name} overwrites single pairs in place, which groups of coded ones do "
-            "not allow; method=streaming_llm keeps the same pairs and takes nbits"
+            f"{held_as.words}: method={cls.name} overwrites single pairs in place, which coded ones do not allow; "
+            f"method=streaming_llm keeps the same pairs and takes {held_as.words}"
         )
     if cls.ring and not (compression.banded and isinstance(compression.budget, Slots) and schedule.compress_every == 1):
         raise UserError(
@@ -274,8 +274,9 @@ def _check_shares(method: base.Method, budget: Budget, layers: Layers, heads: He
         )
     if heads.differ and method.heads_alike:
         raise UserError(
-            f"head_budget=ada has no effect: method={method.name}{' as it is set' if method.capacity_settings else ''} "
-            "gives all heads of a layer the same scores; it is for methods whose heads choose for themselves"
+            f"head_budget={heads.head_budget} has no effect: method={method.name}"
+            f"{' as it is set' if method.capacity_settings else ''} gives all heads of a layer the same scores; it is "
+            "for methods whose heads choose for themselves"
         )
 
 
@@ -306,14 +307,27 @@ def _check_open(method: base.Method, budget: Budget, layers: Layers, heads: Head
         )
 
 
-def _storage(cls: type[base.Method], values: dict[str, Any], ours: dict[str, Any]) -> Storage:
-    storage = dataclass_of(Storage, values)
-    if not storage.quantises:
-        if given := sorted(STORAGE_KEYS & set(ours) - {"nbits"}):
-            raise UserError(f"{given[0]}={ours[given[0]]} has no effect without nbits=2, 4 or 8")
-        if cls.presets.get("nbits"):
-            raise UserError(f"nbits={storage.nbits} leaves method={cls.name} nothing to do: that is method=full")
-    return storage
+def _storage(cls: type[base.Method], values: dict[str, Any], ours: dict[str, Any]) -> storage.Storage:
+    """The form in which pairs are held."""
+    kind, values = storage.chosen(values)
+    held_as = dataclass_of(kind, values)
+    given = [key for key in ours if key in STORAGE_KEYS - {storage.KEY}]
+    if not held_as.quantises:
+        bits = next((key for key in kind.asked_by if key in values), None)
+        said = f"{bits}={values[bits]}" if bits else f"{storage.KEY}={kind.name}"
+        if kind.name == str(values.get(storage.KEY)).lower() != storage.Storage.name:
+            raise UserError(f"{said} says in how many bits nothing is held: add {kind.asked_by[0]}=4")
+        if others := sorted(set(given) - {"nbits"}):
+            raise UserError(f"{others[0]}={ours[others[0]]} has no effect without nbits=2, 3, 4 or 8, or {storage.KEY}")
+        if STORAGE_KEYS & set(cls.presets):
+            raise UserError(f"{said} leaves method={cls.name} nothing to do: that is method=full")
+    for key in given:
+        if held_as.quantises and key not in STORAGES[kind.name]:
+            of = " or ".join(name for name, keys in STORAGES.items() if key in keys)
+            raise UserError(
+                f"{key}={ours[key]} has no effect with {held_as.words}: it is a setting of {storage.KEY}={of}"
+            )
+    return held_as
 
 
 def _evicted(method: base.Method, values: dict[str, Any]) -> Evicted:

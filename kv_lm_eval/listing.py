@@ -9,11 +9,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from kv_lm_eval.config import ALIASES, EngineSettings
-from kv_lm_eval.methods import base, evicted
+from kv_lm_eval.config import ALIASES, STORAGE_KEYS, EngineSettings
+from kv_lm_eval.methods import base, evicted, storage
 from kv_lm_eval.methods.budget import Heads, Layers, Ratio, RatioAbove, Slots, Threshold
 from kv_lm_eval.methods.schedule import Schedule
-from kv_lm_eval.methods.storage import Storage
 
 
 def print_methods(name: str | None) -> int:
@@ -59,6 +58,16 @@ def treatments() -> str:
     return table(("treatment", "what it does", "settings (defaults)"), rows)
 
 
+def storages() -> str:
+    """The table of docs/methods.md of the forms in which pairs may be held."""
+    rows = []
+    for name in storage.available():
+        cls = storage.load(name)
+        asked = [f"`{storage.KEY}={n}`" for n in (name, *cls.variants)] + [f"`{key}=N`" for key in cls.asked_by[:1]]
+        rows.append([", ".join(asked), _summary(cls), _settings(cls) if name != storage.Storage.name else "-"])
+    return table(("form", "what it does", "settings (defaults)"), rows)
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -85,7 +94,7 @@ def _when(cls: type[base.Method]) -> tuple[str, str, str]:
     if not cls.compresses and cls().pages is not None:
         return "never; queries read pages", "the same", "bounds of keys"
     if not cls.compresses:
-        return ("never", "never", "-") if not cls.presets.get("nbits") else ("never; quantises", "the same", "-")
+        return ("never; quantises", "the same", "-") if _holds_in_bits(cls) else ("never", "never", "-")
     method, every = cls(), cls.presets.get("compress_every", 0)
     step = every or EngineSettings().rolling_compress_every
     rolling = "at every token" if step == 1 else f"every {step} tokens"
@@ -103,6 +112,11 @@ def _when(cls: type[base.Method]) -> tuple[str, str, str]:
     else:
         looks = "keys, values or positions"
     return after, rolling, looks
+
+
+def _holds_in_bits(cls: type[base.Method]) -> bool:
+    """Whether the method is a form of storage and nothing else."""
+    return not cls.compresses and bool(STORAGE_KEYS & set(cls.presets))
 
 
 def _print_table(width: int) -> None:
@@ -150,9 +164,14 @@ def _print_one(cls: type[base.Method], width: int) -> None:
             if dataclasses.fields(evicted.load(name)):
                 print(f"  evicted={name}:")
                 _print_fields(evicted.load(name), cls.presets, width)
-    if cls.compresses or "nbits" in cls.presets:
+    if cls.compresses or _holds_in_bits(cls):
         print("  pairs held as:")
-        _print_fields(Storage, cls.presets, width)
+        print(_line(storage.KEY, storage.Storage.name, f"in what form ({', '.join(storage.names())})", width))
+        for name in storage.available()[1:]:
+            kind = storage.load(name)
+            also = f" (or by {' or '.join(kind.asked_by)})" if kind.asked_by else ""
+            print(f"  {storage.KEY}={name}{also}:")
+            _print_fields(kind, cls.presets, width)
     print("  every method:")
     _print_fields(EngineSettings, {}, width)
     names = {f.name for f in dataclasses.fields(cls)} | {"max_capacity_prompt"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +19,8 @@ from lm_eval.models.huggingface import HFLM
 
 from kv_lm_eval import config, identity, loading, quiet, saving, tiny, versions
 from kv_lm_eval.cache import static_ring
-from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine import adapter
-from kv_lm_eval.engine.again import words_of
-from kv_lm_eval.engine.check import Roads, wrap
-from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import logits_of
-from kv_lm_eval.engine.lent import as_found
 from kv_lm_eval.metrics.compression import CompressionLog
 from kv_lm_eval.metrics.memory import PeakMemory
 from kv_lm_eval.requests import choices, generation, remarks, request_cache, samples
@@ -35,6 +29,7 @@ from kv_lm_eval.requests.documents import score_requests
 from kv_lm_eval.requests.halving import Halving
 from kv_lm_eval.requests.own_keys import OwnKeys
 from kv_lm_eval.requests.run import Run, below_adapter, log
+from kv_lm_eval.requests.served import served
 
 HFLM_KEYS = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
 
@@ -57,21 +52,10 @@ class KVCompressedLM(HFLM):
     AUTO_MODEL_CLASS = loading.WholeModels
 
     def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
-        self.compression, self.engine, rest = config.parse(kwargs, pass_through=HFLM_KEYS)
-        method = self.compression.method
-        config.check_pretrained(pretrained)
+        rest = self.settle(pretrained, kwargs)
         saving.check_newest()
-        if self.engine.compile:
-            static_ring.check(self.compression)
-        loading.settle(rest, own_attention=method.uses_cache)
-        self.arguments = {"pretrained": pretrained, **rest}
         self._without_embedding: dict[int, str] = {}  # known when the model is loaded
         self._name = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "model")
-        self.compression_log = CompressionLog()
-        self._halving = Halving(log)
-        self._warmed_up: set[str] = set()
-        self._own_keys: OwnKeys | None = None
-        self._answers_of_full = AnswersOfFull() if self.engine.fidelity else None
         samples.install()
         quiet.install()
         resolved = tiny.resolve(pretrained) if isinstance(pretrained, str) else pretrained
@@ -81,19 +65,34 @@ class KVCompressedLM(HFLM):
         # Lengths are checked here, and a document may have any: no warning that the model would fail.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self._set_ranks()
+        self._memory = PeakMemory({p.device for p in self.causal_lm.parameters()})
+        self.take_up()
+
+    def settle(self, pretrained: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Reads and checks the settings; returns what is left for lm-eval's hf model."""
+        self.compression, self.engine, rest = config.parse(kwargs, pass_through=HFLM_KEYS)
+        config.check_pretrained(pretrained)
+        if self.engine.compile:
+            static_ring.check(self.compression)
+        loading.settle(rest, own_attention=self.compression.method.uses_cache)
+        self.arguments = {"pretrained": pretrained, **rest}
+        return rest
+
+    def take_up(self) -> None:
+        """Puts the settings to use on the loaded model, with everything that belongs to one LM object empty."""
+        self.compression_log = CompressionLog()
+        self.beside: list[KVCompressedLM] = []  # under which the same requests are answered on the way
+        self._halving = Halving(log)
+        self._warmed_up: set[str] = set()
+        self._own_keys: OwnKeys | None = None
+        self._answers_of_full = AnswersOfFull() if self.engine.fidelity else None
+        self.made = request_cache.Made()
+        method = self.compression.method
         windowed = method.recomputed_tokens is not None
         adapter.check(self.model, self.causal_lm, method.uses_cache or windowed, method.name)
-        self.facts, self._new_cache, self._decoder = None, None, None
-        if method.uses_cache:
-            evict = self.engine.prefill_evict
-            chunk = evict or self.engine.prefill_chunk
-            roads = Roads(chunk is not None, not self.engine.question_in_prompt, self.engine.compile)
-            with as_found(self.causal_lm):
-                self.facts = wrap(self.causal_lm, self.compression, roads)
-                self.facts.words = words_of(self.tokenizer)
-            self._new_cache = partial(make_cache, self.compression, self.facts, chunk, evict is not None)
-            self._decoder = Decoder(self.causal_lm) if self.engine.compile else None
-        self._memory = PeakMemory({p.device for p in self.causal_lm.parameters()})
+        self.facts, self._new_cache, self._decoder = served(
+            self.causal_lm, self.tokenizer, self.compression, self.engine
+        )
         remarks.at_start(self._run())
 
     @property
@@ -116,7 +115,7 @@ class KVCompressedLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         with self._running("generate_until", requests) as run:
-            return generation.generate(run, disable_tqdm)
+            return generation.generate(run, disable_tqdm, self._runs_beside(run))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         if getattr(self, "enable_thinking", False):
@@ -124,7 +123,7 @@ class KVCompressedLM(HFLM):
         stock = super()._loglikelihood_tokens
         with self._running("loglikelihood", requests) as run:
             encoded = choices.encode(run, disable_tqdm, self._encode_pair)
-            return list(choices.score(run, encoded, disable_tqdm, stock))
+            return list(choices.score(run, encoded, disable_tqdm, stock, self._runs_beside(run)))
 
     def _loglikelihood_tokens(
         self, requests: list[choices.Encoded], disable_tqdm: bool = False, override_bs: int | None = None
@@ -143,6 +142,10 @@ class KVCompressedLM(HFLM):
         run = self._run(kind, requests)
         with run.model_in_use():
             yield run
+
+    def _runs_beside(self, run: Run) -> list[Run]:
+        """The same requests to the LM objects that are answered on the way."""
+        return [other._run(run.kind, run.requests) for other in self.beside]
 
     def _run(self, kind: str = "", requests: Sequence[Instance] = ()) -> Run:
         return Run(
@@ -235,7 +238,8 @@ class KVCompressedLM(HFLM):
         lm-eval's key holds the request only, so that without this a compressed run would be answered from a full one.
         """
         if cache_hook.dbdict is not None:
-            request_cache.use_own_table(cache_hook.dbdict, self.fingerprint(), self.compression_log.answered_from_cache)
+            answered = self.compression_log.answered_from_cache
+            request_cache.use_own_table(cache_hook.dbdict, self.fingerprint(), answered, self.made)
             samples.mark_what_is_read(cache_hook.dbdict)
             if self._answers_of_full is not None:
                 self._answers_of_full.keep_in(cache_hook.dbdict, identity.digest(identity.of_full_cache(self)))

@@ -75,12 +75,13 @@ def _check_use(place: str, row: dict[str, Any], spec: Spec) -> None:
         if row.get(field) is None:
             raise UserError(f"{place}: {field}: is missing or null, and {why}")
     for answer in row["answers"]:
-        _check_reference(place, metrics.load(spec.metric), answer, row["all_classes"], spec.metric)
+        check_reference(place, answer, row["all_classes"], spec.metric)
 
 
-def _check_reference(place: str, scorer: metrics.Scorer, answer: str, classes: list[str] | None, metric: str) -> None:
+def check_reference(place: str, answer: str, classes: list[str] | None, metric: str) -> None:
+    """Raises UserError where an answer is nothing that a metric could compare with."""
     try:
-        scorer("0", answer, classes)
+        metrics.load(metric)("0", answer, classes)
     except Exception as error:  # whatever a scorer does not expect: it would end the run after the last answer
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{place}: answers: {answer!r} is no reference for the metric {metric} ({reason})") from None

@@ -244,18 +244,25 @@ class LongBenchTask(ConfigurableTask):
         """Scores one raw answer: nothing is stripped."""
         if "bypass" in self._metric_fn_list:  # --predict_only
             return {"bypass": 0}
-        spec, answer = self.spec, str(results[0])
-        classes = doc["all_classes"]
-        score = best_score(self._scorer, answer, doc["answers"], classes, spec.first_line_only)
-        out: dict[str, Any] = {"score": score}
-        if self.is_e:
-            out.update({f"score_{bucket}": (score, doc["length"]) for bucket in aggregate.BUCKETS})
-        for name, scorer in self._extras.items():
-            out[f"extra_{name}"] = best_score(scorer, answer, doc["answers"], classes, spec.first_line_only)
-        if (fitted := self._fitted.get(doc["row"])) is not None:
-            out.update(
-                truncated=int(fitted.truncated),
-                prompt_tokens=fitted.tokens_before,
-                prompt_tokens_kept=fitted.tokens_after,
-            )
-        return out
+        return {**self.scored(str(results[0]), doc), **self._counts(doc)}
+
+    def scored(self, answer: str, doc: Mapping[str, Any]) -> dict[str, Any]:
+        """An answer's numbers, by metric."""
+
+        def best(scorer: metrics.Scorer) -> float:
+            return best_score(scorer, answer, doc["answers"], doc["all_classes"], self.spec.first_line_only)
+
+        score = best(self._scorer)
+        buckets = {f"score_{bucket}": (score, doc["length"]) for bucket in aggregate.BUCKETS if self.is_e}
+        return {"score": score, **buckets, **{f"extra_{name}": best(scorer) for name, scorer in self._extras.items()}}
+
+    def _counts(self, doc: Mapping[str, Any]) -> dict[str, int]:
+        """A prompt's tokens; none where it was not cut by us."""
+        fitted = self._fitted.get(doc["row"])
+        if fitted is None:
+            return {}
+        return {
+            "truncated": int(fitted.truncated),
+            "prompt_tokens": fitted.tokens_before,
+            "prompt_tokens_kept": fitted.tokens_after,
+        }

@@ -30,7 +30,8 @@ from kv_lm_eval import console, files, tiny
 from kv_lm_eval.analysis import head_plots
 from kv_lm_eval.analysis.classifier import Thresholds, classify
 from kv_lm_eval.analysis.head_statistics import HeadStatistics, measure
-from kv_lm_eval.engine.check import FULL, wrap
+from kv_lm_eval.engine.check import wrap
+from kv_lm_eval.engine.full import FULL
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.experiments import baselines
 from kv_lm_eval.methods.head_profile import Head, HeadProfile

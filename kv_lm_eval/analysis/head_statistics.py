@@ -25,7 +25,7 @@ from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.cache.transfer import sum_dtype
-from kv_lm_eval.engine.check import FULL
+from kv_lm_eval.engine.full import FULL
 from kv_lm_eval.engine.prefill import feed
 from kv_lm_eval.methods.compression import Compression
 

@@ -126,6 +126,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "memory": _memory,
         "scoring": _scoring,
         "fidelity": _fidelity,
+        "one_prefill": _one_prefill,
         "shared_prefix": _shared,
         "compiled": _compiled,
     }
@@ -249,6 +250,15 @@ def _fidelity(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
         rows.append((method, ms(alone), ms(beside), ratio(beside, alone)))
     title = f"## A text of {part['tokens']} tokens with the full cache beside the method (fidelity=True)"
     return [title, "", *table(("", "alone, ms a token", "beside full", "of alone"), rows)]
+
+
+def _one_prefill(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for n, entries in part["methods"].items():
+        for name, e in entries.items():
+            rows.append((f"{n} methods, {name}", ms(e), ratio(entries["one by one"], e)))
+    title = f"## A prompt of {part['prompt']} tokens under many methods, answers of {part['new_tokens']} tokens"
+    return [title, "", *table(("", "ms", "one by one / this"), rows)]
 
 
 def _shared(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:

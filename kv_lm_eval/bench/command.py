@@ -34,7 +34,7 @@ from kv_lm_eval.methods import names
 if TYPE_CHECKING:  # torch takes seconds, and a mistake is told before
     from kv_lm_eval.bench.measure import Bench
 
-PARTS = ("generation", "decode", "prefill", "memory", "scoring", "fidelity", "shared_prefix", "compiled")
+PARTS = ("generation", "decode", "prefill", "memory", "scoring", "fidelity", "one_prefill", "shared_prefix", "compiled")
 DECODED = "full,streaming_llm,streaming_ring,snapkv,h2o"
 GENERATED = "full,streaming_ring,snapkv,h2o"
 
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
 
 def measured(part: str, bench: Bench, args: argparse.Namespace) -> Any:
     """One part's numbers."""
-    from kv_lm_eval.bench import measure
+    from kv_lm_eval.bench import measure, one_prefill
 
     def methods(text: str) -> list[str]:
         return bench.usable(list(dict.fromkeys(["full", *text.split(",")])))
@@ -158,6 +158,8 @@ def measured(part: str, bench: Bench, args: argparse.Namespace) -> Any:
             return measure.scoring(bench, args.document)
         case "fidelity":
             return measure.fidelity(bench, methods(args.generate_methods), args.document)
+        case "one_prefill":
+            return one_prefill.compared(bench, args.prompt, 2 * args.new_tokens)
         case "shared_prefix":
             return measure.shared_prefix(bench, args.prompt // 4, console.numbers(args.choices, "--choices"))
     return measure.compiled(bench, args.capacity)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from kv_lm_eval.cache.kernels import packed_queries, unmasked
 from kv_lm_eval.cache.store import LayerStore, rows_of
 from kv_lm_eval.cache.transfer import at_least_float32, to_device
 from kv_lm_eval.cache.view import Sight
@@ -50,7 +51,8 @@ class Visible(NamedTuple):
     Attributes:
         keys, values: [B, K, N, D]. pos: [B, 1 or K, N] place of each slot's token, -1 where empty.
         old: slots that were there before; slot old + i belongs to new token i.
-        whole: whether no slot is empty or beyond the layer's window, and no bias, branch or sight narrows the view.
+        whole: whether no slot is empty, and nothing but the order of the tokens and `reach` narrows the view.
+        reach: slots that a query sees, its own and those before it, where the layer's window is that; None: all.
         bias: [B, K, N] float32 added to the logits of each slot, or None.
         branch: [B, q] new tokens see each other only within a branch, or None.
         sight: what each query head may see of what is visible, or None: all.
@@ -64,41 +66,16 @@ class Visible(NamedTuple):
     bias: torch.Tensor | None = None
     branch: torch.Tensor | None = None
     sight: Sight | None = None
+    reach: int | None = None
 
 
 def attend(step: Step, seen: Visible) -> torch.Tensor:
     """Attention of all new tokens: [B, H, q, D]. By the fastest kernel that needs no mask, where none is needed."""
-    query, keys, values, q = step.query, seen.keys, seen.values, step.tokens
-    if seen.whole and step.softcap is None and seen.old == 0:
-        grouped = query.shape[1] != keys.shape[1]
-        return F.scaled_dot_product_attention(
-            query, keys, values, is_causal=q > 1, scale=step.scaling, enable_gqa=grouped
-        )
-    if seen.whole and step.softcap is None and q == 1:
-        out = F.scaled_dot_product_attention(packed_queries(query, keys.shape[1]), keys, values, scale=step.scaling)
-        return out.reshape(*query.shape[:2], 1, -1)
+    if seen.whole and step.softcap is None:
+        out = unmasked(step.query, seen.keys, seen.values, step.scaling, seen.reach)
+        if out is not None:
+            return out
     return torch.cat([_attend_block(step, seen, *block) for block in _blocks(step, seen)], dim=2)
-
-
-def attend_one(step: Step, seen: Visible) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one new token a row, [B, H, 1, D], and what each slot receives from it, as `received_mass` gives
-    it, from one reading of the keys."""
-    weights = new_weights(step, seen, 0, 1)  # [B, K, G, N]
-    out = (weights.to(seen.values.dtype) @ seen.values).reshape(*step.query.shape[:2], 1, -1)
-    return out, weights.mean(2)
-
-
-def received_mass(step: Step, seen: Visible) -> torch.Tensor:
-    """Attention that each slot receives from the new queries, mean over the query heads of a group:
-    [B, K, N] float32."""
-    b, h, q, _ = step.query.shape
-    kv_heads, n = seen.keys.shape[1], seen.keys.shape[2]
-    block = max(1, min(q, 128, WEIGHT_ELEMENTS // (b * h * n)))
-    mass = at_least_float32(step.query.new_zeros(0)).new_zeros(b, kv_heads, n)
-    for first in range(0, q, block):
-        last = min(q, first + block)
-        mass[:, :, : seen.old + last] += new_weights(step, seen, first, last).sum(2)
-    return mass / (h // kv_heads)
 
 
 def strongest_attention(step: Step, seen: Visible, part: slice, sinks: int) -> torch.Tensor:
@@ -141,12 +118,6 @@ def window_attention(store: LayerStore, last: int, step: Step) -> torch.Tensor:
     packed, bias = packed_queries(queries, kv_heads), None if store.bias is None else store.bias[:, :, None]
     weights = masked_weights(packed, store.keys, mask, step, bias).view(b, kv_heads, h // kv_heads, w, n)
     return F.pad(weights * some.unsqueeze(2), (0, 0, last - w, 0))
-
-
-def packed_queries(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """[B, H, q, D] -> [B, K, G * q, D]: the query heads of a group become queries of their KV head."""
-    b, h, q, d = query.shape
-    return query.reshape(b, kv_heads, h // kv_heads * q, d)
 
 
 # ------------------------------------------------------------------------------------ blocks of queries

@@ -10,6 +10,7 @@ Shapes: B batch rows, R rows of a segment, n new tokens of each, H heads, D head
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -84,6 +85,19 @@ class CompressedCache(Face):
         self._fed: list[Fed] | None = None  # of the running forward
         self._columns = 0  # tokens of the longest row, padding included
 
+    def apart(self, caches: int) -> list[CompressedCache]:
+        """So many caches of equally many rows, in order; no two of them share a segment."""
+        if caches == 1:
+            return [self]
+        size, parts = self.batch // caches, list[CompressedCache]()
+        for first in range(0, self.batch, size):
+            part = copy.copy(self)
+            Face.__init__(part, self.facts)
+            own = [i for i, members in enumerate(self.members) if first <= members[0] < first + size]
+            part.take([self.segments[i] for i in own], [[row - first for row in self.members[i]] for i in own])
+            parts.append(part)
+        return parts
+
     # ------------------------------------------------------------------------------------ rows
 
     @property
@@ -94,18 +108,23 @@ class CompressedCache(Face):
     def open(self, rows: int) -> None:
         """Makes room for a batch of so many rows, of which nothing has been fed yet."""
         if not self.batch:
-            self.members[0] = list(range(rows))
+            self.members = [list(range(rows))]
             self.segments[0].open(rows, self.around_cut, self.keeps_history)
 
     def hold(self, rows: Sequence[Segment | None]) -> None:
         """Takes over rows that were fed elsewhere, each a segment; None: one of which nothing has been fed."""
-        self.segments, self.members = [], [[row] for row in range(len(rows))]
+        segments = list[Segment]()
         for segment in rows:
             if segment is None:
                 segment = self._new_segment()
                 segment.open(1, self.around_cut, self.keeps_history)
             segment.around_cut = self.around_cut
-            self.segments.append(segment)
+            segments.append(segment)
+        self.take(segments, [[row] for row in range(len(rows))])
+
+    def take(self, segments: Sequence[Segment], members: Sequence[Sequence[int]]) -> None:
+        """Takes over segments that were fed elsewhere, with the rows of the batch that each holds."""
+        self.segments, self.members = list(segments), list(map(list, members))
         self._columns = max(map(max, (segment.seen for segment in self.segments)))
 
     def of_row(self, row: int) -> tuple[Segment, int]:
@@ -376,3 +395,19 @@ class CompressedCache(Face):
         whole, order = together(snapshots, list(map(len, self.members))), [row for rows in self.members for row in rows]
         places = [order.index(row) for row in range(len(order))]
         return {k: [v[i] for i in places] if isinstance(v, list) else v for k, v in whole.items()}
+
+
+def side_by_side(caches: Sequence[CompressedCache]) -> CompressedCache:
+    """The rows of several caches, each under its own compression, one cache's after the other's, so that they go on in
+    the same forwards. `apart` gives the caches back; meanwhile they are of no use."""
+    if len(caches) == 1:
+        return caches[0]
+    whole, before = copy.copy(caches[0]), 0
+    Face.__init__(whole, caches[0].facts)
+    segments, members = list[Segment](), list[list[int]]()
+    for cache in caches:
+        segments += cache.segments
+        members += [[before + row for row in rows] for rows in cache.members]
+        before += cache.batch
+    whole.take(segments, members)
+    return whole

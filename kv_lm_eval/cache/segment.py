@@ -19,18 +19,11 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from kv_lm_eval.cache.attention import (
-    Step,
-    Visible,
-    attend,
-    attend_one,
-    received_mass,
-    strongest_attention,
-    window_attention,
-)
+from kv_lm_eval.cache.attention import Step, Visible, attend, strongest_attention, window_attention
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.quantized import QuantizedStore
+from kv_lm_eval.cache.received import attend_counted, received_mass
 from kv_lm_eval.cache.store import LayerStore, blank_lowest, joined
 from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype, to_device
 from kv_lm_eval.cache.view import AskedOfCompression, View
@@ -162,8 +155,14 @@ class Segment:
         last = not (self.compression.schedule.online and self.compression.method.compresses)
         uneven = not all(map(self._even, range(len(self.stores))))
         if last and (uneven or self.stores[0].keys.device.type == "cuda"):
-            return "after the last cut"
-        return (self.mode, self.decoded, self.prefill_end is None, *(store.shape for store in self.stores))
+            return id(self.compression), "after the last cut"
+        return (
+            id(self.compression),
+            self.mode,
+            self.decoded,
+            self.prefill_end is None,
+            *(store.shape for store in self.stores),
+        )
 
     @staticmethod
     def joined(segments: Sequence[Segment]) -> Segment:
@@ -229,8 +228,8 @@ class Segment:
         seen = self._with_stored(step) if self.reads_only else self._stored(step)
         method, observes = self.compression.method, self._observes(step.layer)
         mass = None
-        if observes and method.accumulates and step.tokens == 1 and seen.sight is None and step.softcap is None:
-            out, mass = attend_one(step, seen)
+        if observes and method.accumulates:
+            out, mass = attend_counted(step, seen)
         else:
             out = self._attention(step, seen)
         if observes:
@@ -255,10 +254,34 @@ class Segment:
         old = 0 if store.is_empty else store.length
         gaps = self.has_empty(layer)
         store.append(step.key, step.value, step.pos)
+        self._count_new(step)
+        return self._visible(step, (store.keys, store.values, store.pos), old, gaps, store.bias)
+
+    def _count_new(self, step: Step) -> None:
+        layer = step.layer
         self.held[layer] = [n + step.tokens for n in self.held[layer]]
         if self.facts.compressible(layer):
             self.peaks = [max(p, h) for p, h in zip(self.peaks, self.held[layer], strict=True)]
-        return self._visible(step, (store.keys, store.values, store.pos), old, gaps, store.bias)
+
+    def follow(self, step: Step, store: LayerStore, old: int) -> None:
+        """One layer of a prompt whose attention is known, since nothing has been cut so far: all slots are borrowed,
+        noted, and cut after the last of them.
+
+        Args:
+            store: the layer with the step's pairs in it, to which nobody writes. old: slots of it before the step.
+        """
+        layer, mine, copies = step.layer, self.stores[step.layer], 1
+        if self.per_query_head(layer):
+            copies = step.query.shape[1] // step.key.shape[1]
+        mine.borrow(store, copies)
+        self._count_new(step)
+        if (most := int(max(self.held[layer]))) < mine.length:  # what its own window no longer shows has gone before
+            mine.compact(most, first=[seen - most for seen in self.seen])
+        if self._observes(layer):
+            step = step._replace(key=mine.keys[:, :, old:], value=mine.values[:, :, old:])
+            seen = self._visible(step, (mine.keys, mine.values, mine.pos), old, False, None)
+            self._observe(step, seen, received_mass(step, seen) if self.compression.method.accumulates else None)
+        self._after_attention(step)
 
     def _with_stored(self, step: Step) -> Visible:
         """What is there and the new pairs, which are not stored."""
@@ -281,18 +304,22 @@ class Segment:
     ) -> Visible:
         """What the step attends over: keys, values and positions of the slots, and all that narrows the view."""
         sight = self.compression.sight(step.layer) if self.facts.compressible(step.layer) else None
-        whole = not gaps and bias is None and branch is None and sight is None
-        if step.window is not None:
-            whole = whole and max(self.seen) + (step.tokens if self.reads_only else 0) <= step.window
-        return Visible(*slots, old, whole, bias, branch, sight)
+        whole, reach = not gaps and bias is None and branch is None and sight is None, None
+        if step.window is not None and max(self.seen) + (step.tokens if self.reads_only else 0) > step.window:
+            whole, reach = whole and self._in_a_row(step.layer), step.window
+        return Visible(*slots, old, whole, bias, branch, sight, reach)
+
+    def _in_a_row(self, layer: int) -> bool:
+        """Whether the layer's slots hold tokens that follow each other, so that its window is one of slots too."""
+        return not self._is_cut(layer) or all(h >= n for h, n in zip(self.held[layer], self.seen, strict=True))
 
     def _observe(self, step: Step, seen: Visible, mass: torch.Tensor | None) -> None:
         """Notes what scores will ask for: the last queries, the attention that each slot received, query moments."""
         store, method = self.stores[step.layer], self.compression.method
         if method.num_queries:
             store.observe(step.query, step.pos, method.num_queries)
-        if method.accumulates:
-            store.add_mass(received_mass(step, seen) if mass is None else mass)
+        if mass is not None:
+            store.add_mass(mass)
         if method.moments_from is not None:
             self.add_moments(step.layer, step.query, step.pos)
 
@@ -403,12 +430,17 @@ class Segment:
     def _settles(self, q: int) -> bool:
         """Whether pairs change their form after this forward: at the end of the prompt, then as their tokens age."""
         if self.mode == "prefill":
-            return True
+            return self.compression.storage.due(0, self.seen[0])
         return self.mode == "decode" and self.compression.storage.due(self.seen[0] - q, self.seen[0])
 
     def _valid_bytes(self) -> list[float]:
         by_layer = [store.valid_bytes(held) for store, held in zip(self.stores, self.held, strict=True)]
         return [sum(row) * self.facts.ranks for row in zip(*by_layer, strict=True)]
+
+    def _shared_bytes(self) -> int:
+        """Bytes of the tables that layers share, such as the codebook of a storage: they are there once."""
+        shared = {t.data_ptr(): t.numel() * t.element_size() for store in self.stores for t in store.shared}
+        return sum(shared.values())
 
     def _trim_sliding(self, layer: int, q: int) -> None:
         """Drops what a layer of the model's own sliding window, which is never cut, can never see again.
@@ -675,7 +707,8 @@ class Segment:
             "kv_bytes_valid": valid,
             "kv_bytes_read": valid,
             "kv_bytes_allocated": ranks * sum(s.allocated_bytes for s in self.stores) / max(len(rows), 1),
-            "overhead_bytes": ranks * sum(s.overhead_bytes for s in self.stores) / max(len(rows), 1),
+            "overhead_bytes": (ranks * sum(s.overhead_bytes for s in self.stores) + self._shared_bytes())
+            / max(len(rows), 1),
             "peak_slots": list(peaks),
             "over_budget": [self.compression.over_budget(n) for n in seen],
         }

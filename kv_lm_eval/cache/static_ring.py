@@ -155,7 +155,7 @@ def check(compression: AskedOfCompression) -> None:
     if not method.uses_cache:
         why = f"method={method.name} has none"
     elif compression.storage.quantises:
-        why = f"nbits={compression.storage.nbits}: pairs change their form as they age"
+        why = f"{compression.storage.words}: pairs change their form as they age"
     elif method.pages:
         why = f"method={method.name} reads other pages at every token"
     elif method.hides:

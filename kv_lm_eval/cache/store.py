@@ -45,6 +45,7 @@ class LayerStore:
     Attributes:
         length: slots in use per row, empty ones included (N).
         holes: whether cuts have emptied slots in their places since everything was moved.
+        lent: whether the tensors are another store's, which are read and never written.
         pos: [B, 1 or K, N] original position of each slot's token, -1 where empty.
         mass: [B, K, N] attention received so far, or None if the method does not ask for it.
         bias: [B, K, N] float32 added to each slot's attention logits, or None: nothing is added.
@@ -56,6 +57,7 @@ class LayerStore:
     def __init__(self) -> None:
         self.length = 0
         self.holes = False
+        self.lent = False
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
         self._pos: torch.Tensor | None = None
@@ -127,6 +129,20 @@ class LayerStore:
             self._bias[:, :, self.length : end] = 0
         self.length = end
 
+    def borrow(self, other: LayerStore, copies: int = 1) -> None:
+        """Holds all slots of another store, in its tensors; what was observed here stays. There is no room behind them,
+        so that whoever adds to them makes a copy.
+
+        Args:
+            copies: of each head, for those who hold one for every query head.
+        """
+        self._keys, self._values = other.keys, other.values
+        if copies > 1:
+            self._keys, self._values = (x.repeat_interleave(copies, dim=1) for x in (self._keys, self._values))
+        self._pos, self.length, self.holes, self.lent = other.pos, other.length, other.holes, True
+        if self._mass is not None:
+            self._mass = F.pad(self._mass, (0, self.length - self._mass.shape[2]))
+
     def add_mass(self, mass: torch.Tensor) -> None:
         """Adds attention received by the slots in use: [B, K, N]."""
         if self._mass is None:
@@ -163,13 +179,15 @@ class LayerStore:
         length = kept.keys.shape[2]
         capacity = length + max(room, MIN_HEADROOM)
         fits = capacity <= self._keys.shape[2] <= 2 * capacity and self._pos.shape[1] == kept.pos.shape[1]
-        fits = fits and self._keys.is_contiguous()  # as a projection made them, a head's keys lie far apart
+        # As a projection made them, a head's keys lie far apart
+        fits = fits and not self.lent and self._keys.is_contiguous()
         if not fits:
             shape = (*kept.keys.shape[:2], capacity)
             self._keys = kept.keys.new_empty(*shape, kept.keys.shape[3])
             self._values = kept.values.new_empty(*shape, kept.values.shape[3])
             self._pos = kept.pos.new_full((shape[0], kept.pos.shape[1], capacity), -1)
             self._mass = None if kept.mass is None else kept.mass.new_zeros(shape)
+            self.lent = False
         self._keys[:, :, :length] = kept.keys
         self._values[:, :, :length] = kept.values
         self._pos[:, :, :length] = kept.pos
@@ -247,6 +265,7 @@ class LayerStore:
                 new = old.new_zeros(shape) if name == "_mass" else old.new_empty(shape)
                 new[:, :, : self.length] = old[:, :, : self.length]
                 setattr(self, name, new)
+        self.lent = False
 
     @property
     def bytes_per_slot(self) -> int:
@@ -273,6 +292,11 @@ class LayerStore:
         held = (self._pos, self._mass, self._bias, self.memory, self.queries, self.query_pos, self.pristine_sinks)
         moments = 0 if self.moments is None else self.moments.nbytes
         return sum(t.numel() * t.element_size() for t in held if t is not None) + moments
+
+    @property
+    def shared(self) -> Sequence[torch.Tensor]:
+        """Tables that other layers hold too."""
+        return ()
 
 
 def joined(stores: Sequence[LayerStore]) -> LayerStore:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kv_lm_eval.cache.coded import Codec
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.store import Kept
 from kv_lm_eval.cache.transfer import to_device
@@ -253,30 +254,30 @@ class AskedOfStorage(Protocol):
         """Some pairs are held in fewer bits."""
 
     @property
-    def nbits(self) -> int:
-        """Bits of each number of these."""
+    def words(self) -> str:
+        """The setting that asks for it, for messages."""
 
     @property
-    def group_size(self) -> int:
-        """Numbers that share a scale."""
+    def step(self) -> int:
+        """Pairs that change their form together."""
 
     @property
     def residual_length(self) -> int:
         """Newest pairs per head that stay as they are."""
 
     @property
-    def key_axis(self) -> str:
-        """Where groups of keys lie: "channel" or "token"."""
+    def keys(self) -> Codec:
+        """How keys are coded."""
 
     @property
-    def value_axis(self) -> str:
-        """The same for values."""
+    def values(self) -> Codec:
+        """How values are coded."""
 
     def due(self, before: int, after: int) -> bool:
-        """Whether a row that went from `before` to `after` tokens seen now quantises full groups."""
+        """Whether a row that went from `before` to `after` tokens seen now codes the pairs that wait."""
 
     def until_due(self, seen: int) -> int:
-        """Tokens until a row that has seen `seen` quantises next."""
+        """Tokens until a row that has seen `seen` codes pairs next."""
 
 
 class AskedOfEvicted(Protocol):

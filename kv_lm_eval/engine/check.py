@@ -28,15 +28,12 @@ from kv_lm_eval.engine import sharded
 from kv_lm_eval.engine.choices import How, score_in_forks, score_packed
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import device_of, generate_with, logits_of
+from kv_lm_eval.engine.full import FULL
 from kv_lm_eval.engine.generate import by_rows
 from kv_lm_eval.engine.prefill import prefill
 from kv_lm_eval.engine.start import start
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.budget import Everything
 from kv_lm_eval.methods.compression import Compression
-from kv_lm_eval.methods.evicted import Drop
-from kv_lm_eval.methods.full import Full
-from kv_lm_eval.methods.schedule import Schedule
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # relative, by dtype
 LENGTHS = (20, 13)  # tokens of the two left-padded rows
@@ -45,7 +42,6 @@ GENERATED = 3  # tokens of an answer: from the prompt, from the first step, and 
 CHUNK = 8  # tokens of a chunk, where prompts go in chunks
 TAILS = (6, 3)  # tokens of the two questions, where they come after the compression
 Rotated = tuple[list[torch.Tensor], list[torch.Tensor]]  # rotary tables, keys
-FULL = Compression(Full(), Everything(), Schedule(), Drop())
 
 
 @dataclass(frozen=True)
@@ -245,7 +241,7 @@ def _generated(
 ) -> torch.Tensor:
     """Logits after the prompts and after the next tokens, [B, GENERATED, V] float32, from generate()."""
     count = min(GENERATED, probe.later.shape[1])
-    cache, ids, mask = start(model, new_cache, probe.rows, tails, pad=int(probe.ids[0, 0]))
+    cache, ids, mask, _ = start(model, new_cache, probe.rows, tails, pad=int(probe.ids[0, 0]))
     config = GenerationConfig(
         max_new_tokens=count,
         do_sample=False,

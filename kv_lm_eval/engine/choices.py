@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.engine.prefill import Logits, NewCache, feed, feed_between_cuts, forward, prefill
-from kv_lm_eval.engine.question import Tails, prefill_before_question
+from kv_lm_eval.engine.prefill import Logits, NewCache, feed, feed_between_cuts, forward
+from kv_lm_eval.engine.question import Tails, prefill_before_question_for_all
+from kv_lm_eval.engine.together import prefill_for_all
 from kv_lm_eval.methods.compression import compression_of
 
 Score = tuple[float, bool]  # sum of log-probabilities in nats; whether greedy decoding would give the same tokens
@@ -66,39 +67,81 @@ def score_continuations(
     Returns:
         scores in the order given, and the cache of the contexts (for its numbers).
     """
+    ((scores, cache),) = score_for_all(model, [new_cache], contexts, continuations, tail_tokens, how)
+    return scores, cache
+
+
+@torch.inference_mode()
+def score_for_all(
+    model: PreTrainedModel,
+    new_caches: Sequence[NewCache],
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    tail_tokens: int | Sequence[int] | Tails,
+    how: How = PLAINLY,
+) -> list[tuple[list[list[Score]], CompressedCache]]:
+    """The same for several compressions, for which each context is prefilled once."""
+    found: dict[int, tuple[list[list[Score]], CompressedCache]] = {}
+    if isinstance(tail_tokens, int):
+        for m, new_cache in enumerate(new_caches):
+            if (scored := _score_uncut(model, new_cache, contexts, continuations, tail_tokens, how)) is not None:
+                found[m] = scored
+    rest = [m for m in range(len(new_caches)) if m not in found]
+    for m, (cache, first) in zip(
+        rest, _begun(model, [new_caches[m] for m in rest], contexts, tail_tokens), strict=True
+    ):
+        compression = compression_of(cache)
+        forks = compression.schedule.online and compression.method.compresses or _beyond(cache, continuations)
+        score = score_in_forks if forks else score_packed
+        found[m] = score(model, cache, first, continuations, how), cache
+    return [found[m] for m in range(len(new_caches))]
+
+
+def _score_uncut(
+    model: PreTrainedModel,
+    new_cache: NewCache,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    tail_tokens: int,
+    how: How,
+) -> tuple[list[list[Score]], CompressedCache] | None:
+    """lm-eval's own forward over context and continuation, where nothing is ever cut and no prefill would be shared or
+    right; None elsewhere."""
     empty = new_cache()
-    compression, facts = compression_of(empty), empty.facts
-    if not compression.lossy and isinstance(tail_tokens, int):
-        longest = max(len(c) + max(map(len, group)) for c, group in zip(contexts, continuations, strict=True))
-        if facts.beyond(longest):
-            return _score_each_alone(model, new_cache, contexts, continuations, tail_tokens, how)
-    if not isinstance(tail_tokens, int):
-        cache = prefill_before_question(model, new_cache, contexts, tail_tokens)
-        first_logits = feed(model, cache, [c[-1:] for c in contexts], keep=1)
-    elif not compression.lossy and all(len(group) == 1 for group in continuations):
+    if compression_of(empty).lossy:
+        return None
+    longest = max(len(c) + max(map(len, group)) for c, group in zip(contexts, continuations, strict=True))
+    if empty.facts.beyond(longest):
+        return _score_each_alone(model, new_cache, contexts, continuations, tail_tokens, how)
+    if all(len(group) == 1 for group in continuations):
         return _score_in_one_forward(model, new_cache, contexts, continuations, tail_tokens, how)
-    else:
-        cache, first_logits = _prefill_and_tail(model, new_cache, contexts, tail_tokens)
-    if compression.schedule.online and compression.method.compresses or _beyond(cache, continuations):
-        return score_in_forks(model, cache, first_logits, continuations, how), cache
-    return score_packed(model, cache, first_logits, continuations, how), cache
+    return None
 
 
-def _prefill_and_tail(
-    model: PreTrainedModel, new_cache: NewCache, contexts: Sequence[Sequence[int]], tail_tokens: int
-) -> tuple[CompressedCache, Logits]:
-    """The contexts but for their last `tail_tokens`, cut, and then those; logits after each last token, [1, V]."""
+def _begun(
+    model: PreTrainedModel,
+    new_caches: Sequence[NewCache],
+    contexts: Sequence[Sequence[int]],
+    tail_tokens: int | Sequence[int] | Tails,
+) -> list[tuple[CompressedCache, Logits]]:
+    """For each compression the contexts, cut before their tail, and the logits after each last token, [1, V]."""
+    if not new_caches:
+        return []
+    if not isinstance(tail_tokens, int):
+        caches = prefill_before_question_for_all(model, new_caches, contexts, tail_tokens)
+        return [(cache, feed(model, cache, [c[-1:] for c in contexts], keep=1)) for cache in caches]
     heads = [c[: max(0, len(c) - tail_tokens)] for c in contexts]
     tails = [c[len(h) :] for c, h in zip(contexts, heads, strict=True)]
+    logits: Logits = {}
     if any(heads):
-        cache, first_logits = prefill(model, new_cache, heads)
-        cache.set(mode="decode")  # of contexts that are all tail, too
+        caches, logits = prefill_for_all(model, new_caches, heads)
     else:  # contexts of tail_tokens or fewer have nothing to compress before their tail
-        cache, first_logits = new_cache(), {}
-        cache.set(mode="decode")
-    if any(tails):
-        first_logits = _feed_tail(model, cache, tails, tail_tokens)
-    return cache, first_logits
+        caches = [new_cache() for new_cache in new_caches]
+    begun = []
+    for cache in caches:
+        cache.set(mode="decode")  # of contexts that are all tail, too
+        begun.append((cache, _feed_tail(model, cache, tails, tail_tokens) if any(tails) else logits))
+    return begun
 
 
 def _feed_tail(model: PreTrainedModel, cache: CompressedCache, tails: Sequence[Sequence[int]], width: int) -> Logits:

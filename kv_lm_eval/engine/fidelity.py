@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.make import make_cache
-from kv_lm_eval.engine.check import FULL
 from kv_lm_eval.engine.choices import How, Score, score_continuations
+from kv_lm_eval.engine.full import FULL
 from kv_lm_eval.engine.prefill import Logits, NewCache, Rows
 from kv_lm_eval.engine.question import Tails
 from kv_lm_eval.engine.streaming import ScoredDocument, Stream, forwards, score_documents

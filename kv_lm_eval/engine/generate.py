@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.forward import cache_among
-from kv_lm_eval.engine.prefill import feed
+from kv_lm_eval.engine.prefill import Logits, feed
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.compression import compression_of
 
@@ -45,9 +46,15 @@ def check_generation_settings(settings: dict[str, Any]) -> None:
         raise UserError("assisted decoding takes tokens back, which a compressed cache cannot; remove the setting")
 
 
-def by_rows(cache: CompressedCache, beams: int = 1, compiled: bool = False) -> dict[str, Any]:
+def by_rows(
+    cache: CompressedCache, beams: int = 1, compiled: bool = False, first: Logits | None = None
+) -> dict[str, Any]:
     """The argument with which generate() takes `decode` for its loop, where it can; none where the stock loop is to go
-    over the cache: for beams, compiled steps and models that start anew beyond some length."""
+    over the cache: for beams, compiled steps and models that start anew beyond some length.
+
+    Args:
+        first: each row's last logits [1, V] where the prompts have been fed to their end.
+    """
     stock, method = beams > 1 or compiled or cache.facts.border is not None, compression_of(cache).method
     if stock and method.reads_again:
         what = "num_beams" if beams > 1 else "compile=True" if compiled else "a model that rotates by the length"
@@ -56,7 +63,8 @@ def by_rows(cache: CompressedCache, beams: int = 1, compiled: bool = False) -> d
             f"do, and {what} needs that loop; leave it out, or take a method that reads once, such as snapkv"
         )
     cache.keep_history(stock and beams == 1)
-    return {} if stock else {"custom_generate": decode}
+    assert first is None or not stock
+    return {} if stock else {"custom_generate": partial(decode, first=first)}
 
 
 @torch.no_grad()
@@ -68,13 +76,14 @@ def decode(
     generation_config: GenerationConfig,
     synced_gpus: bool = False,
     streamer: Any = None,
+    first: Logits | None = None,
     **words: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """generate()'s loop: one token after another for each row, until all have ended.
 
     Args:
         input_ids: [B, N] prompts, left-padded. words: what generate() has for the model, with the mask and the cache,
-            which may hold the beginnings of the prompts.
+            which may hold the beginnings of the prompts. first: the last logits of prompts that it holds whole.
 
     Returns:
         [B, N + new] token ids, padded after the end of each row; with scores and logits where these are asked for.
@@ -96,7 +105,7 @@ def decode(
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     scores, raw = list[torch.Tensor](), list[torch.Tensor]()
     while True:
-        fed = feed(model, cache, new, keep=1)
+        fed, first = (feed(model, cache, new, keep=1) if first is None else first), None
         if not len(logits):
             cache.gather()
             logits = torch.zeros(len(new), fed[0].shape[1], device=input_ids.device)

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.cache import CompressedCache, side_by_side
 from kv_lm_eval.cache.segment import Segment
-from kv_lm_eval.engine.prefill import NewCache, forward, prefill
+from kv_lm_eval.engine.prefill import NewCache, forward
+from kv_lm_eval.engine.together import prefill_for_all
 
 Head = tuple[int, ...]
 
@@ -35,22 +36,33 @@ class Contexts:
 
     def __init__(self, heads: Iterable[Sequence[int]]) -> None:
         self._left = Counter(map(tuple, heads))
-        self._held: dict[Head, Segment] = {}
+        self._held: dict[Head, list[Segment]] = {}  # under each compression
 
-    def forks(self, model: PreTrainedModel, new_cache: NewCache, heads: Sequence[Sequence[int]]) -> CompressedCache:
-        """A cache with a row for each head, cut after it; those that are not held are prefilled, each once."""
+    def forks(
+        self, model: PreTrainedModel, new_caches: Sequence[NewCache], heads: Sequence[Sequence[int]]
+    ) -> list[CompressedCache]:
+        """Caches, each with a row for each head, cut after it; heads that are not held are prefilled, each once.
+
+        Args:
+            new_caches: the same at every call, or the first of them alone.
+        """
         asked = [tuple(head) for head in heads]
         if new := [head for head in dict.fromkeys(asked) if head and head not in self._held]:
-            cache, _ = prefill(model, new_cache, new)
-            for row, head in enumerate(new):
-                segment, at = cache.of_row(row)
-                self._held[head] = segment if segment.rows == 1 else segment.select([at])
-        cache = new_cache()
-        cache.hold([self._held[head].select([0]) if head else None for head in asked])
+            prefilled, _ = prefill_for_all(model, new_caches, new)
+            self._held |= {head: [_own(cache, row) for cache in prefilled] for row, head in enumerate(new)}
+        caches = [new_cache() for new_cache in new_caches]
+        for m, cache in enumerate(caches):
+            cache.hold([self._held[head][m].select([0]) if head else None for head in asked])
         self._left.subtract(asked)
-        alone = cache.facts.border is not None  # what is rotated next depends on what was rotated last
+        alone = caches[0].facts.border is not None  # what is rotated next depends on what was rotated last
         self._held = {head: held for head, held in self._held.items() if self._left[head] > 0 and not alone}
-        return cache
+        return caches
+
+
+def _own(cache: CompressedCache, row: int) -> Segment:
+    """A row as a segment of its own."""
+    segment, at = cache.of_row(row)
+    return segment if segment.rows == 1 else segment.select([at])
 
 
 class Tails(NamedTuple):
@@ -69,15 +81,31 @@ def prefill_before_question(
     Args:
         rows: prompts, token ids. tails: tokens of each row from its question on, at least 1.
     """
+    (cache,) = prefill_before_question_for_all(model, [new_cache], rows, tails)
+    return cache
+
+
+@torch.no_grad()
+def prefill_before_question_for_all(
+    model: PreTrainedModel,
+    new_caches: Sequence[NewCache],
+    rows: Sequence[Sequence[int]],
+    tails: Sequence[int] | Tails,
+) -> list[CompressedCache]:
+    """The same for several compressions, for which a head is prefilled once."""
     tokens, contexts = tails if isinstance(tails, Tails) else (tails, None)
     heads, middles = split(rows, tokens)
-    cache = (contexts or Contexts(heads)).forks(model, new_cache, heads)
+    caches = (contexts or Contexts(heads)).forks(model, new_caches, heads)
     if any(middles):
-        whole = cache.compression.schedule.online or cache.compression.method.pages is not None
-        cache.set(mode="hold" if whole else "decode")
-        forward(model, cache, middles, keep=1)
-    cache.set(mode="decode", decoded=0)
-    return cache
+        for cache in caches:
+            whole = cache.compression.schedule.online or cache.compression.method.pages is not None
+            cache.set(mode="hold" if whole else "decode")
+        both = side_by_side(caches)
+        forward(model, both, middles * len(caches), keep=1)
+        caches = both.apart(len(caches))
+    for cache in caches:
+        cache.set(mode="decode", decoded=0)
+    return caches
 
 
 def split(rows: Sequence[Sequence[int]], tails: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:

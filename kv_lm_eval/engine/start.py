@@ -15,18 +15,21 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.cache import CompressedCache, side_by_side
 from kv_lm_eval.engine.forward import device_of
-from kv_lm_eval.engine.prefill import NewCache, feed_beginning
-from kv_lm_eval.engine.question import Tails, as_fed, prefill_before_question
+from kv_lm_eval.engine.prefill import Logits, NewCache, feed_beginning
+from kv_lm_eval.engine.question import Tails, as_fed, prefill_before_question, prefill_before_question_for_all
+from kv_lm_eval.engine.together import for_each, prefill_for_all
 
 
 class Started(NamedTuple):
-    """A cache and what generate() must be given to go on from it: token ids and mask [B, N], all prompts in whole."""
+    """A cache and what generate() must be given to go on from it: token ids and mask [B, N], all prompts in whole; and
+    each row's last logits [1, V] where the prompts have been fed to their end."""
 
     cache: CompressedCache
     ids: torch.Tensor
     mask: torch.Tensor
+    first: Logits | None = None
 
 
 def start(
@@ -54,6 +57,29 @@ def start(
         ids, mask = left_padded(rows, pad)
     device = device_of(model)
     return Started(cache, ids.to(device), mask.to(device))
+
+
+@torch.no_grad()  # not inference_mode: generate() goes on with the cache outside of it
+def start_for_all(
+    model: PreTrainedModel,
+    new_caches: Sequence[NewCache],
+    rows: Sequence[Sequence[int]],
+    tails: Sequence[int] | Tails | None,
+    pad: int,
+) -> Started:
+    """The same for M compressions, [M * B] rows: prompts that are read once are fed to their end."""
+    if len(new_caches) == 1:
+        return start(model, new_caches[0], rows, tails, pad)
+    first = None
+    if tails is not None:
+        caches = prefill_before_question_for_all(model, new_caches, rows, tails)
+        ids, mask = as_fed(rows, tails.tokens if isinstance(tails, Tails) else tails, pad)
+    else:
+        caches, logits = prefill_for_all(model, new_caches, rows)
+        first = for_each(logits, len(rows), len(caches))
+        ids, mask = left_padded(rows, pad)
+    device, times = device_of(model), (len(caches), 1)
+    return Started(side_by_side(caches), ids.repeat(times).to(device), mask.repeat(times).to(device), first)
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

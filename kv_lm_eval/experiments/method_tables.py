@@ -8,6 +8,7 @@ not what these say). Measuring all takes 10 to 20 minutes on two cores; rows of 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,8 +17,7 @@ from typing import Any
 
 from kv_lm_eval import console, files, listing, quickstart
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods import base, evicted
-from kv_lm_eval.methods.storage import BITS
+from kv_lm_eval.methods import base, evicted, storage
 
 COMMAND = "python scripts/methods_doc.py"
 LIST, MEASURED = Path("docs/methods.md"), "measured"
@@ -67,7 +67,6 @@ def wrong(stale: dict[Path, str]) -> str:
 def examples() -> dict[str, Callable[[int], dict[str, Any]]]:
     """By its name in the table, the --model_args of every method, and of what the parts make together, at a budget."""
     with_snapkv: dict[str, dict[str, Any]] = {
-        "nbits=4": {"nbits": 4, "residual_length": 32},
         "compress_every=16": {"compress_every": 16},
         "question_in_prompt=False": {"question_in_prompt": False},
     }
@@ -75,6 +74,8 @@ def examples() -> dict[str, Callable[[int], dict[str, Any]]]:
     for name in evicted.available():
         if name not in of_methods:
             with_snapkv[f"evicted={name}"] = {"evicted": name}
+    forms = [storage.load(name).example() for name in storage.available()[1:]]
+    with_snapkv |= {_first_setting(form): form for form in forms}
     out: dict[str, Callable[[int], dict[str, Any]]] = {
         name: partial(base.example, name) for name in sorted(base.available())
     }
@@ -82,6 +83,10 @@ def examples() -> dict[str, Callable[[int], dict[str, Any]]]:
         out[f"snapkv, {words}"] = partial(_with, "snapkv", more)
     out["random, question_in_prompt=False"] = partial(_with, "random", {"question_in_prompt": False})
     return out
+
+
+def _first_setting(settings: dict[str, Any]) -> str:
+    return "{}={}".format(*next(iter(settings.items())))
 
 
 def _with(method: str, more: dict[str, Any], slots: int) -> dict[str, Any]:
@@ -99,10 +104,18 @@ def points(names: Sequence[str], budgets: Sequence[int]) -> list[tuple[str, str,
         if few != many:
             out += [(name, str(budget), known[name](budget)) for budget in budgets]
         elif "nbits" in few:
-            out += [(name, f"{bits} bit", {**few, "nbits": bits}) for bits in BITS if bits]
+            out += [(name, f"{bits} bit", {**few, "nbits": bits}) for bits in _bits(few)]
+            forms = [storage.load(form).example() for form in storage.available()[1:]]
+            out += [(name, _first_setting(form), {"method": name, **form}) for form in forms if "nbits" not in form]
         else:
             out.append((name, "-", few))
     return out
+
+
+def _bits(settings: dict[str, Any]) -> list[int]:
+    """All that nbits may be with these settings, but for 0."""
+    (field,) = (f for f in dataclasses.fields(storage.chosen(settings)[0]) if f.name == "nbits")
+    return [bits for bits in field.metadata["choices"] if bits]
 
 
 def measured(names: Sequence[str], budgets: Sequence[int], limit: int | None) -> list[Row]:
@@ -131,6 +144,7 @@ def pages(folder: Path, new: Sequence[Row] = ()) -> dict[Path, str]:
     wanted = {readme: _with_part(texts[readme], readme, "methods", listing.short_table())}
     with_lists = _with_part(texts[page], page, "methods", listing.markdown())
     with_lists = _with_part(with_lists, page, "treatments", listing.treatments())
+    with_lists = _with_part(with_lists, page, "storages", listing.storages())
     rows = _rows(_part(texts[page], page, MEASURED)[1])
     wanted[page] = _with_part(with_lists, page, MEASURED, _measured_part(rows, new))
     return {p: text for p, text in wanted.items() if text != texts[p]}

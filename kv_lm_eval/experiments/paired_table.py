@@ -4,7 +4,8 @@
 
 OUT is a sweep's folder with kv_ppl tasks. Scored are the tokens that every point scored after the earliest cut of any,
 so that all rows are about the same tokens. An interval takes each text as one observation, of fewer than six texts
-blocks of tokens (docs/perplexity.md). The table is markdown; the last line is one JSON document.
+blocks of tokens (docs/perplexity.md). Of points run with fidelity=True there is the KL of the same tokens besides, and
+--pareto draws it against the bytes held. The table is markdown; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--rows", nargs="+", default=["*"], help="names of points, with * and ?; in this order")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--pareto", type=Path, help="a picture of KL against bytes, of points with fidelity=True")
     parser.add_argument("--title", default="")
     args = parser.parse_args(argv)
     points = {name: point for folder in args.folder for name, point in read(folder).items()}
@@ -54,6 +56,8 @@ def _main(argv: Sequence[str] | None) -> int:
         files.write_whole(args.csv, as_csv(table))
     if args.picture:
         draw(table, args.against, args.title, args.picture)
+    if args.pareto:
+        draw_pareto(table, args.title, args.pareto)
     print(json.dumps({"against": args.against, "rows": table}))
     return 0
 
@@ -89,6 +93,7 @@ def rows(points: dict[str, Point], against: str) -> list[dict[str, Any]]:
             np.array_equal(v, w, equal_nan=True) for v, w in zip(values, nll[against], strict=True)
         )
         bare = name == against or same
+        kl, more = (_divergence(points[n]["records"], values) for n in (name, against))
         out.append(
             {
                 "name": name,
@@ -101,9 +106,29 @@ def rows(points: dict[str, Point], against: str) -> list[dict[str, Any]]:
                 "over": blocks.in_words(found),
                 "tokens": int(sum(np.isfinite(v).sum() for v in values)),
                 "bytes": points[name]["stats"]["kv_bytes_decode_mean"],
+                **_kl_of(kl, more),
             }
         )
     return out
+
+
+def _divergence(records: dict[str, Any], nll: list[np.ndarray]) -> list[np.ndarray] | None:
+    """KL to the full cache where `nll` is finite, [tokens] of each text; None without fidelity."""
+    if any("kl" not in record for record in records.values()):
+        return None
+    of = [np.array([np.nan if v is None else v for v in r["kl"]], dtype=np.float64) for r in records.values()]
+    return [np.where(np.isfinite(n), kl, np.nan) for kl, n in zip(of, nll, strict=True)]
+
+
+def _kl_of(kl: list[np.ndarray] | None, other: list[np.ndarray] | None) -> dict[str, Any]:
+    """Mean KL, and how much more it is than another point's, each with its interval."""
+    names = ("kl", "kl_low", "kl_high", "kl_more", "kl_more_low", "kl_more_high")
+    if kl is None:
+        return dict.fromkeys(names)
+    found = [blocks.interval(kl)]
+    found += [blocks.interval([a - b for a, b in zip(kl, other, strict=True)])] if other is not None else []
+    ends = [one[part] for one in found for part in ("mean", "low", "high")]
+    return dict(zip(names, [*ends, None, None, None], strict=False))
 
 
 def shared(points: dict[str, Point], against: str) -> dict[str, list[np.ndarray]]:
@@ -131,11 +156,23 @@ def _nll(record: Any) -> np.ndarray:
 
 
 def markdown(table: list[dict[str, Any]], against: str) -> str:
-    """The table of a page."""
+    """The table of a page; with the KL where every point has one."""
+    if all(row["kl"] is not None for row in table):
+        return _markdown_with_kl(table, against)
     lines = [f"| | perplexity | against {against} | |", "|---|---:|---:|---|"]
     for row in table:
         ends = ("", "") if row["name"] == against else (change(row), interval(row))
         lines.append(f"| {row['name']} | {row['perplexity']:.2f} | {ends[0]} | {ends[1]} |")
+    return "\n".join(lines)
+
+
+def _markdown_with_kl(table: list[dict[str, Any]], against: str) -> str:
+    most = max(row["bytes"] for row in table)
+    lines = [f"| | bytes | KL | | against {against} | |", "|---|---:|---:|---|---:|---|"]
+    for row in table:
+        ends = ("", "") if row["name"] == against else (change(row), interval(row))
+        kl = f"{row['kl']:.4f}", "" if row["kl_low"] is None else f"{row['kl_low']:.4f} to {row['kl_high']:.4f}"
+        lines.append(f"| {row['name']} | {row['bytes'] / most:.1%} | {kl[0]} | {kl[1]} | {ends[0]} | {ends[1]} |")
     return "\n".join(lines)
 
 
@@ -186,3 +223,54 @@ def draw(table: list[dict[str, Any]], against: str, title: str, path: Path) -> N
     axes.grid(axis="x", lw=0.3)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
+    """KL against bytes, of the points that differ from the full cache; a line joins those that nothing betters.
+
+    Raises:
+        UserError: a point was run without fidelity=True.
+    """
+    if without := [row["name"] for row in table if row["kl"] is None]:
+        raise UserError(f"--pareto needs KL, and {without[0]} has none: run it with fidelity=True")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    most = max(row["bytes"] for row in table)
+    dots = sorted((100 * row["bytes"] / most, row["kl"], row["name"]) for row in table if row["kl"] > 0)
+    figure, axes = plt.subplots(figsize=(8, 6))
+    axes.set(xscale="log", yscale="log", xlabel="bytes held, per cent of the full cache", ylabel="KL, nats a token")
+    for row in table:
+        if row["kl"] > 0 and row["kl_low"] is not None:
+            ends = [max(row["kl_low"], row["kl"] / 10), row["kl_high"]]
+            axes.plot([100 * row["bytes"] / most] * 2, ends, color="#cccccc", lw=1)
+    front = [dot for at, dot in enumerate(dots) if dot[1] < min((kl for _, kl, _ in dots[:at]), default=np.inf)]
+    axes.plot([dot[0] for dot in front], [dot[1] for dot in front], color="#0072b2", lw=1)
+    for dot in dots:
+        axes.plot(*dot[:2], "o", color="#0072b2" if dot in front else "#888888")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * (high / low) ** 0.3)  # room for names
+    ticks = [t for t in (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 70, 100) if low <= t <= high]
+    axes.set_xticks(ticks, [f"{t} %" for t in ticks])
+    axes.xaxis.minorticks_off()
+    _names(axes, dots)
+    axes.set_title(title)
+    axes.grid(lw=0.3, which="both")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _names(axes: Any, dots: list[tuple[float, float, str]]) -> None:
+    """The name of each dot to its right, from below upwards and none over another."""
+    line = 9 * axes.figure.dpi / 72
+    taken: list[tuple[float, float]] = []
+    for share, kl, name in sorted(dots, key=lambda dot: dot[1]):
+        x, y = axes.transData.transform((share, kl))
+        at = y
+        for other_x, other_y in taken:
+            if abs(other_x - x) < 15 * line and abs(other_y - at) < line:
+                at = other_y + line
+        taken.append((x, at))
+        axes.annotate(name, (share, kl), (8, at - y), textcoords="offset pixels", fontsize=7, va="center")

@@ -185,7 +185,7 @@ def _expand(
     for combination in itertools.product(*axes.values()):
         scope = {**variables, **flat, **dict(zip(axes, combination, strict=True))}
         try:
-            full = {key: resolve(scope[key], scope, (key,)) for key in flat}
+            full = {key: resolve(scope[key], scope, (key,), key not in ("name", "label")) for key in flat}
         except UserError as error:
             raise UserError(f"{_shown(entry)}: {error}") from error
         if "where" in full and not _holds(full["where"], entry):

@@ -54,21 +54,22 @@ def names_in(value: Any) -> set[str]:
     return set()
 
 
-def resolve(value: Any, scope: Mapping[str, Any], path: tuple[str, ...] = ()) -> Any:
+def resolve(value: Any, scope: Mapping[str, Any], path: tuple[str, ...] = (), arithmetic: bool = True) -> Any:
     """`value` without references: those of its parts and of what they refer to are followed.
 
     Args:
         value: anything YAML holds.
         scope: what each name stands for; may refer to other names.
         path: names being resolved, to find circles.
+        arithmetic: compute what has become arithmetic; not of names, where `4 + ${window}` is a text.
 
     Raises:
         UserError: an unknown name, a circle, or a division by zero.
     """
     if isinstance(value, Mapping):
-        return {key: resolve(part, scope, path) for key, part in value.items()}
+        return {key: resolve(part, scope, path, arithmetic) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [resolve(part, scope, path) for part in value]
+        return [resolve(part, scope, path, arithmetic) for part in value]
     if not isinstance(value, str) or not REFERENCE.search(value):
         return value
 
@@ -83,6 +84,8 @@ def resolve(value: Any, scope: Mapping[str, Any], path: tuple[str, ...] = ()) ->
     if whole := REFERENCE.fullmatch(value.strip()):
         return stands_for(whole[1])
     text = REFERENCE.sub(lambda match: str(stands_for(match[1])), value)
+    if not arithmetic:
+        return text
     try:
         return calculate(text)
     except NotArithmetic:

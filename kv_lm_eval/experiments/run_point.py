@@ -61,12 +61,14 @@ def why_not_done(record: dict[str, Any], folder: Path) -> str | None:
     return None if name is None else f"{name} is damaged or gone"
 
 
-def run_point(point: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run_point(point: dict[str, Any], folder: Path, lm: Any = None, resumed: bool | None = None) -> dict[str, Any]:
     """Runs one point and returns its record, which is also in its folder.
 
     Args:
         point: as in plan.json.
         folder: the point's own; what an interrupted run left there is used or cleared away.
+        lm: the model under the point's settings, None: it is loaded here. resumed: whether the record says that an
+            earlier run's answers were used, None: if there are any.
 
     Raises:
         UserError: there is no room on the disk, so that no point can be run.
@@ -74,14 +76,15 @@ def run_point(point: dict[str, Any], folder: Path) -> dict[str, Any]:
     import kv_lm_eval.model  # noqa: F401  (here, so that its seconds are not the first point's)
 
     folder.mkdir(parents=True, exist_ok=True)
-    resumed = _can_resume(folder, point["model"])
+    found = can_resume(folder, point["model"])
     clear_results(folder)
-    record = {**point, "status": RUNNING, "error": None, "seconds": None, "resumed": resumed, "results_file": None}
+    record = {**point, "status": RUNNING, "error": None, "seconds": None, "results_file": None}
+    record["resumed"] = found if resumed is None else resumed
     files.write_json(folder / RECORD, {**record, "versions": versions()})
     start = time.perf_counter()
-    with _captured(folder / LOG):
+    with captured(folder / LOG):
         try:
-            written = _evaluate(point, folder)
+            written = _evaluate(point, folder, lm)
             record["status"] = DONE
         except (Exception, SystemExit) as error:
             if _is_no_room(error):
@@ -122,7 +125,7 @@ def versions() -> dict[str, str]:
     return {"kv-lm-eval": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
 
 
-def _can_resume(folder: Path, model: str) -> bool:
+def can_resume(folder: Path, model: str) -> bool:
     """Whether an interrupted run's answers can be used: they and the records of their requests, or neither."""
     from kv_lm_eval.requests import kept_answers
 
@@ -134,16 +137,25 @@ def _can_resume(folder: Path, model: str) -> bool:
     return False
 
 
-def _evaluate(point: dict[str, Any], folder: Path) -> list[Path]:
-    """The run itself; returns the results file and the samples files."""
+def sizes_of(point: dict[str, Any]) -> dict[str, Any]:
+    """What lm-eval's command line gives a model's constructor beside --model_args."""
+    return {key: point[key] for key in ("batch_size", "max_batch_size", "device") if point[key] is not None}
+
+
+def loaded(point: dict[str, Any]) -> Any:
+    """The model of a point, under its settings."""
     plugin.install()
     from lm_eval.api.registry import get_model
 
+    return get_model(point["model"]).create_from_arg_obj(dict(point["model_args"]), sizes_of(point))
+
+
+def _evaluate(point: dict[str, Any], folder: Path, lm: Any = None) -> list[Path]:
+    """The run itself; returns the results file and the samples files."""
     seeds = point["seed"] if isinstance(point["seed"], list) else [point["seed"]] * 4
     names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     seeded = {} if point["seed"] is None else dict(zip(names, seeds, strict=True))
-    sizes = {key: point[key] for key in ("batch_size", "max_batch_size", "device")}
-    lm = get_model(point["model"]).create_from_arg_obj(dict(point["model_args"]), sizes)
+    lm = loaded(point) if lm is None else lm
     if hasattr(lm, "compression_log"):
         lm.compression_log = KeptLog.of(lm.compression_log, folder / REQUESTS)
     else:
@@ -199,6 +211,9 @@ class KeptLog:
         """The log, kept in a file from now on, with the records that are there already."""
         from kv_lm_eval.metrics.compression import RequestRecord
 
+        if isinstance(log, KeptLog) and log.file == file:
+            return log
+
         log.__class__ = type("KeptLog", (KeptLog, type(log)), {})
         log.file = file
         log.records += [RequestRecord(**row) for batch in KeptLog._lines(file) for row in batch]
@@ -241,7 +256,7 @@ def _number(value: Any) -> Any:
 
 
 @contextmanager
-def _captured(file: Path) -> Iterator[None]:
+def captured(file: Path) -> Iterator[None]:
     """What a run prints and logs goes into its own file; bars of eighty runs would drown the sweep's own."""
     root, theirs = logging.getLogger(), logging.getLogger("lm_eval")
     with file.open("a", encoding="utf-8") as out, redirect_stdout(out), redirect_stderr(out):

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from kv_lm_eval import console, files, progress
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.experiments import cost, plan
+from kv_lm_eval.experiments.run_group import Job, groups, run_group
 from kv_lm_eval.experiments.run_point import (
     DONE,
     FAILED,
@@ -41,13 +42,10 @@ from kv_lm_eval.experiments.run_point import (
     RECORD,
     folder_of,
     read_record,
-    run_point,
     tidy,
     versions,
     why_not_done,
 )
-
-Job = tuple[dict[str, Any], Path]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=VALUE",
         help="replace one of `vars` or `defaults`, such as device=cuda or limit=20; may be repeated",
+    )
+    parser.add_argument(
+        "--one-by-one",
+        action="store_true",
+        help="run every point for itself: points that differ in their method alone share the loaded model and each "
+        "prompt's prefill otherwise, and so have no times of their own",
     )
     parser.add_argument("--executor", choices=("local", "ray"), default="local", help="ray: needs the extra [ray]")
     ray = parser.add_argument_group("with --executor ray")
@@ -181,7 +185,7 @@ def _run(
     for point, folder in jobs:
         _rename(point, folder)
     print(f"{len(points)} points, {len(points) - len(todo)} finished before, {len(todo)} to run; results: {output}")
-    runner = _with_ray(todo, args) if args.executor == "ray" else _here(todo)
+    runner = _with_ray(todo, args) if args.executor == "ray" else _here(todo, args.one_by_one)
     for record in _watched(runner, todo, local=args.executor == "local"):
         if record["status"] != DONE:
             tqdm.write(_complaint(record, output), file=sys.stderr)
@@ -249,13 +253,18 @@ def _complaint(record: dict[str, Any], output: Path) -> str:
     )
 
 
-def _here(jobs: list[Job]) -> Iterator[dict[str, Any]]:
-    for point, folder in jobs:
-        yield run_point(point, folder)
+def _here(jobs: list[Job], one_by_one: bool) -> Iterator[dict[str, Any]]:
+    for group in [[job] for job in jobs] if one_by_one else groups(jobs):
+        yield from run_group(group)
+
+
+def run_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
+    """A group in a worker of Ray's."""
+    return list(run_group(jobs))
 
 
 def _with_ray(jobs: list[Job], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Points as Ray tasks, on one machine or many; the output folder must be one that all of them see."""
+    """Groups of points as Ray tasks, on one machine or many; the output folder must be one that all of them see."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report home
     try:
         import ray
@@ -272,27 +281,40 @@ def _with_ray(jobs: list[Job], args: argparse.Namespace) -> Iterator[dict[str, A
         num_cpus=None if args.ray_address or not args.num_workers else args.num_workers * args.num_cpus,
     )
     try:
-        task = ray.remote(num_cpus=args.num_cpus, num_gpus=args.num_gpus, max_retries=0)(run_point)
-        at_once = args.num_workers or len(jobs)
-        waiting: list[Job] = list(jobs)
-        running: dict[Any, Job] = {}
+        task = ray.remote(num_cpus=args.num_cpus, num_gpus=args.num_gpus, max_retries=0)(run_jobs)
+        at_once = args.num_workers or _room(ray.cluster_resources(), args)
+        waiting = [[job] for job in jobs] if args.one_by_one else groups(jobs, at_least=at_once)
+        running: dict[Any, list[Job]] = {}
         while waiting or running:
             while waiting and len(running) < at_once:
-                point, folder = waiting.pop(0)
-                running[task.remote(point, folder)] = (point, folder)
+                group = waiting.pop(0)
+                running[task.remote(group)] = group
             finished, _ = ray.wait(list(running), num_returns=1)
-            point, folder = running.pop(finished[0])
+            group = running.pop(finished[0])
             try:
-                yield ray.get(finished[0])
+                yield from ray.get(finished[0])
             except ray.exceptions.RayError as error:  # the worker died: killed, or out of the host's memory
+                done = [record for _, folder in group if (record := read_record(folder)).get("status") == DONE]
+                yield from done
+                rest = [job for job in group if read_record(job[1]).get("status") != DONE]
+                if len(group) > 1:  # whose fault it was is found out one by one
+                    waiting += [[job] for job in rest]
+                    continue
                 memory = isinstance(error, ray.exceptions.OutOfMemoryError)
-                record = {**point, **read_record(folder), "status": OUT_OF_MEMORY if memory else FAILED}
-                record["error"] = f"the worker died: {error}"
-                folder.mkdir(parents=True, exist_ok=True)
-                files.write_json(folder / RECORD, record)
-                yield record
+                for point, folder in rest:
+                    record = {**point, **read_record(folder), "status": OUT_OF_MEMORY if memory else FAILED}
+                    record["error"] = f"the worker died: {error}"
+                    folder.mkdir(parents=True, exist_ok=True)
+                    files.write_json(folder / RECORD, record)
+                    yield record
     finally:
         ray.shutdown()
+
+
+def _room(resources: dict[str, float], args: argparse.Namespace) -> int:
+    """How many points a cluster can run at a time."""
+    asked = {"CPU": args.num_cpus, "GPU": args.num_gpus}
+    return max(1, min(int(resources.get(name, 0) // each) for name, each in asked.items() if each))
 
 
 if __name__ == "__main__":

@@ -350,9 +350,11 @@ class Heads:
     """How the KV heads of a layer share its slots.
 
     "uniform": each the same. "ada": those whose tokens score higher keep more. The best tokens of all heads together
-    say how many each head would keep; a share `alpha` of an equal part is guaranteed to each.
+    say how many each head would keep; a share `alpha` of an equal part is guaranteed to each. "ada_floor": that share
+    is a floor, not a part of a mean: int(alpha * slots) of each head's best, at least one, then the best of all others.
 
-    Paper: arXiv:2407.11550 (Ada-KV), algorithm 1. Reference: FFY0/AdaKV.
+    Paper: arXiv:2407.11550 (Ada-KV), algorithm 1. References: FFY0/AdaKV for ada; NVIDIA/kvpress, adakv_press.py for
+    ada_floor.
     Deviations: the safeguard is rounded so that the layer's total is exact, rather than per head. rounding=reference
     is its arithmetic: of the scored slots c of a head's equal part int(alpha * c) are sure, and each head's number is
     rounded for itself, so that the total may be off by half a slot a head.
@@ -360,9 +362,11 @@ class Heads:
 
     head_budget: str = field(
         default="uniform",
-        metadata={"help": "how the KV heads of a layer share its slots", "choices": ("uniform", "ada")},
+        metadata={"help": "how the KV heads of a layer share its slots", "choices": ("uniform", "ada", "ada_floor")},
     )
-    alpha: float = field(default=0.2, metadata={"help": "head_budget=ada: share of an equal part each head is sure of"})
+    alpha: float = field(
+        default=0.2, metadata={"help": "head_budget=ada or ada_floor: share of an equal part each head is sure of"}
+    )
     rounding: str = _rounding()
 
     def __post_init__(self) -> None:
@@ -372,12 +376,12 @@ class Heads:
     @property
     def differ(self) -> bool:
         """Whether heads have budgets of their own."""
-        return self.head_budget == "ada"
+        return self.head_budget != "uniform"
 
     @property
     def exact(self) -> bool:
         """Whether a layer's heads keep its slots to the last one."""
-        return not self.differ or self.rounding == "exact"
+        return self.head_budget != "ada" or self.rounding == "exact"
 
     def split(self, scores: torch.Tensor, pos: torch.Tensor, keep: list[int], protected: int = 0) -> torch.Tensor:
         """Slots per row and head, [B, heads], whose sum over the heads is heads * keep of the row.
@@ -390,17 +394,29 @@ class Heads:
         if not self.differ or heads == 1:
             return torch.tensor(keep).view(-1, 1).expand(rows, heads)
         real = (pos >= 0).expand(rows, heads, n)
-        flat = torch.where(real, at_least_float32(scores), float("-inf")).reshape(rows, heads * n)
-        order = flat.argsort(dim=-1, descending=True, stable=True)
+        ranked = torch.where(real, at_least_float32(scores), float("-inf"))
+        if self.head_budget == "ada_floor":
+            ranked = self._with_floor(ranked, keep)
+        order = ranked.reshape(rows, heads * n).argsort(dim=-1, descending=True, stable=True)
         rank = torch.arange(heads * n, device=order.device)
         chosen = rank < to_device([k * heads for k in keep], order.device).view(-1, 1)
+        chosen &= real.reshape(rows, heads * n).gather(1, order)
         wanted = torch.zeros(rows, heads, dtype=torch.long, device=order.device)
         wanted.scatter_add_(1, order // n, chosen.long())
+        if self.head_budget == "ada_floor":
+            return wanted.cpu()
         available = real.sum(-1).tolist()
         rows_of_heads = zip(wanted.tolist(), available, keep, strict=True)
         if self.rounding == "reference":
             return torch.tensor([self._reference(w, a, k, protected) for w, a, k in rows_of_heads])
         return torch.tensor([_blend(w, a, k, self.alpha) for w, a, k in rows_of_heads])
+
+    def _with_floor(self, scores: torch.Tensor, keep: list[int]) -> torch.Tensor:
+        """[B, heads, N] scores in which those that each head is sure of come before all others."""
+        sure = [max(int(k * self.alpha), 1) if self.alpha and k else 0 for k in keep]  # a float's product, as there
+        place = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        first = place < to_device(sure, scores.device).view(-1, 1, 1)
+        return torch.where(first & ~scores.isneginf(), float("inf"), scores)
 
     def _reference(self, wanted: list[int], available: list[int], keep: int, protected: int) -> list[int]:
         if sum(available) <= keep * len(available):

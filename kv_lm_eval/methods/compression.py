@@ -228,15 +228,16 @@ class Compression:
             if self.layers.beta == 1:
                 yield "beta=1 makes layer_budget=pyramid the same for every layer: layer_budget=uniform"
         if self.heads.differ and all(kv_heads == 1 for _, kv_heads in facts.heads.values()):
-            yield "head_budget=ada has no effect: the model has one KV head a layer"
+            yield f"head_budget={self.heads.head_budget} has no effect: the model has one KV head a layer"
 
     def check_model(self, facts: ModelFacts) -> None:
         """Raises UserError where the settings cannot go with this model."""
         self.method.check_model(facts)
-        if self.storage.quantises and self.storage.group_size > (facts.max_positions or self.storage.group_size):
+        longest = facts.max_positions
+        if self.storage.quantises and longest is not None and not self.storage.due(0, longest):
             raise UserError(
-                f"group_size={self.storage.group_size} is more than the {facts.max_positions} positions of the model: "
-                "pairs are quantised in whole groups, so that none ever would be"
+                f"{self.storage.waits} is more than the {longest} positions of the model: so many tokens pass until "
+                "the first pairs are quantised, so that none ever would be"
             )
         if not self.method.compresses:
             return
@@ -323,7 +324,7 @@ class Compression:
             flat["evicted"] = self.evicted.evicted
         flat.update(self.method.notes())
         if self.storage.quantises:
-            flat.update({f.name: getattr(self.storage, f.name) for f in fields(self.storage)})
+            flat.update(self.storage.settings())
         for share, of_it, differs in (("head_budget", "alpha", "ada"), ("layer_budget", "beta", "pyramid")):
             if flat.get(share, differs) != differs:
                 del flat[of_it]

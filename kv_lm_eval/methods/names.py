@@ -7,7 +7,18 @@ from pathlib import Path
 
 from kv_lm_eval.errors import UserError, close_names
 
-PARTS = {"base", "budget", "schedule", "evicted", "treatments", "storage", "compression", "head_profile", "names"}
+PARTS = {
+    "base",
+    "budget",
+    "schedule",
+    "evicted",
+    "treatments",
+    "storage",
+    "storages",
+    "compression",
+    "head_profile",
+    "names",
+}
 
 
 def available() -> list[str]:

@@ -1,64 +1,166 @@
-"""IN WHAT FORM the pairs that stay are held: as the model made them, or in a few bits each."""
+"""IN WHAT FORM the pairs that stay are held: as the model made them, or in one of the files of `storages/`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
 
-from kv_lm_eval.errors import UserError
+from kv_lm_eval.cache.coded import Codec
+from kv_lm_eval.errors import UserError, close_names
 
-BITS = (2, 4, 8)  # that a number may be held in
+KEY = "kv_cache_dtype"  # the setting that names a form, as in vLLM
+
+
+def residual(default: int) -> int:
+    """The field that every form has."""
+    about = "newest pairs per KV head that stay in the model's number format"
+    return field(default=default, metadata={"help": f"{KEY} or nbits: {about}"})
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Keys and values in nbits each, but for the newest ones; 0: all in the model's own number format.
+    """All pairs are in the model's own number format.
 
-    Numbers of a group share a smallest value and a step, and each is a whole number of steps. A group is `group_size`
-    consecutive pairs of one channel (axis "channel": keys have channels that are large in every token), or `group_size`
-    neighbouring channels of one pair (axis "token"). The newest `residual_length` pairs, and up to 2 * group_size - 1
-    more that wait for their group to be full, stay as they are.
-
-    Paper: arXiv:2402.02750 (KIVI), section 3. Reference: jy-yuan/KIVI, models/llama_kivi.py.
-    Deviations: keys and values leave the residual together, in whole groups, each time the row has seen a multiple of
-    group_size tokens (KIVI: keys residual_length at a time, values one by one), so that the residual is never shorter
-    than residual_length; residual and groups are counted in pairs that a head still holds, whatever was evicted between
-    them.
+    A subclass holds the older ones in fewer bits: it says how keys and values are coded, and its fields are settings.
+    It is one file of `storages/`, whose name is the form's.
     """
 
-    nbits: int = field(
-        default=0,
-        metadata={"help": "bits of each stored key and value number; 0: not quantised", "choices": (0, *BITS)},
-    )
-    group_size: int = field(default=32, metadata={"help": "nbits: numbers that share a scale and a zero"})
-    residual_length: int = field(
-        default=128, metadata={"help": "nbits: newest pairs per KV head that stay in the model's number format"}
-    )
-    key_axis: str = field(
-        default="channel",
-        metadata={
-            "help": "nbits: groups of keys lie along one channel or in one token",
-            "choices": ("channel", "token"),
-        },
-    )
-    value_axis: str = field(
-        default="token", metadata={"help": "nbits: the same for values", "choices": ("channel", "token")}
-    )
+    name: ClassVar[str] = "auto"
+    asked_by: ClassVar[tuple[str, ...]] = ()  # settings that ask for the form without its name
+    variants: ClassVar[dict[str, dict[str, Any]]] = {}  # other names that stand for the form and some of its settings
+
+    residual_length: int = residual(0)
 
     def __post_init__(self) -> None:
-        if self.group_size < 1:
-            raise UserError(f"group_size={self.group_size} must be at least 1: it counts numbers that share a scale")
         if self.residual_length < 0:
             raise UserError(f"residual_length={self.residual_length} is negative; it counts pairs, 0 or more")
 
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        """Settings that show the form on prompts of a few hundred tokens: the tables of the docs take them."""
+        return {KEY: cls.name}
+
     @property
     def quantises(self) -> bool:
-        return self.nbits > 0
+        return False
+
+    @property
+    def words(self) -> str:
+        """The setting that asks for the form, for messages."""
+        return f"{KEY}={self.name}"
+
+    @property
+    def step(self) -> int:
+        """Pairs that change their form together."""
+        return 1
+
+    @property
+    def waits(self) -> str:
+        """The setting that says after how many tokens the first pairs change their form, for messages."""
+        return f"{KEY}={self.name}"
+
+    @property
+    def keys(self) -> Codec:
+        """How keys are coded."""
+        raise NotImplementedError(f"{KEY}={self.name} codes nothing")
+
+    @property
+    def values(self) -> Codec:
+        """How values are coded."""
+        raise NotImplementedError(f"{KEY}={self.name} codes nothing")
 
     def due(self, before: int, after: int) -> bool:
-        """Whether a row that has now seen `after` tokens, `before` of them until its last forward, moves full groups
-        out of the residual: a clock of the row's own, the same whatever batch or segment its tokens come in."""
-        return before // self.group_size < after // self.group_size
+        """Whether a row that has now seen `after` tokens, `before` of them until its last forward, codes the pairs that
+        wait: a clock of the row's own, the same whatever batch or segment its tokens come in."""
+        return before // self.step < after // self.step
 
     def until_due(self, seen: int) -> int:
-        """Tokens that a row may be fed in one forward so that it ends where the next pairs are quantised."""
-        return self.group_size - seen % self.group_size
+        """Tokens that a row may be fed in one forward so that it ends where the next pairs are coded."""
+        return self.step - seen % self.step
+
+    def settings(self) -> dict[str, Any]:
+        """All that was set or stands by default, by the names of --model_args."""
+        named = {} if self.asked_by else {KEY: self.name}
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**named, **{name: value for name, value in own.items() if value is not None}}
+
+
+@dataclass(frozen=True)
+class PairByPair(Storage):
+    """A form in which every pair is coded for itself."""
+
+    code_every: int = field(
+        default=1,
+        metadata={"help": f"{KEY}: pairs that wait until so many tokens more have been seen, and are coded together"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.code_every < 1:
+            raise UserError(f"code_every={self.code_every} must be at least 1: it counts tokens from coding to coding")
+
+    @property
+    def quantises(self) -> bool:
+        return True
+
+    @property
+    def step(self) -> int:
+        return self.code_every
+
+    @property
+    def waits(self) -> str:
+        return f"code_every={self.code_every}"
+
+
+def available() -> list[str]:
+    """Names of the forms: auto, and every module of `storages/`."""
+    folder = Path(__file__).parent / "storages"
+    return [Storage.name, *sorted(m.name for m in pkgutil.iter_modules([str(folder)]))]
+
+
+def load(name: str) -> type[Storage]:
+    """The form that a file of `storages/` defines, or the plain one."""
+    if name == Storage.name:
+        return Storage
+    module = importlib.import_module(f"{__name__.rpartition('.')[0]}.storages.{name}")
+    (cls,) = (
+        c
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, Storage) and c.__module__ == module.__name__
+    )
+    cls.name = name
+    return cls
+
+
+def names() -> dict[str, tuple[type[Storage], dict[str, Any]]]:
+    """All that `kv_cache_dtype` may be: the form, and the settings that the name stands for."""
+    out: dict[str, tuple[type[Storage], dict[str, Any]]] = {}
+    for name in available():
+        cls = load(name)
+        out |= {name: (cls, {}), **{variant: (cls, settings) for variant, settings in cls.variants.items()}}
+    return out
+
+
+def chosen(values: Mapping[str, Any]) -> tuple[type[Storage], dict[str, Any]]:
+    """The form that the settings ask for, by its name or by what only it understands, and its settings.
+
+    Raises:
+        UserError: there is none of that name, or it stands for another setting than the one given.
+    """
+    name = str(values.get(KEY, Storage.name)).lower()
+    known = names()
+    if name not in known:
+        raise UserError(f"{KEY}={values[KEY]} is not one of: {', '.join(known)}{close_names(name, known)}")
+    cls, stands_for = known[name]
+    for key, value in stands_for.items():
+        if key in values and str(values[key]) != str(value):
+            raise UserError(f"{KEY}={name} stands for {key}={value}, and {key}={values[key]} is given; leave one out")
+    if cls is Storage:
+        asked = [c for c, _ in known.values() if any(key in values for key in c.asked_by)]
+        cls = asked[0] if asked else Storage
+    return cls, {**values, **stands_for}

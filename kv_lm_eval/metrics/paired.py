@@ -30,6 +30,7 @@ class _Record(TypedDict):
     settings: NotRequired[dict[str, Any]]
     document: NotRequired[str]
     cuts: NotRequired[int]
+    kl: NotRequired[list[float | None]]  # of points with fidelity=True
 
 
 def read(file: Path) -> dict[str, Record]:

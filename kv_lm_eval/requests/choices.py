@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine import recompute
-from kv_lm_eval.engine.choices import Score
+from kv_lm_eval.engine.choices import How, Score, score_for_all
 from kv_lm_eval.engine.question import Contexts, Tails
 from kv_lm_eval.engine.windows import Plain
 from kv_lm_eval.errors import UserError
@@ -20,6 +20,7 @@ from kv_lm_eval.requests import boundaries, fidelity
 from kv_lm_eval.requests.beside import Beside
 from kv_lm_eval.requests.boundaries import Boundary
 from kv_lm_eval.requests.halving import largest_batch
+from kv_lm_eval.requests.others import Others
 from kv_lm_eval.requests.run import Run
 from kv_lm_eval.requests.samples import Choice
 
@@ -63,12 +64,19 @@ def encode(run: Run, disable_tqdm: bool, of_pair: Callable[[str, str], tuple[lis
     return encoded
 
 
-def score(run: Run, requests: list[Encoded], disable_tqdm: bool, stock: Callable[..., list[Score]]) -> list[Choice]:
+def score(
+    run: Run,
+    requests: list[Encoded],
+    disable_tqdm: bool,
+    stock: Callable[..., list[Score]],
+    beside: Sequence[Run] = (),
+) -> list[Choice]:
     """Answers of all requests, in their order.
 
     Args:
         requests: encoded; parallel to the run's where those are known.
         stock: lm-eval's own scoring, for method=no_cache.
+        beside: the same requests under other compressions, answered on the way where they can be.
     """
     for i, (texts, _, ids) in enumerate(requests):
         if not ids:
@@ -80,7 +88,7 @@ def score(run: Run, requests: list[Encoded], disable_tqdm: bool, stock: Callable
     run.check_prompts([len(context) + len(ids) for _, context, ids in requests], [most] * len(requests))
     groups = _groups(run, requests)
     if run.compression.method.uses_cache:
-        return _score_groups(run, requests, groups, disable_tqdm)
+        return _score_groups(Others(run, beside), requests, groups, disable_tqdm)
     known: dict[int, dict[str, Any]] = {}
     for group in groups:
         names = run.by_task(group.members)
@@ -149,20 +157,36 @@ def _recompute(run: Run, requests: list[Encoded], length: int, disable_tqdm: boo
     return scores
 
 
-def _score_groups(run: Run, requests: list[Encoded], groups: list[Group], disable_tqdm: bool) -> list[Choice]:
+class Scored(NamedTuple):
+    """A batch of groups under one run: scores by group and continuation, the cache, what the full cache says beside
+    (with fidelity=True), and the watch where the batch was the run's alone."""
 
-    def work(batch: Sequence[Group]) -> tuple[list[list[Score]], CompressedCache, list[list[Beside]] | None, Stopwatch]:
+    scores: list[list[Score]]
+    cache: CompressedCache
+    beside: list[list[Beside]] | None
+    watch: Stopwatch | None
+
+
+def _score_groups(others: Others, requests: list[Encoded], groups: list[Group], disable_tqdm: bool) -> list[Choice]:
+    run = others.runs[0]
+
+    def batch_for(runs: Sequence[Run], batch: Sequence[Group]) -> list[Scored]:
         watch = run.stopwatch()
         continuations = [[requests[i][2] for i in g.members] for g in batch]
         asked = [g.boundary.tail_tokens for g in batch if g.boundary is not None]
         tails = Tails(asked, heads) if asked else run.engine.tail_tokens
-        contexts = [g.context for g in batch]
+        contexts, new_caches = [g.context for g in batch], [r.caches(watch) for r in runs]
         with run.autocast():
-            scores, cache, beside = fidelity.score_choices(
-                run, floor, run.caches(watch), contexts, continuations, tails
-            )
+            if len(runs) > 1:
+                how = How(run.lm.softmax_dtype)
+                found = score_for_all(run.lm.model, new_caches, contexts, continuations, tails, how)
+                return [Scored(*one, None, None) for one in found]
+            scores, cache, beside = fidelity.score_choices(run, floor, new_caches[0], contexts, continuations, tails)
         watch.end()
-        return scores, cache, beside, watch
+        return [Scored(scores, cache, beside, None if beside else watch)]
+
+    def work(batch: Sequence[Group]) -> list[tuple[Run, Scored]]:
+        return others.served(len(batch), lambda runs: batch_for(runs, batch))
 
     answers: dict[int, Choice] = {
         i: kept for g in groups for i in g.members if (kept := run.kept(i, g.boundary)) is not None
@@ -176,14 +200,24 @@ def _score_groups(run: Run, requests: list[Encoded], groups: list[Group], disabl
         for batch in _batches(run, groups, work):
             for part, result in run.halving.run(batch, work, lambda g: len(g.context)):
                 assert result is not None
-                scored, cache, beside, watch = result
-                known = _record(run, part, cache, None if beside else watch)
-                for b, group in enumerate(part):
-                    for at, i in enumerate(group.members):
-                        answers[i] = Choice(scored[b][at], known[i], beside[b][at] if beside else None)
-                        run.keep(i, answers[i], group.boundary)
-                    bar.update(len(group.members))
+                for one, scored in reversed(result):  # the run's own last: what it keeps, all have
+                    found = _choices(one, part, scored)
+                    for group in part:
+                        for i in group.members:
+                            one.keep(i, found[i], group.boundary)
+                answers |= found
+                bar.update(sum(len(group.members) for group in part))
     return [answers[i] for i in range(len(requests))]
+
+
+def _choices(run: Run, batch: Sequence[Group], scored: Scored) -> dict[int, Choice]:
+    """A batch's answers, by request."""
+    known = _record(run, batch, scored.cache, scored.watch)
+    return {
+        i: Choice(scored.scores[b][at], known[i], scored.beside[b][at] if scored.beside else None)
+        for b, group in enumerate(batch)
+        for at, i in enumerate(group.members)
+    }
 
 
 def _batches(run: Run, groups: list[Group], work: Callable[[Sequence[Group]], object]) -> list[list[Group]]:

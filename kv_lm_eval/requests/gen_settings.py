@@ -48,6 +48,11 @@ class GenSettings:
     beams: int = 1
     looks_at_prompt: bool = False
 
+    @property
+    def of_each_row(self) -> bool:
+        """Whether an answer is the same whatever is drawn or searched for other rows beside it."""
+        return self.beams == 1 and not self.of_generate.get("do_sample")
+
     @classmethod
     def read(cls, run: Run, i: int) -> GenSettings:
         """The settings of a request.

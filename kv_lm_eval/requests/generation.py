@@ -19,9 +19,9 @@ from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine.forward import generate_with, logits_of
 from kv_lm_eval.engine.generate import by_rows, noting_first_token
 from kv_lm_eval.engine.lent import starting_anew
-from kv_lm_eval.engine.prefill import prefill
 from kv_lm_eval.engine.question import Contexts, Tails
-from kv_lm_eval.engine.start import left_padded, start
+from kv_lm_eval.engine.start import left_padded, start_for_all
+from kv_lm_eval.engine.together import prefill_for_all
 from kv_lm_eval.errors import OUT_OF_MEMORY, UserError
 from kv_lm_eval.metrics.latency import Timing
 from kv_lm_eval.progress import Bar
@@ -29,26 +29,38 @@ from kv_lm_eval.requests import boundaries, fidelity
 from kv_lm_eval.requests.boundaries import Boundary
 from kv_lm_eval.requests.gen_settings import GenSettings
 from kv_lm_eval.requests.halving import largest_batch
+from kv_lm_eval.requests.others import Others
 from kv_lm_eval.requests.prompt import Prompt
 from kv_lm_eval.requests.run import Run, log
 from kv_lm_eval.requests.samples import NO_MEMORY, Text
 from kv_lm_eval.requests.stops import Stops
 
 
-def generate(run: Run, disable_tqdm: bool) -> list[str]:
-    """Answers of all requests, in their order."""
+def generate(run: Run, disable_tqdm: bool, beside: Sequence[Run] = ()) -> list[str]:
+    """Answers of all requests, in their order.
+
+    Args:
+        beside: the same requests under other compressions, answered on the way where they can be.
+    """
     asked = read(run)
     answers: dict[int, Text] = {p.i: kept for p in asked if (kept := run.kept(p.i, p.boundary)) is not None}
     prompts = [p for p in asked if p.i not in answers]
-    size = run.batch_size or _largest_batch(run, prompts)
+    others = Others(run, beside)
+    size = run.batch_size or _largest_batch(run, prompts, others.runs)
     contexts = Contexts(p.head for p in prompts)
     floor = fidelity.floor_of(run, [p.ids for p in prompts], [p.most_tokens for p in prompts])
 
     def work(rows: Sequence[Prompt]) -> list[Text]:
-        made = _generate(run, rows, contexts)
+        shared = rows[0].settings.of_each_row
+        (_, made), *theirs = others.served(len(rows), lambda runs: _generate(runs, rows, contexts), shared)
+        for other, answers_of_it in theirs:  # before the run's own: what it keeps, all have
+            for p, answer in zip(rows, answers_of_it, strict=True):
+                other.keep(p.i, answer, p.boundary)
         if floor is None:
             return made
-        return fidelity.compared_answers(run, floor, rows, made, lambda full, some: _generate(full, some, Contexts(())))
+        return fidelity.compared_answers(
+            run, floor, rows, made, lambda full, some: _generate([full], some, Contexts(()))[0]
+        )
 
     desc = "Running generate_until requests"
     with Bar(total=len(prompts), disable=run.hidden(disable_tqdm), desc=desc) as bar:
@@ -135,8 +147,8 @@ def _apart(run: Run, prompt: Prompt) -> tuple[int, ...]:
     return ()
 
 
-def _largest_batch(run: Run, prompts: Sequence[Prompt]) -> int:
-    """batch_size=auto: prompts as long as the longest with its answer, prefilled and cut."""
+def _largest_batch(run: Run, prompts: Sequence[Prompt], runs: Sequence[Run]) -> int:
+    """batch_size=auto: prompts as long as the longest with its answer, prefilled and cut, for all runs."""
     prompts = [p for p in prompts if not run.alone(p.most_tokens)]
     if not run.gains_by_batches or not prompts:
         return 1
@@ -145,8 +157,8 @@ def _largest_batch(run: Run, prompts: Sequence[Prompt]) -> int:
 
     def attempt(n: int) -> None:
         with torch.inference_mode(), run.autocast():
-            if run.new_cache is not None:
-                prefill(run.lm.model, run.new_cache, [row] * n)
+            if new_caches := [r.new_cache for r in runs if r.new_cache is not None]:
+                prefill_for_all(run.lm.model, new_caches, [row] * n)
             else:
                 logits_of(run.lm.model, torch.tensor([row] * n, device=run.lm.device), keep=1)
 
@@ -156,22 +168,23 @@ def _largest_batch(run: Run, prompts: Sequence[Prompt]) -> int:
 # ------------------------------------------------------------------------------------ one batch
 
 
-def _generate(run: Run, prompts: Sequence[Prompt], contexts: Contexts) -> list[Text]:
-    """Answers of prompts that have the same settings, from one generate()."""
-    lm, settings, rows = run.lm, prompts[0].settings, [p.ids for p in prompts]
-    watch, cache, pad = run.stopwatch(), None, lm.tokenizer.pad_token_id
+def _generate(runs: Sequence[Run], prompts: Sequence[Prompt], contexts: Contexts) -> list[list[Text]]:
+    """Answers of prompts that have the same settings, from one generate(), by run."""
+    run, settings, rows = runs[0], prompts[0].settings, [p.ids for p in prompts]
+    lm, watch, cache, first, every = run.lm, run.stopwatch(), None, None, len(rows) * len(runs)
+    pad = lm.tokenizer.pad_token_id
     if run.new_cache is None:
         ids, mask = (t.to(lm.device) for t in left_padded(rows, pad))
     else:
         tails = Tails([p.tail for p in prompts], contexts) if run.question_first else None
         with run.autocast():
-            cache, ids, mask = start(lm.model, run.caches(watch), rows, tails, pad)
+            cache, ids, mask, first = start_for_all(lm.model, [r.caches(watch) for r in runs], rows, tails, pad)
         if settings.beams > 1 and cache.batch:
             cache.batch_repeat_interleave(settings.beams)
-    ids = torch.where(mask.bool(), ids, ids.new_tensor([row[0] for row in rows])[:, None])
+    ids = torch.where(mask.bool(), ids, ids.new_tensor([row[0] for row in rows] * len(runs))[:, None])
     width, most_new = ids.shape[1], prompts[0].most_tokens - len(rows[0])
-    stops = Stops(lm.tokenizer, settings.until, settings.end_tokens, width, len(rows), settings.beams)
-    loop = {} if cache is None else by_rows(cache, settings.beams, run.decoder is not None)
+    stops = Stops(lm.tokenizer, settings.until, settings.end_tokens, width, every, settings.beams)
+    loop = {} if cache is None else by_rows(cache, settings.beams, run.decoder is not None, first)
     fast: AbstractContextManager[None] = nullcontext()
     if cache is not None and run.decoder is not None:
         fast = run.decoder.decoding(cache, most_new)
@@ -189,10 +202,18 @@ def _generate(run: Run, prompts: Sequence[Prompt], contexts: Contexts) -> list[T
         )
     watch.end()
     new = [stops.own(b, row) for b, row in enumerate(out[:, width:].tolist())]
-    timings = watch.timings(len(rows), run.first_of_its_kind(), [max(1, len(row)) for row in new], out.shape[1] - width)
-    steps = [max(0, len(row) - 1) for row in new]
-    efficiency = _record(run, prompts, cache, steps, timings)
-    return [Text(_text(run, row, settings), known, tokens=row) for row, known in zip(new, efficiency, strict=True)]
+    timings = None
+    if len(runs) == 1:  # of several none has times of its own
+        lengths = [max(1, len(row)) for row in new]
+        timings = watch.timings(len(rows), run.first_of_its_kind(), lengths, out.shape[1] - width)
+    caches = [None] if cache is None else cache.apart(len(runs))
+    answers = []
+    for m, (one, own) in enumerate(zip(runs, caches, strict=True)):
+        its = new[m * len(rows) : (m + 1) * len(rows)]
+        efficiency = _record(one, prompts, own, [max(0, len(row) - 1) for row in its], timings)
+        known = zip(its, efficiency, strict=True)
+        answers.append([Text(_text(one, row, settings), numbers, tokens=row) for row, numbers in known])
+    return answers
 
 
 def _record(
@@ -200,7 +221,7 @@ def _record(
     prompts: Sequence[Prompt],
     cache: CompressedCache | None,
     steps: Sequence[int],
-    timings: list[Timing],
+    timings: list[Timing] | None,
 ) -> list[dict[str, Any]]:
     """Logs a batch; what the samples say of each request.
 
@@ -213,9 +234,11 @@ def _record(
     beams = cache.batch // len(prompts)
     end = _every_row(cache.snapshot([n for n in steps for _ in range(beams)]), beams)
     found = [p.boundary for p in prompts if p.boundary is not None]
+    if timings is not None:
+        end["timing"] = timings
     before = cache.prefill_end or ({**end, "compressed": [False] * len(prompts)} if found else end)
     before = {**_every_row(before, len(before["seen"]) // len(prompts)), "seen": lengths}
-    return [r.efficiency() for r in run.record(members, before, {**end, "timing": timings}, boundaries=found or None)]
+    return [r.efficiency() for r in run.record(members, before, end, boundaries=found or None)]
 
 
 def _every_row(snapshot: dict[str, Any], step: int) -> dict[str, Any]:

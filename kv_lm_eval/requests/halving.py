@@ -46,7 +46,7 @@ class Halving:
             try:
                 result = work(part)
             except RuntimeError as error:
-                if not _out_of_memory(error) or (len(part) == 1 and not forgive(part[0])):
+                if not out_of_memory(error) or (len(part) == 1 and not forgive(part[0])):
                     raise
                 failed = True
             if failed and len(part) > 1:  # outside the handler, which keeps the failed forward's tensors alive
@@ -54,7 +54,7 @@ class Halving:
                 waiting += [part[middle:], part[:middle]]
                 continue
             if failed:
-                _free()
+                free_memory()
             yield part, result
 
     def _note(self, rows: int, tokens: int) -> None:
@@ -66,7 +66,7 @@ class Halving:
                 tokens,
             )
         self._too_many_tokens = min(tokens, self._too_many_tokens or tokens)
-        _free()
+        free_memory()
 
 
 def largest_batch(attempt: Callable[[int], object], most: int) -> int:
@@ -77,20 +77,22 @@ def largest_batch(attempt: Callable[[int], object], most: int) -> int:
         try:
             attempt(rows)
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             fits = False
-        _free()
+        free_memory()
         if fits:
             break
         rows //= 2
     return rows
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the host has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def _free() -> None:
+def free_memory() -> None:
+    """Gives back what the accelerator's allocator holds for later."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,24 @@ from kv_lm_eval.requests import kept_answers
 log = logging.getLogger("lm_eval.models.kvcompressed")
 
 
-def use_own_table(dbdict: Any, identity: str, answered: Callable[[], None]) -> None:
+@dataclass
+class Made:
+    """Answers of this process that count as made by a run, with all that is known of them, though another made them.
+
+    Attributes:
+        answers: by lm-eval's key. noting: whether what is written to the file is to be one of them.
+    """
+
+    answers: dict[str, Any] = field(default_factory=dict)
+    noting: bool = False
+
+
+def use_own_table(dbdict: Any, identity: str, answered: Callable[[], None], made: Made) -> None:
     """Points lm-eval's SqliteDict at the table of this identity.
 
     Args:
         answered: called for every answer that is taken from it.
+        made: looked at before the file.
 
     Raises:
         UserError: the file is damaged.
@@ -33,7 +47,7 @@ def use_own_table(dbdict: Any, identity: str, answered: Callable[[], None]) -> N
     again = (kept_answers.encode(OUT_OF_MEMORY),)
     dbdict.conn.execute(f'DELETE FROM "{dbdict.tablename}" WHERE value = ?', again)
     dbdict.conn.commit()
-    dbdict.__class__ = _counting(type(dbdict), answered)
+    dbdict.__class__ = _counting(type(dbdict), answered, made)
 
 
 def check_file(file: Path) -> None:
@@ -45,11 +59,18 @@ def check_file(file: Path) -> None:
         )
 
 
-def _counting(kind: type, answered: Callable[[], None]) -> type:
+def _counting(kind: type, answered: Callable[[], None], made: Made) -> type:
     class Counting(kind):
         """The model never sees the requests that are answered from the file."""
 
+        def __setitem__(self, key: Any, value: Any) -> None:
+            super().__setitem__(key, value)
+            if made.noting:
+                made.answers[key] = value
+
         def __contains__(self, key: Any) -> bool:
+            if key in made.answers:
+                return True
             if not super().__contains__(key):
                 return False
             try:
@@ -60,6 +81,8 @@ def _counting(kind: type, answered: Callable[[], None]) -> type:
             return True
 
         def __getitem__(self, key: str) -> Any:
+            if key in made.answers:
+                return made.answers[key]
             found = super().__getitem__(key)
             answered()
             return found

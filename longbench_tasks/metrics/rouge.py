@@ -26,23 +26,35 @@ def score(prediction: str, reference: str, all_classes: Sequence[str] | None = N
 
 def rouge_l(prediction: str, reference: str, max_calls: int) -> float:
     """F of rouge-l; `max_calls` is the depth of recursion at which the package would fail, its first call included."""
-    hypotheses, references = _sentences(prediction), _sentences(reference)
-    if not hypotheses or not references:
+    words = common_words(prediction, reference, max_calls)
+    if words is None:
         return 0.0
+    matched, of_reference, of_prediction = words
+    recall, precision = matched / of_reference, matched / of_prediction
+    return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
+
+
+def common_words(prediction: str, reference: str, max_calls: int | None = None) -> tuple[int, int, int] | None:
+    """Words of the union of the longest common subsequences, of the reference and of the prediction, each counted once.
+
+    None where the package raises: no sentence on either side, or more than `max_calls` nested calls (None: no limit).
+    """
+    hypotheses, references = sentences(prediction), sentences(reference)
+    if not hypotheses or not references:
+        return None
     positions = [_positions(hyp) for hyp in hypotheses]
     matched: set[str] = set()
     for ref in references:
         for hyp, places in zip(hypotheses, positions, strict=True):
-            words = _traced_words(ref, hyp, places, max_calls)
+            words = _traced_words(ref, hyp, places, max_calls or len(ref) + len(hyp) + 1)
             if words is None:
-                return 0.0
+                return None
             matched |= words
-    recall = len(matched) / len({word for ref in references for word in ref})
-    precision = len(matched) / len({word for hyp in hypotheses for word in hyp})
-    return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
+    return len(matched), len({word for ref in references for word in ref}), len({w for hyp in hypotheses for w in hyp})
 
 
-def _sentences(text: str) -> list[list[str]]:
+def sentences(text: str) -> list[list[str]]:
+    """Words of each sentence, as the package splits a text."""
     return [" ".join(piece.split()).split(" ") for piece in text.split(".") if piece]
 
 

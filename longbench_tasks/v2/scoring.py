@@ -7,7 +7,7 @@ is absent (there: a division by zero).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 PATTERNS = (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])")
 BUCKETS = {"difficulty": ("easy", "hard"), "length": ("short", "medium", "long")}
@@ -24,7 +24,7 @@ def score(prediction: str, reference: str, all_classes: Sequence[str] | None = N
     return float(choice(prediction) == reference)
 
 
-def bucket_of(row: dict[str, str], kind: str) -> str:
+def bucket_of(row: Mapping[str, str], kind: str) -> str:
     """A row's bucket of difficulty or length; what is not named otherwise counts as the last one."""
     names = BUCKETS[kind]
     return row[kind] if row[kind] in names else names[-1]

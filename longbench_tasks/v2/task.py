@@ -7,17 +7,14 @@ differ); an answer that is empty is not counted, as there, where it means a fail
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from kv_lm_eval.errors import UserError, close_names
-
-from ..task import LongBenchTask
+from ..benchmark import BenchmarkTask
+from ..settings import Settings
 from ..truncation import Fitted, encode
 from . import data, scoring
 
-OURS = ("longbench2_dir", "longbench2_cot")
 MOST_TOKENS = 120_000  # of a prompt: what the official script leaves of open models with 128k positions
 FIELDS = {  # in this order, as officially: a marker inside a text is replaced too
     "$DOC$": "context",
@@ -30,7 +27,7 @@ FIELDS = {  # in this order, as officially: a marker inside a text is replaced t
 }
 
 
-class LongBench2Task(LongBenchTask):
+class LongBench2Task(BenchmarkTask):
     """LongBench v2.
 
     Args:
@@ -38,22 +35,16 @@ class LongBench2Task(LongBenchTask):
     """
 
     RECORD = "longbench2"
+    NAME = "LongBench v2"
+    KEYS = ("longbench2_dir", "longbench2_cot")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         config = dict(config)
         self._asks_from = str(config.pop("asks_from"))
-        metadata = dict(config.get("metadata") or {})
-        for key in metadata:
-            if key.startswith("longbench2_") and key not in OURS:
-                raise UserError(f"unknown key {key!r} in --metadata{close_names(key, OURS)}; LongBench v2's are {OURS}")
-        self._where = {key: metadata.get(key) for key in OURS}
         super().__init__(config)
 
-    def _read_settings(self, metadata: Mapping[str, Any]) -> Any:
-        settings = super()._read_settings(metadata)
-        if settings.max_length is not None and settings.max_length_from.startswith("model's maximum"):
-            settings = replace(settings, max_length=min(settings.max_length, MOST_TOKENS))
-        return settings
+    def most_tokens(self, settings: Settings) -> int:
+        return min(settings.max_length or MOST_TOKENS, MOST_TOKENS)
 
     def _metric_list(self) -> list[dict[str, Any]]:
         names = [name for kind in scoring.BUCKETS.values() for name in kind]
@@ -69,15 +60,12 @@ class LongBench2Task(LongBenchTask):
             ),
         ]
 
-    def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
-        from datasets import Dataset
-
-        rows, source = data.load_rows(self._where["longbench2_dir"])
+    def rows(self) -> tuple[list[dict[str, Any]], str]:
+        rows, source = data.load_rows(self.where["longbench2_dir"])
         if "$COT$" in self.spec.prompt:
-            rows = data.with_reasoning(rows, self._where["longbench2_cot"])
-            source += f", reasoning of {self._where['longbench2_cot']}"
-        self._record["data"] = source
-        self.dataset = {"test": Dataset.from_list([{**row, "answers": [row["answer"]]} for row in rows])}
+            rows = data.with_reasoning(rows, self.where["longbench2_cot"])
+            source += f", reasoning of {self.where['longbench2_cot']}"
+        return [{**row, "answers": [row["answer"]]} for row in rows], source
 
     # ------------------------------------------------------------------------------------ prompts
 
@@ -103,21 +91,12 @@ class LongBench2Task(LongBenchTask):
 
     # ------------------------------------------------------------------------------------ results
 
-    def process_results(self, doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
+    def scored(self, answer: str, doc: Mapping[str, Any]) -> dict[str, Any]:
         """The score of one answer, from 0 to 100; an empty answer has none."""
-        if "bypass" in self._metric_fn_list:  # --predict_only
-            return {"bypass": 0}
-        answer, counts = str(results[0]), {}
-        if (fitted := self._fitted.get(doc["row"])) is not None:
-            counts = {
-                "truncated": int(fitted.truncated),
-                "prompt_tokens": fitted.tokens_before,
-                "prompt_tokens_kept": fitted.tokens_after,
-            }
         if not answer.strip():
-            return {"empty": 1, **counts}
+            return {"empty": 1}
         right = scoring.score(answer, doc["answer"])
         buckets = tuple(scoring.bucket_of(doc, kind) for kind in scoring.BUCKETS)
         by_bucket = {name: (right, buckets) for kind in scoring.BUCKETS.values() for name in kind}
         no_choice = int(scoring.choice(answer) is None)
-        return {"score": 100 * right, **by_bucket, "no_choice": no_choice, "empty": 0, **counts}
+        return {"score": 100 * right, **by_bucket, "no_choice": no_choice, "empty": 0}

@@ -14,7 +14,8 @@ import transformers as tf
 from kv_lm_eval.analysis import head_statistics
 from kv_lm_eval.analysis.classifier import Thresholds, classify
 from kv_lm_eval.analysis.head_statistics import HeadStatistics, LayerSums, measure
-from kv_lm_eval.engine.check import FULL, wrap
+from kv_lm_eval.engine.check import wrap
+from kv_lm_eval.engine.full import FULL
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods import head_profile
 from kv_lm_eval.methods.head_profile import Head, HeadProfile

@@ -28,7 +28,7 @@ def script(name: str, *flags: str) -> dict:
 
 
 def test_bench_writes_a_card_and_ends_in_json(tmp_path: Path) -> None:
-    parts = "generation,decode,prefill,memory,scoring,fidelity,shared_prefix"
+    parts = "generation,decode,prefill,memory,scoring,fidelity,one_prefill,shared_prefix"
     result = script(
         "bench.py", "--repeats", "2", "--warm-up", "1", "--capacity", "40", "--new-tokens", "4", "--slots", "40,64",
         "--lengths", "64,128", "--chunk", "32", "--document", "120", "--choices", "2", "--parts", parts,
@@ -37,7 +37,15 @@ def test_bench_writes_a_card_and_ends_in_json(tmp_path: Path) -> None:
     (path,) = tmp_path.iterdir()
     assert path.name == f"tiny-1m_cpu_{result['date']}.md"
     text = path.read_text()
-    for heading in ("Whole requests", "Decode step", "Prefill of 90", "Peak memory", "h2o", "one context of 22"):
+    for heading in (
+        "Whole requests",
+        "Decode step",
+        "Prefill of 90",
+        "Peak memory",
+        "h2o",
+        "one context of 22",
+        "under many methods",
+    ):
         assert heading in text
     assert "N/A" in text, "a CPU does not know its peak memory"
     assert "nan" not in text.lower().replace("scanning", "")

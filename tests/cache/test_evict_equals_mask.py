@@ -125,7 +125,8 @@ def test_values_stay_with_their_keys(name: str, method: str) -> None:
             where = {p: i for i, p in enumerate(all_slots.pos[0, 0].tolist())}
             real = positions >= 0  # heads that keep fewer have empty slots first
             index = [where[p] for p in positions[real].tolist()]
-            assert torch.equal(slots.keys[0, head, real], all_slots.keys[0, head, index]), f"keys of layer {layer}"
-            assert torch.equal(slots.values[0, head, real], all_slots.values[0, head, index]), (
-                f"values of layer {layer}"
-            )
+            # To the bit, but for methods that count attention: their outputs come from the weights that are counted
+            for kind in ("keys", "values"):
+                held, same = getattr(slots, kind)[0, head, real], getattr(all_slots, kind)[0, head, index]
+                off = 1e-5 if cut.compression.method.accumulates and layer else 0
+                assert (held - same).abs().max() <= off, f"{kind} of layer {layer}"

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from kv_lm_eval.cache.attention import Step, Visible, attend_one
+from kv_lm_eval.cache.attention import Step, Visible
+from kv_lm_eval.cache.received import attend_one
 
 
 @pytest.mark.parametrize("biased", [False, True])

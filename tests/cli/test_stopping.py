@@ -114,10 +114,10 @@ def test_a_stopped_sweep_says_how_many_are_done(tmp_path: Path, monkeypatch: pyt
     config = tmp_path / "c.yaml"
     config.write_text("models: [kv-tiny]\ntasks: [kv_needle_magic]\nmethods: [full, {method: h2o, keep_ratio: 0.5}]\n")
 
-    def run_point(point: dict[str, Any], folder: Path) -> dict[str, Any]:
+    def run_group(jobs: list[Any]) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "run_point", run_point)
+    monkeypatch.setattr(sweep, "run_group", run_group)
     assert sweep.main([str(config), "--output_path", str(tmp_path / "out")]) == 130
     assert f"0 of 2 points are done and kept in {tmp_path / 'out'}" in capsys.readouterr().err
 

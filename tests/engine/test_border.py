@@ -12,9 +12,10 @@ import torch
 import transformers as tf
 
 from kv_lm_eval.cache.make import make_cache
-from kv_lm_eval.engine.check import FULL, Roads, wrap
+from kv_lm_eval.engine.check import Roads, wrap
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.forward import generate_with
+from kv_lm_eval.engine.full import FULL
 from kv_lm_eval.engine.lent import starting_anew
 from kv_lm_eval.engine.start import start
 from kv_lm_eval.engine.streaming import Stream, score_documents
@@ -72,7 +73,7 @@ class Twins:
 
     @torch.no_grad()
     def generate(self, new_cache: Callable[[], Any], row: list[int], new: int) -> Any:
-        cache, ids, mask = start(self.model, new_cache, [row], None, 0)
+        cache, ids, mask, _ = start(self.model, new_cache, [row], None, 0)
         words = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         more = {"output_logits": True, "return_dict_in_generate": True}
         with starting_anew(self.model, cache):

@@ -10,10 +10,11 @@ import tiny
 import torch
 import transformers as tf
 
-from kv_lm_eval.cache import attention
+from kv_lm_eval.cache import attention, kernels
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.engine.check import FULL, Roads, wrap
+from kv_lm_eval.engine.check import Roads, wrap
 from kv_lm_eval.engine.choices import score_packed
+from kv_lm_eval.engine.full import FULL
 from kv_lm_eval.errors import UserError
 
 IN_CACHE = tiny.compression(method="streaming_llm", window_size=8)
@@ -114,9 +115,10 @@ def test_in_cache_positions_are_refused_where_the_sinks_cannot_follow(
 
 def test_a_model_whose_logits_differ_through_our_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build("llama")
-    monkeypatch.setattr(
-        attention, "packed_queries", lambda query, kv_heads: 1.5 * query.reshape(query.shape[0], kv_heads, -1, 8)
-    )
+    for module in (attention, kernels):
+        monkeypatch.setattr(
+            module, "packed_queries", lambda query, kv_heads: 1.5 * query.reshape(query.shape[0], kv_heads, -1, 8)
+        )
     with pytest.raises(UserError, match="LlamaForCausalLM does not pass the self-check.*logits"):
         wrap(model, FULL)
     assert model.config._attn_implementation == "sdpa"

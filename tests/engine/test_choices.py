@@ -144,7 +144,9 @@ def test_one_letter_answers_feel_the_compression_only_behind_a_tail(method: str)
     full = scored(pair, rows, letters, 0, method="full")
     blind = scored(pair, rows, letters, 0, **METHODS[method])
     felt = scored(pair, rows, letters, 1, **METHODS[method])
-    assert blind == full, "difference exactly 0.0"
+    # Exactly, but for methods that count attention: their outputs come from the weights that are counted
+    counts = pair.cache(**METHODS[method]).compression.method.accumulates
+    assert max(abs(a[0] - b[0]) for a, b in zip(blind[0], full[0], strict=True)) <= (1e-4 if counts else 0)
     moved = [abs(a[0] - b[0]) for a, b in zip(felt[0], full[0], strict=True)]
     assert min(moved) > 0 and max(moved) > 1e-2
 

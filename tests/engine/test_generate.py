@@ -12,7 +12,10 @@ from kv_lm_eval.errors import UserError
 
 NEW = 10
 METHODS = {
-    **{name: tiny.free(name, 12) for name in tiny.methods(lambda cls: cls.uses_cache and not cls.ring)},
+    **{
+        name: tiny.free(name, 12)
+        for name in tiny.methods(lambda cls: cls.uses_cache and not cls.ring and not cls.reads_again)
+    },
     "snapkv online": {"method": "snapkv", "window_size": 4, "max_capacity_prompt": 12, "compress_every": 3},
     "knorm": {"method": "knorm", "keep_ratio": 0.4},
     "tova": {"method": "tova", "max_capacity_prompt": 12, "compress_every": 2},

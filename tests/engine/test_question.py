@@ -167,6 +167,6 @@ def test_a_context_is_held_from_its_first_question_to_its_last() -> None:
     asked = [heads[0], heads[1], (), heads[0]]
     contexts, new_cache = Contexts(asked), lambda: pair.cache(method="knorm", max_capacity_prompt=6)
     for some, held in (([0], [heads[0]]), ([1, 2], [heads[0]]), ([3], []), ([3, 0], [])):
-        cache = contexts.forks(pair.model, new_cache, [asked[i] for i in some])
+        (cache,) = contexts.forks(pair.model, [new_cache], [asked[i] for i in some])
         assert cache.seen == [len(asked[i]) for i in some]
         assert list(contexts._held) == held

@@ -20,9 +20,10 @@ import torch
 from kv_lm_eval.cache.band import Band
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
-from kv_lm_eval.engine.check import FULL, wrap
+from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.forward import generate_with
+from kv_lm_eval.engine.full import FULL
 from kv_lm_eval.engine.generate import by_rows
 from kv_lm_eval.engine.start import start
 from kv_lm_eval.engine.streaming import Stream, score_documents
@@ -164,7 +165,7 @@ def draw(rng: random.Random) -> Case:
 def generated(m: Any, new_cache: Callable[[], CompressedCache], case: Case, some: list[int]) -> tuple[Any, Any]:
     with torch.no_grad():
         tails = [case.tails[i] for i in some] if case.question else None
-        cache, ids, mask = start(m, new_cache, [case.rows[i] for i in some], tails, 0)
+        cache, ids, mask, _ = start(m, new_cache, [case.rows[i] for i in some], tails, 0)
         out = m.generate(
             ids,
             attention_mask=mask,
@@ -201,9 +202,14 @@ def outcome(case: Case, some: list[int]) -> list[dict[str, Any]]:
     m, facts = model(case.name)
     new_cache = partial(make_cache, case.compression, facts, case.chunk)
     numbers, cache = ROADS[case.kind](m, new_cache, case, some)
+    return described(numbers, cache, len(some))
+
+
+def described(numbers: Any, cache: CompressedCache, rows: int) -> list[dict[str, Any]]:
+    """The same of a run that has been made."""
     snapshot = cache.snapshot() if cache.batch else {}
     found = []
-    for b in range(len(some)):
+    for b in range(rows):
         held = []
         segment, row = cache.of_row(b) if cache.batch else (None, 0)
         for store in [] if segment is None or isinstance(segment, Band) or not segment.seen[row] else segment.stores:

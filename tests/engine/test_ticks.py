@@ -13,8 +13,9 @@ from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.engine import streaming
-from kv_lm_eval.engine.check import FULL, wrap
+from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
+from kv_lm_eval.engine.full import FULL
 from kv_lm_eval.engine.streaming import Stream, score_documents
 
 COMPRESSION = tiny.compression(method="snapkv", window_size=4, max_capacity_prompt=16, compress_every=5)

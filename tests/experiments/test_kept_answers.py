@@ -177,7 +177,7 @@ def test_a_point_from_somebody_else_runs_no_code(tmp_path: Path) -> None:
     for name in ("requests.pickle", "requests.jsonl", "answers_rank0.db", "point.json"):
         (tmp_path / name).write_bytes(pickle.dumps([Bomb(bomb)]))
     assert run_point.read_record(tmp_path) == {}
-    assert not run_point._can_resume(tmp_path, "kvcompressed")
+    assert not run_point.can_resume(tmp_path, "kvcompressed")
     assert not (tmp_path / "answers_rank0.db").exists(), "answers and records are believed together or not at all"
     assert not bomb.exists()
 

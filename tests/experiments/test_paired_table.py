@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.experiments import paired_table
+from kv_lm_eval.metrics import paired
 
 TOKENS, FIRST = 40, 12
 TEXTS = 8
@@ -52,3 +55,24 @@ def test_all_rows_are_about_the_tokens_after_the_earliest_cut_of_any() -> None:
 def test_points_of_other_texts_are_refused() -> None:
     with pytest.raises(UserError, match="different documents"):
         paired_table.rows({"a": point([0.0] * 8, 3), "b": point([0.0] * 7, 3)}, "a")
+
+
+def test_kl_is_of_the_same_tokens_as_the_loss_and_survives_the_reading(tmp_path: Path) -> None:
+    points = {"full": point([0.0] * TEXTS, None), "cut": point([0.1] * TEXTS, FIRST + 1)}
+    for name, kl in (("full", 0.0), ("cut", 0.25)):
+        for record in points[name]["records"].values():
+            record["kl"] = [None] + [9.0 * (kl > 0)] * FIRST + [kl] * (TOKENS - FIRST - 1)
+        lines = [json.dumps({"document": text, **record}) for text, record in points[name]["records"].items()]
+        (tmp_path / name).write_text("\n".join(lines))
+        points[name]["records"] = paired.read(tmp_path / name)
+    full, cut = paired_table.rows(points, "full")
+    assert (full["kl"], cut["kl"], cut["kl_more"]) == (0, 0.25, 0.25), "the 9.0 before the cut do not count"
+    assert "| 0.2500 | 0.2500 to 0.2500 | +10.5" in paired_table.markdown([full, cut], "full")
+    paired_table.draw_pareto([full, cut], "", tmp_path / "pareto.png")
+    assert (tmp_path / "pareto.png").stat().st_size > 5000
+
+
+def test_a_picture_against_bytes_needs_kl(tmp_path: Path) -> None:
+    table = paired_table.rows({"full": point([0.0] * TEXTS, None)}, "full")
+    with pytest.raises(UserError, match="full has none: run it with fidelity=True"):
+        paired_table.draw_pareto(table, "", tmp_path / "pareto.png")

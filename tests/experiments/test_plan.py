@@ -136,6 +136,11 @@ def test_mistakes_are_told(config: dict[str, Any], message: str) -> None:
         points(**config)
 
 
+def test_a_name_is_a_text_and_not_a_sum() -> None:
+    found = points(methods=[{"method": "streaming_llm", "window_size": [60, 124], "name": "4 + ${window_size}"}])
+    assert [p["name"] for p in found] == ["4 + 60", "4 + 124"]
+
+
 def test_a_bad_point_stops_the_plan_with_its_name() -> None:
     found = points(methods=["full", {"method": "snapkv", "max_capacity_prompt": [8, 64], "window_size": 16}])
     with pytest.raises(UserError, match=r"^[^\n]*max_capacity_prompt=8: .*window_size.*; nothing was started$"):

@@ -123,7 +123,8 @@ sweep.main(sys.argv[1:])
 
 def test_a_killed_sweep_loses_nothing_and_repeats_nothing(undisturbed: Path, tmp_path: Path, monkeypatch: Any) -> None:
     output, config = tmp_path / "out", write(tmp_path)
-    command = [sys.executable, "-c", KILLED, str(config), "--output_path", str(output)]
+    arguments = [str(config), "--output_path", str(output), "--one-by-one"]
+    command = [sys.executable, "-c", KILLED, *arguments]
     killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     done, half = sorted((output / "points").iterdir())
@@ -132,8 +133,9 @@ def test_a_killed_sweep_loses_nothing_and_repeats_nothing(undisturbed: Path, tmp
 
     ran: list[str] = []
     original = run_point.run_point
-    monkeypatch.setattr(sweep, "run_point", lambda point, folder: ran.append(point["name"]) or original(point, folder))
-    assert sweep.main([str(config), "--output_path", str(output)]) == 0
+    noted = lambda point, folder: ran.append(point["name"]) or original(point, folder)  # noqa: E731
+    monkeypatch.setattr("kv_lm_eval.experiments.run_group.run_point", noted)
+    assert sweep.main(arguments) == 0
     assert ran == ["snapkv max_capacity_prompt=64", "snapkv max_capacity_prompt=128"]
     assert {file: file.stat().st_mtime_ns for file in untouched} == untouched
     records = read(output)
@@ -152,13 +154,13 @@ def test_failures_are_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypatch:
     ]
     original = run_point._evaluate
 
-    def evaluate(point: dict[str, Any], folder: Path) -> list[Path]:
+    def evaluate(point: dict[str, Any], folder: Path, lm: Any = None) -> list[Path]:
         if point["settings"].get("max_capacity_prompt") == 64:
             try:
                 raise torch.OutOfMemoryError("no room")
             except torch.OutOfMemoryError as error:
                 raise RuntimeError("a library's own words") from error
-        return original(point, folder)
+        return original(point, folder, lm)
 
     monkeypatch.setattr(run_point, "_evaluate", evaluate)
     output, config = tmp_path / "out", write(tmp_path, methods=methods)

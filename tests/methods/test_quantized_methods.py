@@ -215,7 +215,7 @@ def test_choices_are_scored_over_the_coded_context_whether_it_is_shared_or_not(m
 @pytest.mark.parametrize(
     ("chosen", "words"),
     [
-        ({"method": "quantized", "nbits": 3}, ["nbits=3", "2, 4, 8"]),
+        ({"method": "quantized", "nbits": 5}, ["nbits=5", "2, 3, 4, 8"]),
         ({"method": "quantized", "nbits": 0}, ["method=full"]),
         ({"method": "quantized", "nbits": "none"}, ["method=full"]),
         ({"method": "full", "nbits": 4}, ["nbits", "full"]),

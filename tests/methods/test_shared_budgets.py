@@ -114,6 +114,30 @@ def test_skipped_layers_stay_whole_and_the_others_are_cut(name):
     st.lists(st.lists(st.integers(-5, 5), min_size=12, max_size=12), min_size=2, max_size=4),
     st.integers(1, 12),
     st.sampled_from([0.0, 0.2, 0.5, 1.0]),
+    st.integers(0, 11),
+)
+@settings(derandomize=True, deadline=None, database=None)
+def test_heads_with_a_floor_keep_their_best_and_the_best_of_all(scores, keep, alpha, empty):
+    """Two rows, the second with empty slots at its beginning, against plain loops over each."""
+    heads = len(scores)
+    pos = torch.stack([torch.arange(12), torch.arange(12) - empty]).clamp_min(-1)[:, None]
+    got = Heads("ada_floor", alpha).split(torch.tensor([scores] * 2).float(), pos, [keep, min(keep, 12 - empty)])
+    for row, first in ((0, 0), (1, empty)):
+        slots = min(keep, 12 - first)
+        floor = max(int(slots * alpha), 1) if alpha else 0
+        ranked = []
+        for head in range(heads):
+            order = sorted(range(first, 12), key=lambda t: -scores[head][t])
+            ranked += [(place >= floor, -scores[head][t], head, t) for place, t in enumerate(order)]
+        stays = sorted(ranked)[: heads * slots]
+        assert got[row].tolist() == [sum(h == head for _, _, h, _ in stays) for head in range(heads)]
+        assert got[row].sum() == heads * slots and got[row].min() >= floor
+
+
+@given(
+    st.lists(st.lists(st.integers(-5, 5), min_size=12, max_size=12), min_size=2, max_size=4),
+    st.integers(1, 12),
+    st.sampled_from([0.0, 0.2, 0.5, 1.0]),
 )
 @settings(derandomize=True, deadline=None, database=None)
 def test_heads_share_a_layers_slots_exactly(scores, keep, alpha):

@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "reporting.md"
 @pytest.mark.slow
 def test_the_documented_python_runs(tmp_path, monkeypatch, capsys):
     snippets = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
     for code in snippets:

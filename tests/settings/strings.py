@@ -10,10 +10,9 @@ from typing import Any
 
 from kv_lm_eval.config import parse
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods import base, evicted
+from kv_lm_eval.methods import base, evicted, storage
 from kv_lm_eval.methods.budget import Heads, Layers
 from kv_lm_eval.methods.schedule import Schedule
-from kv_lm_eval.methods.storage import Storage
 from kv_lm_eval.settings import EngineSettings
 
 WHOLE = (0, 1, 2, 3, 4, 5, 7, 8, 16, 31, 32, 50, 64, 100, 200, 512)
@@ -21,7 +20,8 @@ SHARES = (0, 0.01, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.99, 1)
 TEXTS = ("", "many", "[", "[]", "[1", "a;b", "true", "None", "-", "±", "0x10", "1e", "'", "file.yaml", "NaN")
 NUMBERS = (-1, -7, 1.5, 0.3, 1e90, -1e90, float("nan"), float("inf"), 2**31, 2**31 - 1, 10**6, 10**9, 1e-300)
 MINUTES = {"compile"}  # what takes a minute a case
-PARTS = (Layers, Heads, Schedule, Storage)
+PARTS = (Layers, Heads, Schedule)
+STORAGES = [storage.load(name) for name in reversed(storage.available())]  # of one name twice, the first form's
 
 
 def settings_of(method: str) -> dict[str, dataclasses.Field[Any]]:
@@ -29,9 +29,9 @@ def settings_of(method: str) -> dict[str, dataclasses.Field[Any]]:
     cls = base.load(method)
     parts: list[Any] = [cls, EngineSettings]
     if cls.compresses:
-        parts += [*PARTS, *map(evicted.load, evicted.available())]
+        parts += [*PARTS, *map(evicted.load, evicted.available()), *STORAGES]
     elif "nbits" in cls.presets:
-        parts.append(Storage)
+        parts += STORAGES
     return {f.name: f for part in parts for f in dataclasses.fields(part) if f.name not in MINUTES}
 
 
@@ -54,7 +54,13 @@ def sensible(field: dataclasses.Field[Any], rng: random.Random) -> Any:
 
 
 def _types() -> dict[str, Any]:
-    parts = [EngineSettings, *PARTS, *map(base.load, base.available()), *map(evicted.load, evicted.available())]
+    parts = [
+        EngineSettings,
+        *PARTS,
+        *STORAGES,
+        *map(base.load, base.available()),
+        *map(evicted.load, evicted.available()),
+    ]
     return {name: kind for part in parts for name, kind in typing.get_type_hints(part).items()}
 
 
@@ -103,6 +109,8 @@ def compose(rng: random.Random) -> dict[str, Any]:
     takes = settings_of(method)
     for name in rng.sample(sorted(takes), min(rng.choice((0, 1, 1, 2, 2, 3, 5)), len(takes))):
         args[name] = sensible(takes[name], rng)
+    if "residual_length" in takes and rng.random() < 0.2:
+        args[storage.KEY] = rng.choice(list(storage.names()))
     if "window_size" in takes and "window_size" not in args and rng.random() < 0.5:
         args["window_size"] = rng.choice((2, 4, 8))
     return args
