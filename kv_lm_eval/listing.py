@@ -91,6 +91,8 @@ def _when(cls: type[base.Method]) -> tuple[str, str, str]:
     """When a method cuts after a prompt, when in a streamed document, and what its choice looks at, by its defaults."""
     if not cls.uses_cache:
         return "no cache: recomputes", "the same", "-"
+    if not cls.compresses and cls().pages is not None:
+        return "never; queries read pages", "the same", "bounds of keys"
     if not cls.compresses:
         return ("never; quantises", "the same", "-") if _holds_in_bits(cls) else ("never", "never", "-")
     method, every = cls(), cls.presets.get("compress_every", 0)

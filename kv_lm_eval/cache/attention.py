@@ -116,7 +116,7 @@ def window_attention(store: LayerStore, last: int, step: Step) -> torch.Tensor:
     some = allowed.any(-1, keepdim=True)
     mask = (allowed | ~some).repeat(1, 1, h // kv_heads, 1)
     packed, bias = packed_queries(queries, kv_heads), None if store.bias is None else store.bias[:, :, None]
-    weights = _weights(packed, store.keys, mask, step, bias).view(b, kv_heads, h // kv_heads, w, n)
+    weights = masked_weights(packed, store.keys, mask, step, bias).view(b, kv_heads, h // kv_heads, w, n)
     return F.pad(weights * some.unsqueeze(2), (0, 0, last - w, 0))
 
 
@@ -153,7 +153,7 @@ def _attend_block(step: Step, seen: Visible, first: int, last: int) -> torch.Ten
             mask = torch.where(mask, bias, float("-inf")).to(packed.dtype)
         out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=step.scaling)
     else:
-        out = _weights(packed, keys, mask, step, bias).to(values.dtype) @ values
+        out = masked_weights(packed, keys, mask, step, bias).to(values.dtype) @ values
     return out.reshape(b, h, last - first, -1)
 
 
@@ -187,10 +187,12 @@ def new_weights(step: Step, seen: Visible, first: int, last: int) -> torch.Tenso
     kv_heads, end = seen.keys.shape[1], seen.old + last
     mask = visible(step, seen, first, last)[..., :end].repeat(1, 1, step.query.shape[1] // kv_heads, 1)
     bias = None if seen.bias is None else seen.bias[:, :, None, :end]
-    return _weights(packed_queries(step.query[:, :, first:last], kv_heads), seen.keys[:, :, :end], mask, step, bias)
+    return masked_weights(
+        packed_queries(step.query[:, :, first:last], kv_heads), seen.keys[:, :, :end], mask, step, bias
+    )
 
 
-def _weights(
+def masked_weights(
     packed: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, step: Step, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Attention weights of packed queries [B, K, x, D] over [B, K, N, D], bias [B, K, 1, N]: [B, K, x, N] float32."""

@@ -71,7 +71,7 @@ class Segment:
     may_join: ClassVar[bool] = True
 
     def __init__(self, compression: AskedOfCompression, facts: ModelFacts) -> None:
-        for needed in ("ring", "reinserted"):
+        for needed in ("ring", "reinserted", "pages"):
             if getattr(compression.method, needed) and needed not in self.serves:
                 raise TypeError(
                     f"{type(self).__name__} cannot serve a method with {needed}={getattr(compression.method, needed)}: "
@@ -231,7 +231,7 @@ class Segment:
         if observes and method.accumulates:
             out, mass = attend_counted(step, seen)
         else:
-            out = attend(step, seen)
+            out = self._attention(step, seen)
         if observes:
             self._observe(step, seen, mass)
         if self.mode == "again" and self._is_cut(step.layer):
@@ -241,6 +241,10 @@ class Segment:
             self.stores[step.layer].note_mass(part.start, attention)
         self._after_attention(step)
         return out
+
+    def _attention(self, step: Step, seen: Visible) -> torch.Tensor:
+        """[B, H, q, D] of the new tokens over what they see."""
+        return attend(step, seen)
 
     def _stored(self, step: Step) -> Visible:
         """Puts the new pairs behind the layer's others; what the step attends over."""
@@ -701,6 +705,7 @@ class Segment:
             "kept_fraction": [sum(used[b]) / len(cut) / seen[b] if seen[b] else 1.0 for b in rows],
             "compressed": [(compresses and min(used[b]) < seen[b]) or valid[b] != exact[b] for b in rows],
             "kv_bytes_valid": valid,
+            "kv_bytes_read": valid,
             "kv_bytes_allocated": ranks * sum(s.allocated_bytes for s in self.stores) / max(len(rows), 1),
             "overhead_bytes": (ranks * sum(s.overhead_bytes for s in self.stores) + self._shared_bytes())
             / max(len(rows), 1),

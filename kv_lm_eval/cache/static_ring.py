@@ -156,6 +156,8 @@ def check(compression: AskedOfCompression) -> None:
         why = f"method={method.name} has none"
     elif compression.storage.quantises:
         why = f"{compression.storage.words}: pairs change their form as they age"
+    elif method.pages:
+        why = f"method={method.name} reads other pages at every token"
     elif method.hides:
         why = f"method={method.name} hides pairs by position instead of dropping them"
     elif compression.schedule.online and method.compresses and not method.ring:

@@ -138,6 +138,20 @@ class Sight:
     windows: tuple[int | None, ...]
 
 
+@dataclass(frozen=True)
+class Pages:
+    """What a query that follows on a prompt reads of a layer where a method lets it choose.
+
+    Attributes:
+        size: tokens of a page. most: pages that each query head reads, those whose keys could give it most.
+        dense_layers: the first so many layers are read in whole.
+    """
+
+    size: int
+    most: int
+    dense_layers: int
+
+
 class AskedOfMethod(Protocol):
     """The scorer: what it must be shown, and what kind of cache it needs."""
 
@@ -164,6 +178,10 @@ class AskedOfMethod(Protocol):
     @property
     def hides(self) -> bool:
         """Pairs beyond the budget stay and are hidden by `sight`."""
+
+    @property
+    def pages(self) -> Pages | None:
+        """What a query reads of what is held; None: all of it."""
 
     @property
     def slotwise(self) -> bool:

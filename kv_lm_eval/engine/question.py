@@ -98,7 +98,8 @@ def prefill_before_question_for_all(
     caches = (contexts or Contexts(heads)).forks(model, new_caches, heads)
     if any(middles):
         for cache in caches:
-            cache.set(mode="hold" if cache.compression.schedule.online else "decode")
+            whole = cache.compression.schedule.online or cache.compression.method.pages is not None
+            cache.set(mode="hold" if whole else "decode")
         both = side_by_side(caches)
         forward(model, both, middles * len(caches), keep=1)
         caches = both.apart(len(caches))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from typing_extensions import dataclass_transform
 
+from kv_lm_eval.cache.view import Pages as Pages
 from kv_lm_eval.cache.view import Sight as Sight
 from kv_lm_eval.cache.view import View as View
 from kv_lm_eval.errors import UserError, close_names
@@ -180,6 +181,11 @@ class Method:
     @property
     def moments_from(self) -> int | None:
         """Position from which on queries count for `view.moments`; None: `score` does not ask for them."""
+        return None
+
+    @property
+    def pages(self) -> Pages | None:
+        """What each query after the prompt reads of all that is held: see cache/paged.py; None: everything."""
         return None
 
     def validate(self) -> None:

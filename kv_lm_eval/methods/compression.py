@@ -284,7 +284,7 @@ class Compression:
     @property
     def lossy(self) -> bool:
         """Whether a later query can find anything but all pairs as the model made them."""
-        return self.method.compresses or self.storage.quantises
+        return self.method.compresses or self.storage.quantises or self.method.pages is not None
 
     @property
     def per_layer(self) -> bool:

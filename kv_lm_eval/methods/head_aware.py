@@ -47,8 +47,16 @@ class HeadAware(Method):
     base_window tokens in all, sinks among them; K_uniform, sinks + base_window; G_conf, the window of its type for a
     head at or over `confidence`, base_window for the others; I_inverse, positional heads see most; J_small_gathering.
 
+    A profile may also be a DuoAttention pattern, full_attention_heads.tsv with its config.json, or their folder: the
+    KV heads with the smallest numbers, a share of `sparsity` or those below one half, keep the first sink_size and the
+    last recent_size tokens of every prompt and answer, the others everything. n_sink and positional_window change this.
+
     Reference: cny123222/LLM-Efficient-Reasoning, kvcompress/methods/head_aware_compress.py (masks). No paper.
-    Deviations: the reference only masks; K_uniform takes no profile (all its types have one window).
+    DuoAttention: arXiv:2410.10819; mit-han-lab/duo-attention, duo_attn/utils.py; NVIDIA/kvpress,
+    duo_attention_press.py.
+    Deviations: the reference only masks; K_uniform takes no profile (all its types have one window). DuoAttention: of
+    equal numbers the earlier heads get the window (the authors add noise), and as many as `sparsity` says to the head;
+    the prompt's own forward is full attention, as in kvpress.
     """
 
     paper = ""
@@ -56,7 +64,12 @@ class HeadAware(Method):
     takes_budget = False
     capacity_settings = ("base_window",)
 
-    profile: str | None = setting(None, "file of scripts/analyze_heads.py; None: all heads get base_window")
+    profile: str | None = setting(
+        None, "file of scripts/analyze_heads.py, or a DuoAttention pattern; None: all heads get base_window"
+    )
+    sparsity: float | None = setting(
+        None, "of a DuoAttention pattern: share of the KV heads that have a window; None: those below one half"
+    )
     preset: str | None = setting(
         None, "windows as in the published ablation; single ones may be changed", tuple(PRESETS)
     )
@@ -84,8 +97,20 @@ class HeadAware(Method):
             raise UserError(f"n_sink={self.n_sink} is negative; 0 means no sinks")
         if self.confidence is not None and not 0 < self.confidence <= 1:
             raise UserError(f"confidence={self.confidence:g} is outside (0, 1]: it is the least confidence of a type")
+        if self.sparsity is not None and not 0 <= self.sparsity <= 1:
+            raise UserError(
+                f"sparsity={self.sparsity:g} is outside [0, 1]: it is the share of heads that have a window"
+            )
+        if self.sparsity is not None and not self._duo:
+            raise UserError(
+                f"sparsity={self.sparsity:g} has no effect without a DuoAttention pattern, profile=DIR/"
+                f"{head_profile.DUO}"
+            )
         if self.profile is None:
             self._validate_uniform()
+            return
+        if self._duo:
+            self._validate_duo()
             return
         if self.preset in UNIFORM:
             raise UserError(f"profile={self.profile} has no effect: preset={self.preset} treats all heads alike")
@@ -93,6 +118,19 @@ class HeadAware(Method):
             raise UserError(
                 "with a profile, confidence and base_window go together: heads below the one get the other; got "
                 f"confidence={self.confidence}, base_window={self.base_window}"
+            )
+        assert self._profile
+
+    def _validate_duo(self) -> None:
+        others = ("preset", "mixed_window", "gathering_window", "dead_window", "confidence", "base_window")
+        if given := [name for name in others if getattr(self, name) is not None]:
+            raise UserError(
+                f"{given[0]}={getattr(self, given[0])} has no effect with a DuoAttention pattern, whose heads keep "
+                "everything or first and last tokens: n_sink and positional_window say how many"
+            )
+        if self.hides:
+            raise UserError(
+                "mode=simulate hides pairs from query heads, and a DuoAttention pattern names KV heads; use mode=cache"
             )
         assert self._profile
 
@@ -130,7 +168,8 @@ class HeadAware(Method):
     @property
     def _sinks(self) -> int:
         value = self._value("n_sink")
-        return 4 if value is None else value
+        own = self._profile.sinks if self._duo and self._profile else None
+        return value if value is not None else 4 if own is None else own
 
     @property
     def _base(self) -> tuple[int, int | None]:
@@ -142,7 +181,14 @@ class HeadAware(Method):
 
     @cached_property
     def _profile(self) -> HeadProfile | None:
-        return None if self.profile is None else head_profile.load(self.profile)
+        if self.profile is None:
+            return None
+        return head_profile.load_duo(self.profile, self.sparsity) if self._duo else head_profile.load(self.profile)
+
+    @cached_property
+    def _duo(self) -> bool:
+        """Whether the profile is a DuoAttention pattern."""
+        return self.profile is not None and head_profile.is_duo(self.profile)
 
     def _span(self, head: Head) -> tuple[int, int | None]:
         """Sinks and window of one query head."""
@@ -222,6 +268,14 @@ class HeadAware(Method):
     def check_model(self, facts: ModelFacts) -> None:
         profile = self._profile
         if profile is None:
+            return
+        if profile.of_kv_heads:
+            theirs = sorted({kv_heads for _, kv_heads in facts.heads.values()})
+            if profile.num_layers != facts.num_layers or theirs != [profile.num_kv_heads]:
+                raise UserError(
+                    f"profile={self.profile} was made for {profile.model} ({profile.num_layers} layers of "
+                    f"{profile.num_kv_heads} KV heads); this model has {facts.num_layers} layers of {theirs} KV heads"
+                )
             return
         ours = (profile.num_heads, profile.num_kv_heads)
         if profile.num_layers != facts.num_layers or any(heads != ours for heads in facts.heads.values()):

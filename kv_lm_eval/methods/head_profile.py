@@ -1,6 +1,7 @@
 """The head profile: the type of every attention head of a model, as JSON that people can read and edit.
 
-Written by scripts/analyze_heads.py, read by method=head_aware.
+Written by scripts/analyze_heads.py, read by method=head_aware. So are the files that DuoAttention was published with:
+full_attention_heads.tsv, a line a layer and a number a KV head, and config.json beside it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from math import isfinite, nan
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from kv_lm_eval import files
 from kv_lm_eval.errors import UserError
@@ -46,6 +48,8 @@ class HeadProfile:
         classifier: thresholds used. text: what was read: tokens, chunk length, files.
         heads: by layer and query head.
         sha256: of the file, when read from one.
+        sinks: first tokens that heads with a window keep, where the file says so.
+        of_kv_heads: whether the heads are KV heads, of how many query heads each is not said.
     """
 
     model: str
@@ -54,6 +58,8 @@ class HeadProfile:
     text: dict[str, Any]
     heads: tuple[tuple[Head, ...], ...]
     sha256: str = field(default="", compare=False)
+    sinks: int | None = None
+    of_kv_heads: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -118,6 +124,85 @@ def load(path: str | Path) -> HeadProfile:
     except UserError as error:
         raise UserError(f"profile={error}; {how}") from None
     return profile
+
+
+DUO = "full_attention_heads.tsv"
+HALF = 0.5  # the authors' threshold
+
+
+class DuoConfig(TypedDict):
+    """config.json beside a DuoAttention pattern: how it was trained, of which this is read."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    sink_size: Annotated[int, Field(ge=0)]
+    recent_size: Annotated[int, Field(ge=1)]
+    model_name: NotRequired[str]
+
+
+def is_duo(path: str) -> bool:
+    """Whether a path is of a DuoAttention pattern: its table, or the folder that holds it."""
+    file = Path(path).expanduser()
+    return file.suffix == ".tsv" or (file / DUO).is_file()
+
+
+def load_duo(path: str, share: float | None) -> HeadProfile:
+    """The profile that a DuoAttention pattern makes: retrieval heads ("gathering") keep everything, the others
+    ("positional") the first sink_size and the last recent_size tokens.
+
+    Args:
+        share: of all heads, those with the smallest numbers have a window, the earlier ones where numbers are equal;
+            None: those below one half.
+
+    Raises:
+        UserError: there is no such file, or it is not what DuoAttention writes.
+    """
+    file = Path(path).expanduser()
+    file = file / DUO if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"profile={path}: there is no such file ({file.resolve()})")
+    config_file = file.with_name("config.json")
+    if not config_file.is_file():
+        raise UserError(
+            f"profile={path}: a DuoAttention pattern has its sink_size and recent_size in config.json beside it, and "
+            f"there is none in {file.resolve().parent}"
+        )
+    try:
+        config = files.read_json(config_file, DuoConfig)
+    except UserError as error:
+        raise UserError(f"profile={error}") from None
+    numbers = [[_weight(cell, file, i) for cell in line.split("\t")] for i, line in _lines(file)]
+    if not numbers or len({len(layer) for layer in numbers}) != 1:
+        widths = sorted({len(layer) for layer in numbers})
+        raise UserError(
+            f"profile={file}: a DuoAttention pattern has as many numbers in each line, this one has {widths}"
+        )
+    flat = [min(max(x, 0.0), 1.0) for layer in numbers for x in layer]
+    least = sorted(range(len(flat)), key=lambda i: (flat[i], i))
+    streams = {i for i in least if flat[i] < HALF} if share is None else set(least[: round(share * len(flat))])
+    recent = config["recent_size"] + 1  # beside the query's own token
+    kinds = [Head("positional", 1.0, recent) if i in streams else Head("gathering", 1.0, -1) for i in range(len(flat))]
+    width = len(numbers[0])
+    layers = tuple(tuple(kinds[at : at + width]) for at in range(0, len(kinds), width))
+    digest = hashlib.sha256(file.read_bytes() + config_file.read_bytes()).hexdigest()
+    name = config.get("model_name", "a model that its config.json does not name")
+    return HeadProfile(name, width, {}, {}, layers, digest, config["sink_size"], of_kv_heads=True)
+
+
+def _lines(file: Path) -> list[tuple[int, str]]:
+    return [(i, line) for i, line in enumerate(files.read_text(file).splitlines(), 1) if line.strip()]
+
+
+def _weight(cell: str, file: Path, line: int) -> float:
+    try:
+        number = float(cell)
+    except ValueError:
+        number = nan
+    if not isfinite(number):
+        raise UserError(
+            f"profile={file}: line {line}: {cell.strip()!r} is no number; a DuoAttention pattern has one a KV head, "
+            "with tabs between"
+        )
+    return number
 
 
 def _check(profile: HeadProfile, data: ProfileFile, place: str) -> None:

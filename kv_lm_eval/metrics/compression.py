@@ -27,8 +27,8 @@ class RequestRecord:
     """One request. Sizes are of keys and values; kept_fraction counts the layers that the method may cut.
 
     question_tokens were fed after the compression (question_in_prompt=False), and `compressed` is what happened before
-    that; None: the whole prompt was compressed. over_budget: what the method always keeps was as much as the budget's
-    share of the prompt, or more.
+    that; None: the whole prompt was compressed. kv_bytes_read: what the last token has read of what is held at the end.
+    over_budget: what the method always keeps was as much as the budget's share of the prompt, or more.
     """
 
     task: str
@@ -41,6 +41,7 @@ class RequestRecord:
     kv_bytes_allocated: float
     overhead_bytes: float
     peak_slots: int
+    kv_bytes_read: float = 0.0
     prompt: str = ""
     doc_id: int | None = None
     idx: int | None = None
@@ -61,7 +62,7 @@ class RequestRecord:
     def efficiency(self) -> dict[str, Any]:
         """What one sample's record says of its request."""
         timing = asdict(self.timing) if self.timing else {}
-        sizes = ("prompt_tokens", "kept_fraction", "kv_bytes_prefill", "kv_bytes_decode", "peak_slots")
+        sizes = ("prompt_tokens", "kept_fraction", "kv_bytes_prefill", "kv_bytes_decode", "kv_bytes_read", "peak_slots")
         return {**{name: getattr(self, name) for name in sizes}, **timing}
 
 
@@ -94,6 +95,7 @@ def records_of(
             kv_bytes_allocated=end["kv_bytes_allocated"],
             overhead_bytes=end["overhead_bytes"],
             peak_slots=end["peak_slots"][b],
+            kv_bytes_read=end.get("kv_bytes_read", end["kv_bytes_valid"])[b],
             over_budget="over_budget" in prefill and prefill["over_budget"][b],
             **{name: end[name][b] for name in OF_THE_MODEL if name in end},
         )
@@ -186,6 +188,7 @@ def _summary(records: list[RequestRecord]) -> dict[str, Any]:
         "prompt_tokens": _range(lengths),
         "kv_bytes_prefill_mean": fmean(r.kv_bytes_prefill for r in records),
         "kv_bytes_decode_mean": fmean(r.kv_bytes_decode for r in records),
+        "kv_bytes_read_mean": fmean(r.kv_bytes_read for r in records),
         "kv_bytes_allocated_mean": fmean(r.kv_bytes_allocated for r in records),
         "overhead_bytes_mean": fmean(r.overhead_bytes for r in records),
         "peak_slots": max(r.peak_slots for r in records),

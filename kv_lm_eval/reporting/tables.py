@@ -114,6 +114,7 @@ MEASURES = (
     Measure("peak of decode", "MiB", ("decode_peak_bytes",), 2**-20),
     Measure("KV after prefill", "KiB", ("kv_bytes_prefill_mean",), 2**-10),
     Measure("KV at the end", "KiB", ("kv_bytes_decode_mean",), 2**-10),
+    Measure("KV read by the last token", "KiB", ("kv_bytes_read_mean",), 2**-10),
     Measure("KV allocated", "KiB", ("kv_bytes_allocated_mean",), 2**-10),
     Measure("overhead", "KiB", ("overhead_bytes_mean",), 2**-10),
 )

@@ -77,9 +77,9 @@ def test_no_other_file_picks_a_class_of_cache() -> None:
 def test_every_class_of_cache_belongs_to_somebody(name: str) -> None:
     """The class that make_cache takes is the plainest one that does not refuse."""
     compression, facts = tiny.compression(**base.example(name, 32)), tiny.pair("llama").facts
-    needed = {what for what in ("ring", "reinserted") if getattr(compression.method, what)}
+    needed = {what for what in ("ring", "reinserted", "pages") if getattr(compression.method, what)}
     assert needed <= set(type(make_cache(compression, facts).segments[0]).serves)
-    assert {what for c in classes() for what in c.serves} == {"ring", "reinserted"}
+    assert {what for c in classes() for what in c.serves} == {"ring", "reinserted", "pages"}
 
 
 @pytest.mark.parametrize("settings", [REFRESH, {**REFRESH, "compress_every": 5}, RING])

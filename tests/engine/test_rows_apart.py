@@ -58,6 +58,10 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "keydiff": [{}],
     "lagkv": [{"lag_size": 4, "n_sink": 2}],
     "random": [{}],
+    "quest": [
+        {"token_budget": 12, "page_size": 4, "dense_layers": 0},
+        {"token_budget": 1, "page_size": 3, "dense_layers": 1},
+    ],
     "kvzip": [{"n_sink": 2, "chunk_size": 16}, {"layer_budget": "uniform"}, {"compress_every": 5}],
     "quantized": [{}],
 }
