@@ -101,7 +101,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], str, lis
 
     def run(self: Any, model_args: dict[str, Any], task: str, ids: list[int]) -> dict[str, Any]:
         calls.append((model_args, task, ids))
-        kept = {8: 500, 4: 250, 2: 130}[model_args["nbits"]] if "nbits" in model_args else model_args["max_capacity_prompt"]
+        kept = (
+            {8: 500, 4: 250, 2: 130}[model_args["nbits"]]
+            if "nbits" in model_args
+            else model_args["max_capacity_prompt"]
+        )
         kl = {500: 0.001, 250: 0.004, 130: 0.3, 256: 0.002, 128: 0.02, 64: 0.2}[kept]
         return {str(i): [4 * kl * (1 + 0.5 * np.sin(i // 2)), 0.0, 4.0, 1024.0 * kept] for i in ids}
 
@@ -125,7 +129,10 @@ def test_the_fewest_bytes_of_all_families_are_recommended(told: list[Any], capsy
     assert answer["model_args"] == "pretrained=kv-tiny,method=knorm,max_capacity_prompt=128"
     decided = {row["setting"]: row["decision"] for row in answer["rows"]}
     assert decided == {
-        **{f"method=knorm,max_capacity_prompt={budget}": "within" if budget > 64 else "outside" for budget in (256, 128, 64)},
+        **{
+            f"method=knorm,max_capacity_prompt={budget}": "within" if budget > 64 else "outside"
+            for budget in (256, 128, 64)
+        },
         **{f"method=quantized,nbits={bits}": "within" if bits > 2 else "outside" for bits in (8, 4, 2)},
     }
     assert answer["alpha_per_family"] == pytest.approx(0.025)
@@ -147,7 +154,10 @@ def test_a_refusal_says_how_many_texts_it_would_take(told: list[Any], capsys: An
     said = capsys.readouterr().out.splitlines()
     (answer,) = json.loads(said[-1])["answers"]
     assert answer["model_args"] is None and answer["needed"] > 40
-    assert f"method=knorm,max_capacity_prompt=256 would take about {answer['needed']} texts, {answer['needed'] - 40} more" in said[-2]
+    assert (
+        f"method=knorm,max_capacity_prompt=256 would take about {answer['needed']} texts, {answer['needed'] - 40} more"
+        in said[-2]
+    )
     monkeypatch.setattr(tune_distance.Distances, "_documents", lambda self: {"one": [[i] for i in range(9)]})
     assert tune.main(knorm) == 0
     assert "refused: 9 texts, and it takes 16, 7 more" in capsys.readouterr().out
