@@ -119,6 +119,7 @@ class Fidelity(TypedDict):
     noise_floor: dict[str, Size] | None
     by_position: NotRequired[list[dict[str, float | None]]]
     by_distance: NotRequired[list[dict[str, float | None]]]
+    by_evidence: NotRequired[dict[str, dict[str, float | None]]]
     flips: NotRequired[dict[str, dict[str, Size]]]
     answers: NotRequired[dict[str, float | None]]
 
