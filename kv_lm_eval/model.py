@@ -225,8 +225,9 @@ class KVCompressedLM(HFLM):
         summary = self.compression_log.summary()
         remarks.at_end(self.compression, summary)
         self.compression_log.end()
-        ours = {"kv_compression": self.settings, "kv_stats": summary, "kv_versions": versions.in_use()}
-        return {**super().get_model_info(), **ours}
+        ours = {"kv_compression": self.settings, "kv_stats": summary}
+        about = {"kv_versions": versions.in_use(), "kv_format": versions.RESULTS_FORMAT}
+        return {**super().get_model_info(), **ours, **about}
 
     def fingerprint(self) -> str:
         """Hash of all that decides an answer (identity.py)."""
