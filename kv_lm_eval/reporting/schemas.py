@@ -99,6 +99,7 @@ class Config(TypedDict):
     kv_compression: NotRequired[Compression]
     kv_stats: NotRequired[dict[str, Any]]  # RunStats or NoStats
     kv_versions: NotRequired[dict[str, Any]]
+    kv_format: NotRequired[Count]  # 0 where it is missing
     limit: NotRequired[float | None]
     gen_kwargs: NotRequired[dict[str, Any] | str | None]
 
