@@ -33,7 +33,8 @@ class Context:
         self.ids, self._served, self._tokenizer, self._end = ids, served, tokenizer, end
         self._contexts = Contexts([ids], lasting=True)
         with our_attention(served.model), torch.no_grad():
-            self._held = served.report_of(self._contexts.forks(served.model, served.new_cache, [ids]))
+            (fork,) = self._contexts.forks(served.model, [served.new_cache], [ids])
+            self._held = served.report_of(fork)
 
     def report(self) -> Report:
         """What the context holds, before any question."""

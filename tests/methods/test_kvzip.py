@@ -280,7 +280,7 @@ def test_all_kinds_of_requests_are_served() -> None:
         return make_cache(compression, facts)
 
     with torch.no_grad():
-        cache, ids, mask = start(net, new_cache, rows, None, 0)
+        cache, ids, mask, _ = start(net, new_cache, rows, None, 0)
         words = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         out = net.generate(ids, attention_mask=mask, **words, **generate_with(cache), **by_rows(cache))
         assert out.shape == (2, 35)

@@ -24,7 +24,7 @@ def model() -> tf.PreTrainedModel:
 def alone(context: list[int], question: list[int], **settings: object) -> list[int]:
     """The road of the evaluation with question_in_prompt=False."""
     pair, row = models.pair("llama"), context + question
-    cache, ids, mask = start(pair.model, lambda: pair.cache(**settings), [row], [len(question)], 0)
+    cache, ids, mask, _ = start(pair.model, lambda: pair.cache(**settings), [row], [len(question)], 0)
     words = {**generate_with(cache), **by_rows(cache), **GREEDY}
     out = pair.model.generate(input_ids=ids, attention_mask=mask, **words)
     new = out[0, ids.shape[1] :].tolist()
