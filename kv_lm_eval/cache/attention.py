@@ -75,6 +75,8 @@ def attend(step: Step, seen: Visible) -> torch.Tensor:
         out = unmasked(step.query, seen.keys, seen.values, step.scaling, seen.reach)
         if out is not None:
             return out
+    if step.tokens == 1 and step.softcap is None and seen.sight is None:
+        return _attend_one(step, seen)
     return torch.cat([_attend_block(step, seen, *block) for block in _blocks(step, seen)], dim=2)
 
 
@@ -98,6 +100,25 @@ def strongest_attention(step: Step, seen: Visible, part: slice, sinks: int) -> t
         weights = new_weights(step, some, at, min(q, at + block))[..., sinks:old]
         found = torch.maximum(found, weights.amax(2))
     return found
+
+
+def _attend_one(step: Step, seen: Visible) -> torch.Tensor:
+    """Attention of one new token a row, [B, H, 1, D], where slots are hidden; every old one is older than it."""
+    kv_heads, mask = seen.keys.shape[1], hidden_from_one(step, seen).logical_not_().unsqueeze(2)
+    if seen.bias is not None:
+        mask = torch.where(mask, seen.bias.unsqueeze(2), float("-inf")).to(step.query.dtype)
+    packed = packed_queries(step.query, kv_heads)
+    mask = mask.expand(-1, -1, packed.shape[2], -1)
+    out = F.scaled_dot_product_attention(packed, seen.keys, seen.values, attn_mask=mask, scale=step.scaling)
+    return out.reshape(*step.query.shape[:2], 1, -1)
+
+
+def hidden_from_one(step: Step, seen: Visible) -> torch.Tensor:
+    """Which slots the one new token of each row does not see, sight aside: [B, 1 or K, N] bool."""
+    hidden = seen.pos < 0
+    if step.window is not None:
+        hidden |= step.pos.unsqueeze(2) - seen.pos >= step.window
+    return hidden
 
 
 def window_attention(store: LayerStore, last: int, step: Step) -> torch.Tensor:

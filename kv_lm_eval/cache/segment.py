@@ -88,6 +88,7 @@ class Segment:
         self.waiting: list[Step] = []
         self.branch: torch.Tensor | None = None
         self.part = 0, 0
+        self._last_votes: torch.Tensor | None = None  # what the slots of the last layer received of a single new token
         self.open(0, nullcontext)
 
     def open(
@@ -228,12 +229,12 @@ class Segment:
         seen = self._with_stored(step) if self.reads_only else self._stored(step)
         method, observes = self.compression.method, self._observes(step.layer)
         mass = None
-        if observes and method.accumulates:
+        if observes and (method.accumulates or (method.num_queries == 1 == step.tokens and step.softcap is None)):
             out, mass = attend_counted(step, seen)
         else:
             out = self._attention(step, seen)
         if observes:
-            self._observe(step, seen, mass)
+            self._observe(step, mass)
         if self.mode == "again" and self._is_cut(step.layer):
             far, near = self.part
             part = slice(seen.old - far, seen.old - near)
@@ -280,7 +281,7 @@ class Segment:
         if self._observes(layer):
             step = step._replace(key=mine.keys[:, :, old:], value=mine.values[:, :, old:])
             seen = self._visible(step, (mine.keys, mine.values, mine.pos), old, False, None)
-            self._observe(step, seen, received_mass(step, seen) if self.compression.method.accumulates else None)
+            self._observe(step, received_mass(step, seen) if self.compression.method.accumulates else None)
         self._after_attention(step)
 
     def _with_stored(self, step: Step) -> Visible:
@@ -313,13 +314,14 @@ class Segment:
         """Whether the layer's slots hold tokens that follow each other, so that its window is one of slots too."""
         return not self._is_cut(layer) or all(h >= n for h, n in zip(self.held[layer], self.seen, strict=True))
 
-    def _observe(self, step: Step, seen: Visible, mass: torch.Tensor | None) -> None:
+    def _observe(self, step: Step, mass: torch.Tensor | None) -> None:
         """Notes what scores will ask for: the last queries, the attention that each slot received, query moments."""
         store, method = self.stores[step.layer], self.compression.method
         if method.num_queries:
             store.observe(step.query, step.pos, method.num_queries)
-        if mass is not None:
+        if method.accumulates and mass is not None:
             store.add_mass(mass)
+        self._last_votes = mass if step.tokens == 1 else None
         if method.moments_from is not None:
             self.add_moments(step.layer, step.query, step.pos)
 
@@ -585,6 +587,7 @@ class Segment:
             num_queries=method.num_queries,
             _rotate=partial(self._rotate, layer) if moves_keys else None,
             _attend=lambda last: window_attention(store, last, step),
+            _votes={} if self._last_votes is None or self.compression.waits else {1: self._last_votes},
         )
         scores = self.compression.score(view)
         if self.mode == "prefill" and (scores.isnan() & (store.pos >= 0)).any():  # scores of empty slots mean nothing
@@ -653,17 +656,27 @@ class Segment:
         start = (store.pos[:, 0] >= 0).int().argmax(-1)  # sinks stay, so that nothing between them is empty
         slots = (start[:, None] + torch.arange(sinks, device=device)).clamp_max(store.length - 1)  # [B, S]
         index = slots[:, None, :, None].expand(-1, store.keys.shape[1], -1, store.keys.shape[3])
-        current = store.keys.gather(2, index)
-        if store.pristine_sinks is None:
-            store.pristine_sinks = current
-        else:
-            first_time = to_device(fresh, device).view(-1, 1, 1, 1)
-            store.pristine_sinks = torch.where(first_time, current, store.pristine_sinks)
-        lost = self._lost(layer)
-        delta = to_device(lost, device).view(-1, 1)
-        moved = rope.rotate(store.pristine_sinks, delta, layer)
-        untouched = to_device([n == 0 for n in lost], device).view(-1, 1, 1, 1)
-        store.write_sinks(index, torch.where(untouched, current, moved))
+        lost = tuple(self._lost(layer))
+        pristine = store.pristine_sinks
+        current = pristine if pristine is not None and all(lost) and not any(fresh) else store.keys.gather(2, index)
+        if pristine is None:
+            pristine = current
+        elif any(fresh):
+            pristine = torch.where(to_device(fresh, device).view(-1, 1, 1, 1), current, pristine)
+        store.pristine_sinks = pristine
+        moved = rope.rotate(pristine, self._delta(lost, device), layer)
+        if not all(lost):
+            untouched = to_device([n == 0 for n in lost], device).view(-1, 1, 1, 1)
+            moved = torch.where(untouched, current, moved)
+        store.write_sinks(index, moved)
+
+    def _delta(self, lost: tuple[float, ...], device: torch.device) -> torch.Tensor:
+        """How far each row's sinks go, [B, 1]: one tensor for all layers of a step, which mostly have lost as many."""
+        if lost != self._turned[0] or self._turned[1].device != device:
+            self._turned = (lost, to_device(lost, device).long().view(-1, 1))
+        return self._turned[1]
+
+    _turned: tuple[tuple[float, ...], torch.Tensor] = ((), torch.zeros(0))
 
     # ------------------------------------------------------------------------------------ numbers
 

@@ -356,10 +356,13 @@ def blank_lowest(scores: torch.Tensor, pos: torch.Tensor, drop: list[int]) -> No
     scores = at_least_float32(scores)
     finite = torch.finfo(scores.dtype)
     scores = torch.where(pos >= 0, scores.clamp(finite.min, finite.max), float("inf"))
-    todo = to_device(drop, pos.device).view(-1, 1, 1)
-    last = pos.shape[2] - 1
-    for i in range(max(drop)):
+    last, most = pos.shape[2] - 1, max(drop)
+    todo = None if min(drop) == most else to_device(drop, pos.device).view(-1, 1, 1)
+    for i in range(most):
         lowest = last - scores.flip(-1).argmin(-1, keepdim=True)  # of equal ones the newest
-        going = todo > i
-        pos.scatter_(2, lowest, pos.gather(2, lowest).masked_fill(going, -1))
-        scores.scatter_(2, lowest, float("inf"))
+        if todo is None:
+            pos.scatter_(2, lowest, -1)
+        else:
+            pos.scatter_(2, lowest, pos.gather(2, lowest).masked_fill(todo > i, -1))
+        if i + 1 < most:
+            scores.scatter_(2, lowest, float("inf"))

@@ -9,7 +9,7 @@ Shapes: B batch rows, H query heads, K KV heads, G = H / K, N slots, D head size
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +58,7 @@ class View:
     _rotate: Callable[..., torch.Tensor] | None = None
     method: str = "NAME"
     num_queries: int | None = None
+    _votes: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def mass(self) -> torch.Tensor:
@@ -113,6 +114,13 @@ class View:
                 f"a property num_queries that returns {last}",
             )
         return self._attend(last)
+
+    def votes(self, last: int) -> torch.Tensor:
+        """What each slot received of `attention(last)`: summed over the queries, mean over the query heads of a group:
+        [B, K, N]. Worked out once, for the scores and for the treatment of the evicted."""
+        if last not in self._votes:
+            self._votes[last] = self.attention(last).sum(3).mean(2)
+        return self._votes[last]
 
     def recent(self, count: int | list[int]) -> torch.Tensor:
         """True for the last `count` tokens seen (one number, or one a row): [B, 1 or K, N]."""
