@@ -173,11 +173,12 @@ class LayerStore:
         """Puts the slots that stay, [B, K, M], in the place of all slots.
 
         Args:
-            room: tokens that will be added before the next cut; the storage is sized for them.
+            room: tokens that will be added before the next cut; the storage is sized for them. 0: none comes, and the
+                first token that does makes its own room, when the prompt's forward with its activations is over.
         """
         assert self._keys is not None and self._values is not None and self._pos is not None
         length = kept.keys.shape[2]
-        capacity = length + max(room, MIN_HEADROOM)
+        capacity = length + (max(room, MIN_HEADROOM) if room else 0)
         fits = capacity <= self._keys.shape[2] <= 2 * capacity and self._pos.shape[1] == kept.pos.shape[1]
         # As a projection made them, a head's keys lie far apart
         fits = fits and not self.lent and self._keys.is_contiguous()
