@@ -19,9 +19,10 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from kv_lm_eval.cache.attention import Step, Visible, attend, strongest_attention, window_attention
+from kv_lm_eval.cache.attention import Step, Visible, attend, strongest_attention, window_attention, window_logits
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
+from kv_lm_eval.cache.output import output_norms
 from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.cache.received import attend_counted, received_mass
 from kv_lm_eval.cache.store import LayerStore, blank_lowest, joined
@@ -32,6 +33,7 @@ from kv_lm_eval.errors import UserError
 FEW = 4  # pairs that one cut may hide in their places instead of moving the others
 MAX_ROOM = 1024  # slots reserved for the tokens until the next cut, at most; storage grows by itself
 TRIM_EVERY = 64  # tokens a row sees until its sliding-window layers that are never cut drop what they cannot see
+ALL = 2**31 - 1  # queries: more than there are
 MOMENTS_BLOCK = 1024  # queries turned back in float32 at a time
 Mode = Literal["prefill", "decode", "hold", "score", "again"]
 Numbers = tuple[list[float], float, float]  # of a row: slots held by layer, peak, valid bytes
@@ -318,7 +320,7 @@ class Segment:
         """Notes what scores will ask for: the last queries, the attention that each slot received, query moments."""
         store, method = self.stores[step.layer], self.compression.method
         if method.num_queries:
-            store.observe(step.query, step.pos, method.num_queries)
+            store.observe(step.query, step.pos, ALL if method.every_query else method.num_queries)
         if method.accumulates and mass is not None:
             store.add_mass(mass)
         self._last_votes = mass if step.tokens == 1 else None
@@ -588,6 +590,9 @@ class Segment:
             _rotate=partial(self._rotate, layer) if moves_keys else None,
             _attend=lambda last: window_attention(store, last, step),
             _votes={} if self._last_votes is None or self.compression.waits else {1: self._last_votes},
+            _logits=lambda last: window_logits(store, last, step),
+            _queries=store.observed,
+            _output_norms=partial(output_norms, self.facts, layer, store.values) if method.projects else None,
         )
         scores = self.compression.score(view)
         if self.mode == "prefill" and (scores.isnan() & (store.pos >= 0)).any():  # scores of empty slots mean nothing
@@ -612,7 +617,7 @@ class Segment:
             self._close_ranks(
                 layer, view, scores, self.compression.counts(scores, view.pos, keep, self.seen, held, layer)
             )
-            if self.compression.heads.exact and not self.compression.open:
+            if self.compression.exact and not self.compression.open:
                 self.held[layer] = keep
         if self._loses_sight(layer):
             self.held[layer] = _counted(store.pos >= 0)
@@ -625,7 +630,7 @@ class Segment:
         store, held, compression = self.stores[layer], self.held[layer], self.compression
         return (
             self.mode == "decode"
-            and compression.method.slotwise
+            and compression.slotwise
             and compression.evicted.forgets
             and self._even(layer)
             and not compression.storage.quantises
@@ -639,8 +644,11 @@ class Segment:
         store = self.stores[layer]
         if self.compression.open and bool((counts == (store.pos >= 0).sum(-1).cpu()).all()):
             return  # nothing goes
+        scores, counts = self.compression.second_look(view, scores, counts)
         kept = self.compression.evicted.cut(self.compression.method, view, scores, counts)
         store.replace(kept, room=min(self.compression.schedule.compress_every, MAX_ROOM))
+        if self.compression.method.every_query:
+            store.forget_queries(self.compression.method.num_queries)
         self.held[layer] = [sum(row) / len(row) for row in counts.tolist()]
 
     def _lost(self, layer: int) -> list[float]:

@@ -165,6 +165,16 @@ class LayerStore:
         self.queries = queries[:, :, -last:].clone()
         self.query_pos = pos[:, -last:].clone()
 
+    @property
+    def observed(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The last queries [B, H, W, D] and their positions [B, W], or None."""
+        return None if self.queries is None or self.query_pos is None else (self.queries, self.query_pos)
+
+    def forget_queries(self, last: int) -> None:
+        """Frees all but the last so many queries."""
+        if self.queries is not None and self.query_pos is not None and self.queries.shape[2] > last:
+            self.queries, self.query_pos = self.queries[:, :, -last:].clone(), self.query_pos[:, -last:].clone()
+
     def forget_observations(self) -> None:
         """Frees what only scoring needs, once no further cut will come."""
         self._mass = self.queries = self.query_pos = self.moments = None
