@@ -105,7 +105,7 @@ class Estimate:
         embeddings._hf_hook = SimpleNamespace(execution_device=META)  # ids go where weights are to be, as in offloading
         text = config.get_text_config()
         self.facts = ModelFacts(text.num_hidden_layers, getattr(text, "max_position_embeddings", None))
-        self._feed(CompressedCache(FULL, self.facts), 1, 2)  # layers are known when they have been met
+        self._feed(make_cache(FULL, self.facts), 1, 2)  # layers are known when they have been met
         self.facts.rope = RopeKit(self.model, self.facts.modules)
         self.facts.rope_kinds = ["rope"] * self.facts.num_layers
 
