@@ -31,6 +31,7 @@ class ModelFacts:
     Attributes:
     num_layers: attention layers.
     modules: attention module of each layer, filled at the first forward.
+    outputs: by layer, the module that gets the attention's output, where there is one: the output projection.
     heads: query heads and KV heads of each layer, filled with the modules.
     sliding_windows: the layer's own sliding window in tokens, None for full attention.
     rope: rotation by the model's own functions; rope_kinds: per layer "rope", "nope" (keys do not depend on the
@@ -47,6 +48,7 @@ class ModelFacts:
     num_layers: int
     max_positions: int | None = None
     modules: dict[int, nn.Module] = field(default_factory=dict)
+    outputs: dict[int, nn.Module] = field(default_factory=dict)
     heads: dict[int, tuple[int, int]] = field(default_factory=dict)
     sliding_windows: list[int | None] = field(default_factory=list)
     rope: RopeKit | None = None

@@ -24,7 +24,7 @@ from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.cache.rope import RopeKit
-from kv_lm_eval.engine import sharded
+from kv_lm_eval.engine import outputs, sharded
 from kv_lm_eval.engine.choices import How, score_in_forks, score_packed
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import device_of, generate_with, logits_of
@@ -120,6 +120,10 @@ def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads(
             _check_positions(model, facts, kind, compression)
         compression.check_model(facts)
         facts.ranks = getattr(model, "tp_size", None) or 1
+        outputs.find(model, facts, FULL)
+        if compression.method.reads_effects:
+            outputs.check(facts, kind, compression.method.name)
+            hook.show_hidden(facts.modules.values())
         sharded.check(compression, facts.ranks)
         _walk(model, probe, facts, compression, roads, expected)
     except UserError as error:

@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 
+from kv_lm_eval.cache import hook
 from kv_lm_eval.cache.band import Band
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
@@ -62,7 +63,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"token_budget": 12, "page_size": 4, "dense_layers": 0},
         {"token_budget": 1, "page_size": 3, "dense_layers": 1},
     ],
-    "kvzip": [{"n_sink": 2, "chunk_size": 16}, {"layer_budget": "uniform"}, {"compress_every": 5}],
+    "kvzip": [{"n_sink": 2, "chunk_size": 16}, {"layer_budget": "uniform"}, {"compress_every": 5}, {"plus": True}],
     "quantized": [{}],
 }
 BUDGETS = [{"max_capacity_prompt": 16}, {"max_capacity_prompt": 9}, {"keep_ratio": 0.5}, {"compression_ratio": 0.3}]
@@ -99,6 +100,7 @@ def model(name: str) -> tuple[Any, Any]:
         except UserError:
             continue
         facts.words = tiny.WORDS
+        hook.show_hidden(facts.modules.values())
         return built.double(), facts
     raise AssertionError(name)
 

@@ -191,7 +191,7 @@ def test_all_kinds_of_requests_read_token_by_token() -> None:
     answers, read = [], []
     with torch.no_grad():
         for loop in (by_rows, lambda cache: by_rows(cache, compiled=True)):
-            cache, ids, mask = start(net, make, rows, None, 0)
+            cache, ids, mask, _ = start(net, make, rows, None, 0)
             own = loop(cache)
             out = net.generate(ids, attention_mask=mask, **words, **generate_with(cache), **own)
             answers.append(out.tolist())
