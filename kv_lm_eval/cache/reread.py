@@ -10,6 +10,7 @@ import torch
 from kv_lm_eval.cache.attention import WEIGHT_ELEMENTS, Step, Visible, new_weights
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.output import matrix_of
+from kv_lm_eval.cache.received import LEAST, NEAR_ELEMENTS
 from kv_lm_eval.cache.store import rows_of
 from kv_lm_eval.cache.transfer import at_least_float32
 
@@ -34,17 +35,24 @@ def strongest_attention(
     some = Visible(
         keys, keys[..., :0], torch.cat([sink_pos, pos[:, :, part], pos[:, :, seen.old :]], dim=2), old, False
     )
-    block = max(1, min(q, 256, WEIGHT_ELEMENTS // (b * h * (old + q))))
-    found = at_least_float32(step.query.new_zeros(0)).new_zeros(b, keys.shape[1], n)
-    for at in range(0, q, block):
-        end = min(q, at + block)
-        weights = new_weights(step, some, at, end)[..., sinks:old]
-        if effect is not None:
-            assert step.hidden is not None
-            norms = at_least_float32(step.hidden[:, at:end]).norm(dim=-1).to(weights.device)
-            weights = weights.unflatten(2, (-1, end - at)) / norms[:, None, None, :, None] * effect.unsqueeze(3)
-            weights = weights.flatten(2, 3)
-        found = torch.maximum(found, weights.amax(2))
+    kv_heads, near = keys.shape[1], step.query.device.type == "cpu"
+    heads = 1 if near else kv_heads  # at a time: on a CPU weights stay near the processor
+    group, most = h // kv_heads, NEAR_ELEMENTS if near else WEIGHT_ELEMENTS
+    block = max(LEAST, min(q, 256, most // (b * heads * group * (old + q))))
+    found = at_least_float32(step.query.new_zeros(0)).new_zeros(b, kv_heads, n)
+    for head in range(0, kv_heads, heads):
+        own = slice(head, head + heads)
+        part_of = some._replace(keys=keys[:, own], pos=some.pos[:, own] if some.pos.shape[1] > 1 else some.pos)
+        queries = step._replace(query=step.query[:, head * group : (head + heads) * group])
+        for at in range(0, q, block):
+            end = min(q, at + block)
+            weights = new_weights(queries, part_of, at, end)[..., sinks:old]
+            if effect is not None:
+                assert step.hidden is not None
+                norms = at_least_float32(step.hidden[:, at:end]).norm(dim=-1).to(weights.device)
+                weights = weights.unflatten(2, (group, end - at)) / norms[:, None, None, :, None]
+                weights = (weights * effect[:, own].unsqueeze(3)).flatten(2, 3)
+            found[:, own] = torch.maximum(found[:, own], weights.amax(2))
     return found
 
 
