@@ -10,10 +10,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "KVCompressedLM": "kv_lm_eval.model",
     "UserError": "kv_lm_eval.errors",
+    "compress": "kv_lm_eval.serving.compress",
+    "compressed_cache": "kv_lm_eval.serving.compress",
     "evaluate": "kv_lm_eval.api",
+    "prefill": "kv_lm_eval.serving.context",
 }
 
-__all__ = ["KVCompressedLM", "UserError", "__version__", "evaluate"]
+__all__ = ["KVCompressedLM", "UserError", "__version__", "compress", "compressed_cache", "evaluate", "prefill"]
 
 
 def __getattr__(name: str) -> object:

@@ -25,6 +25,7 @@ usage: kv-lm-eval COMMAND ...
   sweep FILE ...   many runs from one YAML file; it goes on where it was
   report DIR ...   tables, pictures and a page from a folder of results
   compare A B ...  two runs on the same documents: differences, intervals, flips
+  inspect ...      a page: which tokens each head kept of one prompt
   fidelity ...     which layer, head or treatment moves a method most
   tune ...         the smallest cache that answers as well as the full one
   bench ...        speed and memory of the methods on one model
@@ -39,6 +40,7 @@ MAINS = {  # commands that are a module of their own
     "sweep": "kv_lm_eval.experiments.sweep",
     "report": "kv_lm_eval.reporting.command",
     "compare": "kv_lm_eval.experiments.compare",
+    "inspect": "kv_lm_eval.analysis.inspect",
     "fidelity": "kv_lm_eval.analysis.attribution",
     "tune": "kv_lm_eval.experiments.tune",
     "bench": "kv_lm_eval.bench.command",

@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from kv_lm_eval import config, identity, loading, quiet, saving, tiny, versions
 from kv_lm_eval.cache import static_ring
 from kv_lm_eval.engine import adapter
-from kv_lm_eval.engine.forward import logits_of
+from kv_lm_eval.engine.forward import below_adapter, logits_of
 from kv_lm_eval.metrics.compression import CompressionLog
 from kv_lm_eval.metrics.memory import PeakMemory
 from kv_lm_eval.requests import choices, generation, remarks, request_cache, samples
@@ -28,7 +28,7 @@ from kv_lm_eval.requests.answers_of_full import AnswersOfFull
 from kv_lm_eval.requests.documents import score_requests
 from kv_lm_eval.requests.halving import Halving
 from kv_lm_eval.requests.own_keys import OwnKeys
-from kv_lm_eval.requests.run import Run, below_adapter, log
+from kv_lm_eval.requests.run import Run, log
 from kv_lm_eval.requests.served import served
 
 HFLM_KEYS = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
@@ -225,8 +225,9 @@ class KVCompressedLM(HFLM):
         summary = self.compression_log.summary()
         remarks.at_end(self.compression, summary)
         self.compression_log.end()
-        ours = {"kv_compression": self.settings, "kv_stats": summary, "kv_versions": versions.in_use()}
-        return {**super().get_model_info(), **ours}
+        ours = {"kv_compression": self.settings, "kv_stats": summary}
+        about = {"kv_versions": versions.in_use(), "kv_format": versions.RESULTS_FORMAT}
+        return {**super().get_model_info(), **ours, **about}
 
     def fingerprint(self) -> str:
         """Hash of all that decides an answer (identity.py)."""

@@ -25,7 +25,7 @@ HIDDEN, SHOWN = "_kv_hidden", "_kv_shows_hidden"  # on attention modules
 HARMLESS = frozenset(
     """use_cache output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch
     logits_to_keep cache_position cache past_key_values past_key_value position_embeddings layer_past
-    is_causal""".split()
+    is_causal tokenizer""".split()
 )
 
 

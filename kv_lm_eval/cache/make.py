@@ -16,12 +16,16 @@ from kv_lm_eval.cache.view import AskedOfCompression
 
 
 def make_cache(
-    compression: AskedOfCompression, facts: ModelFacts, prefill_chunk: int | None = None, prefill_evicts: bool = False
+    compression: AskedOfCompression,
+    facts: ModelFacts,
+    prefill_chunk: int | None = None,
+    prefill_evicts: bool = False,
+    of: type[CompressedCache] = CompressedCache,
 ) -> CompressedCache:
     """An empty cache for one batch; prompts are fed to it in chunks of `prefill_chunk` tokens, None: in one."""
     method = compression.method
     kind = Ring if method.ring else Refresh if method.reinserted else Paged if method.pages else Segment
-    cache = CompressedCache(compression, facts, kind)
+    cache = of(compression, facts, kind)
     cache.prefill_chunk, cache.prefill_evicts = prefill_chunk, prefill_evicts
     return cache
 

@@ -57,15 +57,25 @@ class Paged(Segment):
         super().note()
         self._reads.append(list(self.read))
 
+    def _chooses(self, layer: int) -> bool:
+        """Whether the running forward reads pages of the layer, and not all of it."""
+        pages = self.compression.method.pages
+        assert pages is not None
+        return self.mode in ("decode", "score") and layer >= pages.dense_layers and self.facts.compressible(layer)
+
+    def _after_attention(self, step: Step) -> None:
+        if not self._chooses(step.layer) and not self.reads_only:
+            store = self.stores[step.layer]
+            heads, size = store.keys.shape[1], store.bytes_per_slot
+            self._count([held * heads * size for held in self.held[step.layer]])
+        super()._after_attention(step)
+
     def _attention(self, step: Step, seen: Visible) -> torch.Tensor:
+        if not self._chooses(step.layer):
+            return super()._attention(step, seen)
         pages = self.compression.method.pages
         assert pages is not None
         heads, size = seen.keys.shape[1], self.stores[step.layer].bytes_per_slot
-        sparse = self.mode in ("decode", "score") and step.layer >= pages.dense_layers
-        if not sparse or not self.facts.compressible(step.layer):
-            if not self.reads_only:
-                self._count([held * heads * size for held in self.held[step.layer]])
-            return super()._attention(step, seen)
         outs = []
         for at in range(step.tokens):
             out, pairs, bounds = self._one(step, seen, at, pages)

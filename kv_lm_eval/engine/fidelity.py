@@ -107,6 +107,21 @@ def continue_beside(
     return scores, cache, wanted, beside
 
 
+def share_kept(cache: CompressedCache, row: int, places: Sequence[int]) -> float:
+    """The share of a row's tokens, by their places, whose pairs are held: the mean over KV heads and layers.
+
+    Only layers that the method may cut count.
+    """
+    if not cache.compression.method.compresses:
+        return 1.0
+    segment, at = cache.of_row(row)
+    wanted = torch.tensor(list(places))
+    skipped = cache.compression.schedule.skip_layers
+    stores = [segment.stores[layer] for layer in cache.facts.cut_layers if layer not in skipped]
+    held = [torch.isin(wanted, head).float().mean() for store in stores for head in store.pos[at].cpu()]
+    return float(torch.stack(held).mean()) if held else 1.0
+
+
 def noise_floor(
     model: PreTrainedModel,
     facts: ModelFacts,

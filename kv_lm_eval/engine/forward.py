@@ -52,7 +52,7 @@ def logits_of(
 
 def forward_of(model: Any) -> Callable[..., Any]:
     """The forward() of a model's class, below PEFT."""
-    return type(_base(model)).forward
+    return type(below_adapter(model)).forward
 
 
 def cache_argument(function: Callable[..., Any]) -> str:
@@ -76,8 +76,17 @@ def output(logits: torch.Tensor, cache: Cache) -> CausalLMOutputWithPast:
     return CausalLMOutputWithPast(logits=logits, **generate_with(cache))
 
 
-def _base(model: Any) -> Any:
+def below_adapter(model: Any) -> Any:
+    """The transformers model itself, below PEFT."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def kv_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes of the keys and values of one token in the full cache."""
+    cfg = model.config.get_text_config()
+    heads = getattr(cfg, "num_key_value_heads", None) or cfg.num_attention_heads
+    size = getattr(cfg, "head_dim", None) or cfg.hidden_size // cfg.num_attention_heads
+    return int(2 * cfg.num_hidden_layers * heads * size * model.dtype.itemsize)
 
 
 def device_of(model: PreTrainedModel) -> torch.device:

@@ -32,9 +32,11 @@ class Contexts:
     Args:
         heads: the context of every question to come, in token ids; one is held from its first question to its last, so
             that questions of one context should follow each other.
+        lasting: whether they are held for ever.
     """
 
-    def __init__(self, heads: Iterable[Sequence[int]]) -> None:
+    def __init__(self, heads: Iterable[Sequence[int]], lasting: bool = False) -> None:
+        self._lasting = lasting
         self._left = Counter(map(tuple, heads))
         self._held: dict[Head, list[Segment]] = {}  # under each compression
 
@@ -55,8 +57,11 @@ class Contexts:
             cache.hold([self._held[head][m].select([0]) if head else None for head in asked])
         self._left.subtract(asked)
         alone = caches[0].facts.border is not None  # what is rotated next depends on what was rotated last
-        self._held = {head: held for head, held in self._held.items() if self._left[head] > 0 and not alone}
+        self._held = {head: held for head, held in self._held.items() if self._is_left(head) and not alone}
         return caches
+
+    def _is_left(self, head: Head) -> bool:
+        return self._lasting or self._left[head] > 0
 
 
 def _own(cache: CompressedCache, row: int) -> Segment:

@@ -1,4 +1,4 @@
-"""Per-document scores of settings, run when they are asked for and kept: what a search for the smallest cache asks."""
+"""What documents say of settings, run when it is asked for and kept: what a search for the smallest cache asks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from kv_lm_eval.stats import clusters
 Settings = dict[str, Any]
 # Which documents are asked about and what is made of the scores, and model_args and tasks, which are in their parts
 _NOT_DECIDING = frozenset(
-    """model_args tasks budgets budget_setting axes tolerance confidence first_look max_samples shuffle_seed batch_size
-    device include_path output_path""".split()
+    """model_args tasks budgets budget_setting axes also loss tolerance confidence largest first_look max_samples
+    shuffle_seed batch_size device include_path output_path""".split()
 )
 
 
@@ -41,33 +41,38 @@ def drawn_texts(labels: Sequence[Sequence[int]], seed: int, most: int | None) ->
     return out
 
 
-class Scores:
-    """Per-document scores of settings, run when they are asked for and kept."""
+Value = float | list[float]  # what one document says
+
+
+class Asked:
+    """What documents say of settings, run when it is asked for and kept; a subclass says what that is."""
+
+    files_of_answers = "scores.json"
+    rolling = False  # whether perplexities of whole documents are told from one another
 
     def __init__(self, args: argparse.Namespace) -> None:
         from lm_eval.utils import simple_parse_args_string
 
         self.args = args
         args.metadata = _metadata(args.metadata) if isinstance(args.metadata, str) else args.metadata
-        self.range = low, high = _range(args.score_range)
         self.base: Settings = simple_parse_args_string(args.model_args)
         self.base.setdefault("method", None)
         if self.base["method"] in (None, "full"):
             raise UserError("which method is to be tuned? Give --model_args ...,method=NAME")
         names.check(str(self.base["method"]))  # before lm-eval's tasks are imported, which takes a second
         plugin.install()
-        self.full = {k: v for k, v in self.base.items() if k in _not_of_the_method(self.base)} | {"method": "full"}
+        self.full = {**only_of_the_model(self.base), "method": "full"}
         self.run_options = {
             "tasks": args.tasks.split(","),
             "metadata": args.metadata,
             "include_path": args.include_path,
         }
         self.order = self._documents()
-        self.file = args.output_path / "scores.json" if args.output_path else None
-        self.known: dict[str, dict[str, float]] = {}
+        self.file = args.output_path / self.files_of_answers if args.output_path else None
+        self.known: dict[str, dict[str, Value]] = {}
         self._keys: dict[tuple[str, str], str] = {}
         if self.file:
-            self.known = files.read_json(self.file, dict[str, dict[str, float]]) if self.file.is_file() else {}
+            self.known = files.read_json(self.file, dict[str, dict[str, Value]]) if self.file.is_file() else {}
         self.runs = self.samples_run = 0
 
     def _documents(self) -> dict[str, list[list[int]]]:
@@ -80,8 +85,12 @@ class Scores:
             loaded = manager.load(self.run_options["tasks"])["tasks"]
         documents = []
         for name, task in loaded.items():
-            if len(getattr(task, "instances", None) or []) or task.get_config("output_type") == "loglikelihood_rolling":
-                raise UserError(f"{name}: perplexities have no bounded score per document; take an accuracy")
+            rolling = task.get_config("output_type") == "loglikelihood_rolling" and not self.rolling
+            if len(getattr(task, "instances", None) or []) or rolling:
+                raise UserError(
+                    f"{name}: perplexities have no bounded score per document; take an accuracy, or --loss kl, "
+                    "which is of whole documents too"
+                )
             documents.append([clusters.texts_of(doc, f"{name} {i}") for i, doc in enumerate(task.eval_docs)])
         labels = clusters.label(documents)
         drawn = drawn_texts([of.tolist() for of in labels], self.args.shuffle_seed, self.args.max_samples)
@@ -104,22 +113,8 @@ class Scores:
             out += sizes / self._size(task) / len(tasks)
         return out / self._heaviest(tasks)
 
-    def losses(self, tasks: Sequence[str], settings: Settings, n: int) -> np.ndarray:
-        """[n, 2] weighted losses of the first n texts and their weights, as in stats/betting.py; in score ranges.
-
-        A loss is score(full) - score(settings). Every document of a task counts alike, and so does every task.
-        """
-        lost = np.zeros(n)
-        for task in tasks:
-            texts = self.order[task][:n]
-            ids = [i for text in texts for i in text]
-            full, mine = self.of(self.full, task, ids), self.of({**self.base, **settings}, task, ids)
-            lost += np.array([sum(full[i] - mine[i] for i in text) for text in texts]) / self._size(task) / len(tasks)
-        lost /= self._heaviest(tasks) * (self.range[1] - self.range[0])
-        return np.stack([lost, self.weights(tasks)[:n]], axis=1)
-
-    def of(self, model_args: Settings, task: str, ids: Sequence[int]) -> dict[int, float]:
-        """Scores of documents of a task; those not known yet are run."""
+    def of(self, model_args: Settings, task: str, ids: Sequence[int]) -> dict[int, Any]:
+        """What documents of a task say; those not known yet are run."""
         key = self._key(model_args, task)
         known = self.known.setdefault(key, {})
         if missing := [i for i in ids if str(i) not in known]:
@@ -144,7 +139,7 @@ class Scores:
             )
         return self._keys[asked]
 
-    def _run(self, model_args: Settings, task: str, ids: Sequence[int]) -> dict[str, float]:
+    def _run(self, model_args: Settings, task: str, ids: Sequence[int]) -> dict[str, Value]:
         with progress.told_every_minute(lambda: f"  {task}: {progress.innermost()}"), console.quietly():
             done = harness.run(
                 plugin.MODEL_NAME,
@@ -159,14 +154,49 @@ class Scores:
                 apply_chat_template=self.args.apply_chat_template,
                 bootstrap_iters=0,
                 log_samples=True,
+                **self.options(),
             )
         assert done is not None, "a search is one process"
-        results = done.results
         self.runs += 1
         self.samples_run += len(ids)
-        rows = results["samples"][task]
-        first_filter = rows[0]["filter"]
-        rows = [row for row in rows if row["filter"] == first_filter]
+        rows = done.results["samples"][task]
+        return self.values(done.results, task, [row for row in rows if row["filter"] == rows[0]["filter"]])
+
+    def options(self) -> dict[str, Any]:
+        """More of lm-eval's, for every run."""
+        return {}
+
+    def values(self, results: dict[str, Any], task: str, rows: list[dict[str, Any]]) -> dict[str, Value]:
+        """What each document says, by its number.
+
+        Args:
+            rows: its samples, of the task's first filter.
+        """
+        raise NotImplementedError
+
+
+class Scores(Asked):
+    """Per-document scores, and what a setting loses of the full cache's."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.range = _range(args.score_range)
+        super().__init__(args)
+
+    def losses(self, tasks: Sequence[str], settings: Settings, n: int) -> np.ndarray:
+        """[n, 2] weighted losses of the first n texts and their weights, as in stats/betting.py; in score ranges.
+
+        A loss is score(full) - score(settings). Every document of a task counts alike, and so does every task.
+        """
+        lost = np.zeros(n)
+        for task in tasks:
+            texts = self.order[task][:n]
+            ids = [i for text in texts for i in text]
+            full, mine = self.of(self.full, task, ids), self.of({**self.base, **settings}, task, ids)
+            lost += np.array([sum(full[i] - mine[i] for i in text) for text in texts]) / self._size(task) / len(tasks)
+        lost /= self._heaviest(tasks) * (self.range[1] - self.range[0])
+        return np.stack([lost, self.weights(tasks)[:n]], axis=1)
+
+    def values(self, results: dict[str, Any], task: str, rows: list[dict[str, Any]]) -> dict[str, Value]:
         metric = self.args.metric or next((m for m in rows[0]["metrics"] if isinstance(rows[0][m], (int, float))), None)
         better = results["higher_is_better"][task]
         if metric is None or metric not in rows[0] or better.get(metric) is False:
@@ -178,7 +208,7 @@ class Scores:
         scores = {str(row["doc_id"]): float(row[metric]) for row in rows}
         if outside := [s for s in scores.values() if not low <= s <= high]:
             raise UserError(f"{task}: {metric}={outside[0]:g} is outside --score_range {self.args.score_range}")
-        return scores
+        return dict(scores)
 
 
 def _metadata(text: str) -> dict[str, Any]:
@@ -196,13 +226,13 @@ def _range(text: str) -> tuple[float, float]:
     return low, high
 
 
-def _not_of_the_method(base: Settings) -> set[str]:
-    """Keys of --model_args that the full cache takes too."""
+def only_of_the_model(base: Settings) -> Settings:
+    """What of --model_args any method takes."""
     from kv_lm_eval import config
     from kv_lm_eval.model import HFLM_KEYS
 
     allowed = HFLM_KEYS | config.FROM_PRETRAINED_KEYS | {"model_kwargs", "overlong", "tail_tokens"}
-    return {key for key in base if key in allowed}
+    return {key: value for key, value in base.items() if key in allowed}
 
 
 def spelled(settings: Settings) -> str:

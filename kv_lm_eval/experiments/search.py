@@ -28,13 +28,17 @@ WITHIN, OUTSIDE, UNDECIDED, DROPPED = "within", "outside", "not shown", "halved 
 
 @dataclass
 class Verdict(Generic[Candidate]):
-    """What became of one candidate: how many texts it was given, and what they said."""
+    """What became of one candidate: how many texts it was given, and what they said.
+
+    needed: texts that would show it to be within, were the others like these; None: none would, or it is decided.
+    """
 
     candidate: Candidate
     texts: int
     mean_loss: float
     decision: str
     at_most: float
+    needed: int | None = None
 
 
 @dataclass
@@ -127,4 +131,5 @@ def _judge(candidate: Candidate, losses: np.ndarray, tolerance: float, alpha: fl
         decision = WITHIN
     elif betting.evidence_outside(losses, tolerance) >= needed:
         decision = OUTSIDE
-    return Verdict(candidate, len(losses), betting.mean(losses), decision, betting.upper_bound(losses, alpha))
+    more = betting.needed(losses, tolerance, alpha) if decision == UNDECIDED else None
+    return Verdict(candidate, len(losses), betting.mean(losses), decision, betting.upper_bound(losses, alpha), more)

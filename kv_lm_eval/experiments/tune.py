@@ -12,9 +12,20 @@ Usage:
         --budgets 32,64,128,192,256 --try window_size=8,16,32 --metadata \\
         '{"lengths":[512],"depths":[10,50,90],"samples_per_cell":100}'
 
+With --loss kl (or same_top) the loss is how far the predictions are from the full cache's, on texts, choices or the
+full cache's own answers, and what is sought are the fewest bytes, over eviction and quantisation:
+
+    kv-lm-eval tune --tasks kv_fidelity_file --loss kl --tolerance 0.1 --metadata '{"text_files": "FOLDER"}' \\
+        --model_args pretrained=kv-tiny,dtype=float32,method=snapkv --budgets 64,128,256 --try method=snapkv,tova \\
+        --also method=quantized,nbits=8/4/2
+
+A setting counts as within where the upper limit of its mean is (kv_lm_eval/stats/limits.py says of which losses the
+limit holds); --largest 2 takes a text for no farther than 2 nats, which holds whatever the losses are and takes more
+texts. Where none is shown to be within, the answer is how many texts it would take.
+
 Output: per task, and for the mean over all tasks, a table of what was tried and the recommended --model_args, or "none
 within tolerance". The last line printed is a JSON document; with --output_path DIR it is also DIR/tune.json, and the
-scores are kept in DIR/scores.json, so that the same search goes on after an interruption.
+scores are kept in DIR/scores.json (distances.json), so that the same search goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -31,7 +42,7 @@ import numpy as np
 
 from kv_lm_eval import console, files, harness
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.experiments import search
+from kv_lm_eval.experiments import search, tune_distance
 from kv_lm_eval.experiments.run_point import versions
 from kv_lm_eval.experiments.scores import Scores, Settings, spelled
 from kv_lm_eval.stats import betting
@@ -46,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _kept(folders: list[Path]) -> str:
     if not folders:
         return "Nothing of it is kept; with --output_path DIR the same command would go on where it was."
-    scores = folders[0] / "scores.json"
-    found = f"The scores so far are in {scores}" if scores.is_file() else "There were no scores yet"
+    kept = [str(f) for name in ("scores.json", "distances.json") if (f := folders[0] / name).is_file()]
+    found = f"The scores so far are in {' and '.join(kept)}" if kept else "There were no scores yet"
     return f"{found}: the same command goes on from there."
 
 
@@ -78,7 +89,18 @@ def _parser() -> argparse.ArgumentParser:
         help="also choose the best of these; may be repeated. Each doubles or triples the candidates, so that each "
         "needs stronger evidence",
     )
+    parser.add_argument(
+        "--loss", choices=("score", *tune_distance.NAMES), default="score", help="what may be lost (score)"
+    )
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="method=NAME,SETTING=A/B/C",
+        help="with --loss kl or same_top: settings of another method, may be repeated",
+    )
     parser.add_argument("--tolerance", type=float, default=0.05, help="largest mean loss that counts as equal (0.05)")
+    parser.add_argument("--largest", type=float, help="with --loss kl or same_top: the most that a text counts")
     parser.add_argument("--confidence", type=float, default=0.95, help="that all answers hold (0.95)")
     parser.add_argument("--metric", help="a score of the samples (default: the first of each task)")
     parser.add_argument("--score_range", default="0,1", help="smallest and largest score of a sample (0,1)")
@@ -99,8 +121,14 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     """All searches; returns what is printed as JSON."""
     if not 0 < args.tolerance < 1 or not 0.5 <= args.confidence < 1:
         raise UserError("--tolerance must lie in (0, 1) and --confidence in [0.5, 1)")
-    scores = Scores(args)
+    if args.loss == "score" and (given := [n for n in ("also", "largest") if getattr(args, n)]):
+        raise UserError(f"--{given[0]} goes with --loss kl or same_top: budgets are told apart by their bytes there")
+    if args.largest is not None and not args.tolerance < args.largest:
+        raise UserError(f"--largest {args.largest:g} must be above --tolerance {args.tolerance:g}")
     harness.check_device(args.device)
+    if args.loss != "score":
+        return tune_distance.tune(args)
+    scores = Scores(args)
     scale = scores.range[1] - scores.range[0]
     tolerance = args.tolerance / scale
     budgets, left_out = candidates(args, scores.base)
@@ -122,9 +150,9 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
         if len(weights) < fewest:
             print(
                 f"\n{name}: {len(weights)} texts cannot show a loss of at most {args.tolerance}, whatever the scores; "
-                "give more texts, a larger --tolerance, fewer candidates or a lower --confidence"
+                f"give {fewest - len(weights)} more texts, a larger --tolerance, fewer candidates or less --confidence"
             )
-            answers.append({"tasks": tasks, "model_args": None, "too_few_texts": len(weights)})
+            answers.append({"tasks": tasks, "model_args": None, "too_few_texts": len(weights), "needed": fewest})
             continue
         answer = search.search(
             budgets,
@@ -146,12 +174,7 @@ def candidates(args: argparse.Namespace, base: Settings) -> tuple[list[list[Sett
     from kv_lm_eval import config
     from kv_lm_eval.model import HFLM_KEYS
 
-    axes: dict[str, list[Any]] = {}
-    for text in args.axes:
-        key, equals, values = text.partition("=")
-        if not equals or not values:
-            raise UserError(f"--try {text}: give SETTING=A,B,C")
-        axes[key] = [handle_arg_string(v) for v in values.split(",")]
+    axes = tune_distance.axes_of(args.axes)
     out: list[list[Settings]] = []
     left_out = []
     for budget in sorted(handle_arg_string(b) for b in args.budgets.split(",")):
@@ -193,6 +216,7 @@ def _report(
                 "loss": f"{scale * verdict.mean_loss:+.3f}",
                 "at most": f"{scale * verdict.at_most:+.3f}",
                 "decision": verdict.decision,
+                "would take": "" if verdict.needed is None else f"{verdict.needed} texts",
             }
         )
     sure = f"{100 * args.confidence:g} % confidence"
@@ -204,7 +228,9 @@ def _report(
         print(f"\nrecommended: --model_args {recommended}")
     elif any(v.decision == search.UNDECIDED for v in answer.verdicts):
         most = max(verdict.texts for verdict in answer.verdicts)
-        print(f"\nnone within tolerance could be shown with {most} texts ('not shown' may still be)")
+        needed = min((v.needed for v in answer.verdicts if v.needed is not None), default=None)
+        more = "" if needed is None else f"; the nearest would take about {needed}, if the others are like these"
+        print(f"\nnone within tolerance could be shown with {most} texts ('not shown' may still be){more}")
     else:
         print("\nnone within tolerance")
     return {
@@ -213,5 +239,6 @@ def _report(
         "tolerance": args.tolerance,
         "confidence": args.confidence,
         "alpha_per_candidate": answer.alpha,
+        "needed": None if recommended else min((v.needed for v in answer.verdicts if v.needed), default=None),
         "rows": rows,
     }

@@ -11,6 +11,7 @@ from typing import Any
 from kv_lm_eval import files
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.reporting import schemas
+from kv_lm_eval.versions import RESULTS_FORMAT
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,13 @@ def read_object(file: Path, schema: Any) -> Any:
 def results_of(file: Path, said: Said) -> dict[str, Any] | None:
     """A results file that agrees with itself, None (and said) otherwise."""
     if (results := believed(file, schemas.Results, said)) is None:
+        return None
+    if (written := results["config"].get("kv_format", 0)) > RESULTS_FORMAT:
+        by = (results["config"].get("kv_versions") or {}).get("kv-lm-eval", "a later version")
+        said.damaged.append(
+            f"{file}: is of results format {written}, written by kv-lm-eval {by}; this one reads formats up to "
+            f"{RESULTS_FORMAT}, so install the newer one"
+        )
         return None
     wrong = next(_contradictions(results, file), None)
     if wrong:

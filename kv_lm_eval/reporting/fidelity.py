@@ -19,9 +19,10 @@ LEGEND = (
     "KL(full cache || method) in nats a token, mean with its 95 % interval over texts or blocks of tokens. ≈ at most "
     "twice the full cache's divergence from itself in other forwards, ~ at most twice that in bfloat16: within the "
     "noise. Same top: share of tokens on which both find the same one most likely. Δp: of the token that came. "
-    "Identical: answers with the same tokens; flips: right to wrong (-) and wrong to right (+), p of McNemar's exact "
-    "test. KL of answers is along the full cache's own ones. KV: bytes of keys and values with what goes with them, "
-    "mean over requests. Definitions: docs/fidelity.md."
+    "Evidence kept, evicted: of the answer's tokens that repeat what the prompt says, by whether more than half of "
+    "its pairs are held. Identical: answers with the same tokens; length: of answers, and of the full cache's; flips: "
+    "right to wrong (-) and wrong to right (+), p of McNemar's exact test. KL of answers is along the full cache's own "
+    "ones. KV: bytes of keys and values with what goes with them, mean over requests. Definitions: docs/fidelity.md."
 )
 WITHIN = 2  # times the noise floor, which is itself measured on few tokens
 
@@ -85,9 +86,11 @@ def table(report: Report) -> Table | None:
         return None
     answers = any("answers" in one.numbers for one in found)
     flips = any(one.numbers.get("flips") for one in found)
+    evidence = any(one.numbers.get("by_evidence") for one in found)
     head = [("method", ""), ("task", ""), ("KV", "KiB"), ("KL", "nats"), ("median", ""), ("99 %", ""), ("largest", "")]
     head += [("same top", "%"), ("Δp RMS", "%"), ("PPL ratio", "")]
-    head += [("identical", "%")] * answers + [("flips", "p")] * flips
+    head += [("evidence kept", "KL"), ("evicted", "KL")] * evidence
+    head += [("identical", "%"), ("length", "tokens")] * answers + [("flips", "p")] * flips
     rows = []
     for one in found:
         s = one.along
@@ -96,8 +99,11 @@ def table(report: Report) -> Table | None:
         cells += [_scaled(s.get("same_top"), 100, ".2f", s.get("same_top_se"))]
         cells += [_scaled(s.get("delta_p_rms"), 100, ".2f", s.get("delta_p_rms_se"))]
         cells += [_scaled(s.get("ppl_ratio"), 1, ".4f", s.get("ppl_ratio_se"))]
+        if evidence:
+            cells += [_of_evidence(one, name) for name in ("kept", "evicted")]
         if answers:
-            cells.append(_scaled((one.numbers.get("answers") or {}).get("identical"), 100, ".1f"))
+            of_answers = one.numbers.get("answers") or {}
+            cells += [_scaled(of_answers.get("identical"), 100, ".1f"), _lengths(of_answers)]
         if flips:
             cells.append(_flips(one.numbers.get("flips") or {}))
         rows.append(cells)
@@ -121,6 +127,26 @@ def _mean(one: Measured) -> Value:
     lines = f"{text} {one.mark}".strip()
     whole = f"{lines} ({interval})" if interval else lines
     return Value(whole, one.kl, "noise" if one.mark else "", lines=f"{lines}\n{interval}" if interval else lines)
+
+
+def _of_evidence(one: Measured, name: str) -> Value:
+    """Of the tokens that repeat what the prompt says."""
+    found = (one.numbers.get("by_evidence") or {}).get(name) or {}
+    value = found.get("mean")
+    if not is_number(value):
+        return Value(MISSING)
+    low, high = found.get("low"), found.get("high")
+    interval = f", {small(low)} to {small(high)}" if is_number(low) and is_number(high) else ""
+    kept = f"{found['tokens']:g} tokens, {100 * (found.get('kept_share') or 0):.0f} % of their pairs kept"
+    return Value(small(value), value, title=f"{kept}{interval}")
+
+
+def _lengths(answers: dict[str, Any]) -> Value:
+    """Of the answers, and of the full cache's."""
+    ours, base = answers.get("tokens_mean"), answers.get("base_tokens_mean")
+    if not is_number(ours) or not is_number(base):
+        return Value(MISSING)
+    return Value(f"{ours:.1f} of {base:.1f}", ours - base, title="mean tokens of the answers, and of the full cache's")
 
 
 def _flips(flips: dict[str, Any]) -> Value:

@@ -99,6 +99,7 @@ class Config(TypedDict):
     kv_compression: NotRequired[Compression]
     kv_stats: NotRequired[dict[str, Any]]  # RunStats or NoStats
     kv_versions: NotRequired[dict[str, Any]]
+    kv_format: NotRequired[Count]  # 0 where it is missing
     limit: NotRequired[float | None]
     gen_kwargs: NotRequired[dict[str, Any] | str | None]
 
@@ -119,6 +120,7 @@ class Fidelity(TypedDict):
     noise_floor: dict[str, Size] | None
     by_position: NotRequired[list[dict[str, float | None]]]
     by_distance: NotRequired[list[dict[str, float | None]]]
+    by_evidence: NotRequired[dict[str, dict[str, float | None]]]
     flips: NotRequired[dict[str, dict[str, Size]]]
     answers: NotRequired[dict[str, float | None]]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,6 +23,8 @@ class Beside:
             continuations.
         tokens, base_tokens: [n] ids of both answers, their stops included; None for continuations.
         noise_floor: mean KL of the full cache against itself, by what differs.
+        evidence: (start, stop, share kept) of each stretch of the full cache's answer, by its tokens, that repeats what
+            the prompt says, with how much of the latter's pairs the method's cache held when it began to answer.
     """
 
     base: Base
@@ -31,6 +33,7 @@ class Beside:
     tokens: np.ndarray | None = None
     base_tokens: np.ndarray | None = None
     noise_floor: dict[str, float] | None = None
+    evidence: Sequence[tuple[int, int, float]] = ()
 
     @property
     def identical(self) -> bool:
@@ -50,7 +53,7 @@ class Beside:
 
     def parts(self) -> dict[str, Any]:
         """Flat, of plain values and arrays: to be written down."""
-        out = {name: getattr(self, name) for name in ("base", "tokens", "base_tokens", "noise_floor")}
+        out = {name: getattr(self, name) for name in ("base", "tokens", "base_tokens", "noise_floor", "evidence")}
         for name in ("along_base", "along_own"):
             if (found := getattr(self, name)) is not None:
                 out |= {f"{name}.{f.name}": getattr(found, f.name) for f in fields(Divergence)}
@@ -76,6 +79,7 @@ class Beside:
             tokens=parts["tokens"],
             base_tokens=parts["base_tokens"],
             noise_floor=parts["noise_floor"],
+            evidence=[(int(a), int(b), float(kept)) for a, b, kept in parts.get("evidence") or ()],
             **along,
         )
 
@@ -88,6 +92,7 @@ class Beside:
                 "first_divergence": self.first_divergence,
                 "tokens": self.tokens.tolist(),
                 "base_tokens": self.base_tokens.tolist(),
+                **({"evidence": [list(one) for one in self.evidence]} if self.evidence else {}),
             }
         return out
 

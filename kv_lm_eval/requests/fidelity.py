@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from kv_lm_eval.engine.streaming import ScoredDocument, score_documents
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.compression import CompressionLog
 from kv_lm_eval.metrics.divergence import Divergence
+from kv_lm_eval.requests import evidence
 from kv_lm_eval.requests.beside import Beside
 from kv_lm_eval.requests.prompt import Prompt
 from kv_lm_eval.requests.run import Run
@@ -96,9 +98,13 @@ def compared_answers(
     tails: int | list[int] = [p.tail for p in prompts] if run.question_first else 0
     assert run.new_cache is not None
     with run.autocast():
-        _, _, _, found = fidelity.continue_beside(
+        _, cache, _, found = fidelity.continue_beside(
             run.lm.model, run.new_cache, [p.ids for p in prompts], ways, tails, run.lm.softmax_dtype
         )
+    repeated = [
+        [(x.start, x.stop, fidelity.share_kept(cache, row, x.places)) for x in _evidence(run, p, b)]
+        for row, (p, b) in enumerate(zip(prompts, base, strict=True))
+    ]
     return [
         Text(
             one,
@@ -110,11 +116,20 @@ def compared_answers(
                 tokens=np.array(one.tokens, dtype=np.int32),
                 base_tokens=np.array(b.tokens, dtype=np.int32),
                 noise_floor=floor,
+                evidence=facts,
             ),
             one.tokens,
         )
-        for one, b, along in zip(answers, base, found, strict=True)
+        for one, b, along, facts in zip(answers, base, found, repeated, strict=True)
     ]
+
+
+def _evidence(run: Run, prompt: Prompt, base: Text) -> list[evidence.Piece]:
+    """What the full cache's answer repeats of its prompt."""
+    text = run.requests[prompt.i].args[0]
+    return evidence.pieces(
+        text, run.doc(prompt.i), len(prompt.ids), lru_cache(run.tokens_from), base.tokens, run.lm.tokenizer.decode
+    )
 
 
 def _answers_of_full(

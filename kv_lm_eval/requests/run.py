@@ -20,6 +20,7 @@ from lm_eval.models.huggingface import HFLM
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.engine import forward
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.lent import our_attention, see_last, without_cache
 from kv_lm_eval.errors import UserError
@@ -34,11 +35,6 @@ from kv_lm_eval.requests.own_keys import OwnKeys
 from kv_lm_eval.settings import EngineSettings
 
 log = logging.getLogger("lm_eval.models.kvcompressed")  # below lm-eval's logger: its format, its verbosity
-
-
-def below_adapter(model: Any) -> transformers.PreTrainedModel:
-    """The transformers model itself, below PEFT."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class Run:
     @property
     def causal_lm(self) -> transformers.PreTrainedModel:
         """The transformers model itself, below an adapter."""
-        return below_adapter(self.lm.model)
+        return forward.below_adapter(self.lm.model)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -243,12 +239,7 @@ class Run:
         self, members: Sequence[int], lengths: list[int], timings: list[Timing] | None = None
     ) -> list[RequestRecord]:
         """Requests that held no compressed cache: those of method=no_cache, and lm-eval's windows under full."""
-        snapshot = uncut(lengths, self.lm.max_length, self._kv_bytes_per_token() if self.facts is not None else 0)
+        snapshot = uncut(
+            lengths, self.lm.max_length, forward.kv_bytes_per_token(self.lm.model) if self.facts is not None else 0
+        )
         return self.record(members, snapshot, {**snapshot, "timing": timings} if timings else snapshot)
-
-    def _kv_bytes_per_token(self) -> int:
-        assert self.facts is not None
-        cfg = self.lm.model.config.get_text_config()
-        heads = getattr(cfg, "num_key_value_heads", None) or cfg.num_attention_heads
-        size = getattr(cfg, "head_dim", None) or cfg.hidden_size // cfg.num_attention_heads
-        return int(2 * self.facts.num_layers * heads * size * self.lm.model.dtype.itemsize)

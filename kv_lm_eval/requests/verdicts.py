@@ -56,6 +56,8 @@ class Found:
             out["same_choice"] = fmean(self.choices)
         if answers := [one for one in self.requests if one.tokens is not None and one.base_tokens is not None]:
             out["answers"] = _of_answers(answers)
+            if (told := _by_evidence(answers, self.texts)) is not None:
+                out["by_evidence"] = told
             own = [one.along_own for one in self.requests]
             out["along_own"] = _statistics([one for one in own if one is not None], self.texts)
         texts = self.texts or range(len(along))
@@ -198,6 +200,32 @@ def _is_number(value: Any) -> bool:
 
 def _is_binary(pairs: Sequence[tuple[float, float]]) -> bool:
     return bool(pairs) and all(value in (0, 1) for pair in pairs for value in pair)
+
+
+def _by_evidence(answers: Sequence[Beside], texts: Sequence[int]) -> dict[str, Any] | None:
+    """Mean KL, along the full cache's answers, of the tokens that repeat what the prompt says: where more than half of
+    its pairs are kept, where fewer are, and of all other tokens; None where no answer repeats anything."""
+    if not any(one.evidence for one in answers):
+        return None
+    values: dict[str, list[np.ndarray]] = {"kept": [], "evicted": [], "other": []}
+    shares: dict[str, list[float]] = {"kept": [], "evicted": []}
+    for one in answers:
+        kl = one.along_base.kl.astype(np.float64)
+        of_token = np.full(len(kl), np.nan)
+        for start, stop, kept in one.evidence:
+            of_token[start:stop] = kept
+            shares["kept" if kept > 0.5 else "evicted"].append(kept)
+        values["kept"].append(np.where(of_token > 0.5, kl, np.nan))
+        values["evicted"].append(np.where(of_token <= 0.5, kl, np.nan))
+        values["other"].append(np.where(np.isnan(of_token), kl, np.nan))
+    out: dict[str, Any] = {}
+    for name, parts in values.items():
+        found = fidelity.interval(parts, list(texts))
+        out[name] = {"tokens": int(sum(np.isfinite(p).sum() for p in parts))}
+        out[name] |= {end: found[end] for end in ("mean", "low", "high")}
+        if of := shares.get(name):
+            out[name] |= {"facts": len(of), "kept_share": fmean(of)}
+    return out
 
 
 def _of_answers(answers: Sequence[Beside]) -> dict[str, Any]:

@@ -76,3 +76,14 @@ def fewest(tolerance: float, alpha: float, weight: float = 1.0) -> int:
     while evidence_within(np.tile([0.0, weight], (n, 1)), tolerance) < -log(alpha):
         n += max(1, n // 50)
     return n
+
+
+def needed(losses: Losses, tolerance: float, alpha: float) -> int | None:
+    """Observations that would show the mean to be within, were the next ones like these; None: no number would.
+
+    By the stake that has won most: its capital grows by the same factor again.
+    """
+    loss, weight = weighted(losses).T
+    stakes = SHARES / (1 - tolerance)
+    rate = float(np.log(1 + stakes[:, None] * (tolerance * weight - loss)[None, :]).mean(axis=1).max())
+    return ceil((log(len(SHARES)) - log(alpha)) / rate) if rate > 0 else None

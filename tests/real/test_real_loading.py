@@ -13,7 +13,7 @@ from model.test_commands import results, run
 from test_real_requests import answers, same
 
 from kv_lm_eval import files
-from needle.tasks import counter_of
+from kv_lm_eval.tasks.needle.tasks import counter_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

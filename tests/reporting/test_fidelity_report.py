@@ -39,8 +39,13 @@ def report_of(folder):
 
 def test_each_run_has_a_line_with_its_mark(tmp_path):
     flips = {"acc,none": {"documents": 9, "right_to_wrong": 3, "wrong_to_right": 1, "p": 0.625}}
+    answers = {"identical": 0.75, "tokens_mean": 9.25, "base_tokens_mean": 8.0}
+    evidence = {
+        "kept": {"mean": None, "low": None, "high": None, "tokens": 0},
+        "evicted": {"mean": 0.5, "low": 0.25, "high": 0.75, "tokens": 30, "facts": 6, "kept_share": 0.25},
+    }
     found = [
-        numbers(0.25, 0.2, 0.3, answers={"identical": 0.75}, flips=flips),
+        numbers(0.25, 0.2, 0.3, answers=answers, flips=flips, by_evidence=evidence),
         numbers(1.5e-4),
         numbers(1.5e-12),
         numbers(math.inf),
@@ -50,7 +55,8 @@ def test_each_run_has_a_line_with_its_mark(tmp_path):
     assert [head for head, _ in table.head][:4] == ["method", "task", "KV", "KL"]
     kl = [row[3].text for row in table.rows]
     assert kl == ["0 ≈ (0 to 0)", "0.25 (0.2 to 0.3)", "0.00015 ~", "2e-12 ≈", "∞"]
-    assert [row[-2].text for row in table.rows][1] == "75.0"
+    assert [value.text for value in table.rows[1][-5:-1]] == ["-", "0.5", "75.0", "9.2 of 8.0"]
+    assert table.rows[1][-4].title == "30 tokens, 25 % of their pairs kept, 0.25 to 0.75"
     assert [row[-1].text for row in table.rows][:3] == ["-", "-3 +1 (p 0.62)", "-"]
     assert table.rows[1][2].number == pytest.approx((1024 * 100 * 0.25 + 64) / 1024)
     assert "1e-12" in table.notes[0] and "0.0001" in table.notes[1]
