@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from kv_lm_eval import config, console, tiny
 from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.engine.again import words_of
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.streaming import Stream, score_documents
 from kv_lm_eval.errors import UserError
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tqdm(total=len(names) * sum(map(len, documents)), unit="tok", mininterval=2) as bar:
         for name, compression in parsed.items():
             facts = wrap(model, compression)
+            facts.words = words_of(tokenizer)
             new_cache = partial(make_cache, compression, facts)
             scored = []
             for start in range(0, len(documents), args.batch_size):

@@ -33,6 +33,7 @@ from kv_lm_eval import config, console, files
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.engine.again import words_of
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.fidelity import score_beside
 from kv_lm_eval.engine.streaming import Stream
@@ -223,6 +224,7 @@ def _run(args: Any) -> dict[str, Any]:
     prefix = prefix_of(tokenizer)
     document = text_tokens(tokenizer, text, prefix)[0][: args.tokens]
     facts = wrap(model, compression)
+    facts.words = words_of(tokenizer)
     every = compression.schedule.compress_every or engine.rolling_compress_every
     settings = {key: value for key, value in given.items() if key not in vars(engine)}
     parts = parts_of(args.attribute, settings, facts)

@@ -19,7 +19,7 @@ from kv_lm_eval import config
 from kv_lm_eval.bench.live_bytes import LiveBytes
 from kv_lm_eval.bench.timing import clock_of, rounds, synchronise
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.facts import ModelFacts, Words
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.choices import score_continuations
@@ -71,9 +71,11 @@ class Bench:
         """Wraps the model for methods that move keys, and for the others where it has no way to."""
         needs_most = config.parse({"method": "streaming_llm", "max_capacity_prompt": 64})[0]
         try:
-            return cls(model, wrap(model, needs_most), **more)
+            bench = cls(model, wrap(model, needs_most), **more)
         except UserError:
-            return cls(model, wrap(model, config.parse({"method": "full"})[0]), movable=False, **more)
+            bench = cls(model, wrap(model, config.parse({"method": "full"})[0]), movable=False, **more)
+        bench.facts.words = Words(lambda text: list(range(len(text.split()))))  # of any tokens: as many as words
+        return bench
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kv_lm_eval.cache.kernels import packed_queries, unmasked
-from kv_lm_eval.cache.store import LayerStore, rows_of
+from kv_lm_eval.cache.store import LayerStore
 from kv_lm_eval.cache.transfer import at_least_float32, to_device
 from kv_lm_eval.cache.view import Sight
 
@@ -28,6 +28,7 @@ class Step(NamedTuple):
     Attributes:
         query: [B, H, q, D]; key, value: [B, K, q, D], rotary embedding applied. pos: [B, q] place of each token in
             its row. scaling, softcap: of the attention logits. window: the layer's own sliding window in tokens.
+        hidden: [B, q, M] what the attention module was given, for methods that see it; else None.
     """
 
     layer: int
@@ -38,6 +39,7 @@ class Step(NamedTuple):
     scaling: float
     window: int | None = None
     softcap: float | None = None
+    hidden: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -78,28 +80,6 @@ def attend(step: Step, seen: Visible) -> torch.Tensor:
     if step.tokens == 1 and step.softcap is None and seen.sight is None:
         return _attend_one(step, seen)
     return torch.cat([_attend_block(step, seen, *block) for block in _blocks(step, seen)], dim=2)
-
-
-def strongest_attention(step: Step, seen: Visible, part: slice, sinks: int) -> torch.Tensor:
-    """Largest attention that each of the n old slots of a part receives from any new query of its group, [B, K, n]
-    float32, where the queries see nothing but the row's first `sinks` tokens, the part, and each other."""
-    b, h, q, _ = step.query.shape
-    pos = seen.pos
-    first = (pos < 0).sum(-1, keepdim=True) + torch.arange(sinks, device=pos.device)  # empty slots are the first ones
-    index = first.clamp_max(part.start)
-    there = (first < part.start) & (pos.gather(2, index) < sinks)
-    sink_pos = pos.gather(2, index).masked_fill(~there, -1)
-    keys = torch.cat([rows_of(seen.keys, index), seen.keys[:, :, part], seen.keys[:, :, seen.old :]], dim=2)
-    old, n = sinks + part.stop - part.start, part.stop - part.start
-    some = Visible(
-        keys, keys[..., :0], torch.cat([sink_pos, pos[:, :, part], pos[:, :, seen.old :]], dim=2), old, False
-    )
-    block = max(1, min(q, 256, WEIGHT_ELEMENTS // (b * h * (old + q))))
-    found = at_least_float32(step.query.new_zeros(0)).new_zeros(b, keys.shape[1], n)
-    for at in range(0, q, block):
-        weights = new_weights(step, some, at, min(q, at + block))[..., sinks:old]
-        found = torch.maximum(found, weights.amax(2))
-    return found
 
 
 def _attend_one(step: Step, seen: Visible) -> torch.Tensor:

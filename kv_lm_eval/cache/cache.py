@@ -248,11 +248,14 @@ class CompressedCache(Face):
             segment = self._fed[0].segment
             return segment.attend(step._replace(pos=segment.new_pos)).transpose(1, 2).contiguous()
         tokens = (x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (step.query, step.key, step.value))
+        hidden: list[torch.Tensor | None] = [None] * len(self._fed)
+        if step.hidden is not None:
+            hidden = [x.squeeze(1) for x in self._shares(step.hidden.reshape(-1, 1, step.hidden.shape[-1]))]
         outs = [
-            fed.segment.attend(step._replace(query=q, key=k, value=v, pos=fed.segment.new_pos))
+            fed.segment.attend(step._replace(query=q, key=k, value=v, pos=fed.segment.new_pos, hidden=x))
             .transpose(1, 2)
             .flatten(0, 1)
-            for fed, q, k, v in zip(self._fed, *map(self._shares, tokens), strict=True)
+            for fed, q, k, v, x in zip(self._fed, *map(self._shares, tokens), hidden, strict=True)
         ]
         if isinstance(self._fed[0].where, slice):
             whole = torch.cat(outs)

@@ -5,7 +5,7 @@ Shapes: B batch rows, H query heads, K KV heads, q new tokens, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,12 +19,25 @@ from kv_lm_eval.errors import UserError
 NAME = "kv_lm_eval"
 ASKING = "kv_lm_eval_check"  # the same, and every layer notes the window that the model's masks give it
 
+HIDDEN, SHOWN = "_kv_hidden", "_kv_shows_hidden"  # on attention modules
+
 # Arguments that models hand to every attention function and that do not change the result of an inference step.
 HARMLESS = frozenset(
     """use_cache output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch
     logits_to_keep cache_position cache past_key_values past_key_value position_embeddings layer_past
     is_causal tokenizer""".split()
 )
+
+
+def show_hidden(modules: Iterable[nn.Module]) -> None:
+    """From now on attention is told what its module was given."""
+    for module in modules:
+        if SHOWN not in module.__dict__:
+            module.__dict__[SHOWN] = module.register_forward_pre_hook(_note_hidden, with_kwargs=True)
+
+
+def _note_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    module.__dict__[HIDDEN] = args[0] if args else kwargs.get("hidden_states")
 
 
 def register() -> None:
@@ -125,7 +138,7 @@ def kv_attention(
     window = cache.facts.sliding_windows[layer]
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     pos = position_ids.expand(query.shape[0], -1)
-    step = Step(layer, query, key, value, pos, scaling, window, softcap)
+    step = Step(layer, query, key, value, pos, scaling, window, softcap, module.__dict__.pop(HIDDEN, None))
     return cache.attend(step, attention_mask), None
 
 

@@ -19,12 +19,13 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from kv_lm_eval.cache.attention import Step, Visible, attend, strongest_attention, window_attention, window_logits
+from kv_lm_eval.cache.attention import Step, Visible, attend, window_attention, window_logits
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.output import output_norms
 from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.cache.received import attend_counted, received_mass
+from kv_lm_eval.cache.reread import effects, strongest_attention
 from kv_lm_eval.cache.store import LayerStore, blank_lowest, joined
 from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype, to_device
 from kv_lm_eval.cache.view import AskedOfCompression, View
@@ -240,7 +241,8 @@ class Segment:
         if self.mode == "again" and self._is_cut(step.layer):
             far, near = self.part
             part = slice(seen.old - far, seen.old - near)
-            attention = strongest_attention(step, seen, part, self.compression.method.reread_sinks)
+            effect = effects(self.facts, step.layer, seen.values[:, :, part]) if method.reads_effects else None
+            attention = strongest_attention(step, seen, part, method.reread_sinks, effect)
             self.stores[step.layer].note_mass(part.start, attention)
         self._after_attention(step)
         return out
@@ -750,7 +752,7 @@ def together(snapshots: Sequence[dict[str, Any]], rows: Sequence[int]) -> dict[s
 def _without_tensors(step: Step) -> Step:
     """What a later cut asks of a step, without holding on to its tokens."""
     none = step.query.new_empty(1, 1, step.tokens, 0)
-    return step._replace(query=none, key=none, value=none, pos=step.pos.new_empty(0))
+    return step._replace(query=none, key=none, value=none, pos=step.pos.new_empty(0), hidden=None)
 
 
 def _counted(real: torch.Tensor) -> list[float]:

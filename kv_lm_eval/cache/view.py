@@ -275,6 +275,10 @@ class AskedOfMethod(Protocol):
         """It reads `view.reread`, for which tokens are fed a second time before each cut."""
 
     @property
+    def reads_effects(self) -> bool:
+        """Its `view.reread` is attention times what values do behind the output projection."""
+
+    @property
     def reread_sinks(self) -> int:
         """First tokens that these see beside the slots in question."""
 

@@ -59,7 +59,10 @@ def _readings(cache: CompressedCache, text: Sequence[int], done: int) -> list[Re
     facts, method = cache.facts, compression_of(cache).method
     words, longest = facts.words, facts.max_positions
     if words is None:
-        raise UserError(f"method={method.name} asks the model to repeat the prompt, for which it needs a tokenizer")
+        raise UserError(
+            f"method={method.name} asks the model to repeat the prompt, for which it needs a tokenizer: "
+            "give it to kv_lm_eval.prefill(model, context, tokenizer=tokenizer), or evaluate with lm_eval"
+        )
     found = method.readings(text, done, words)
     most = len(text) + max(len(reading.tokens) for reading in found)
     turns = facts.rope is not None and any(map(facts.rope.available, facts.modules))

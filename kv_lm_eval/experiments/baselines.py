@@ -26,6 +26,7 @@ from typing_extensions import TypedDict
 
 from kv_lm_eval import __version__, config, files, identity, loading, tiny
 from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.engine.again import words_of
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.engine.forward import device_of, logits_of
 from kv_lm_eval.engine.prefill import NewCache
@@ -152,6 +153,7 @@ def compressed(setup: Setup, **settings: Any) -> tuple[Compression, NewCache]:
     """Puts a method's cache under the model; afterwards it runs under such caches only."""
     compression, _, _ = config.parse(settings)
     facts = wrap(setup.model, compression)
+    facts.words = words_of(setup.tokenizer)
     return compression, partial(make_cache, compression, facts)
 
 

@@ -126,6 +126,12 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} has no readings()")
 
     @property
+    def reads_effects(self) -> bool:
+        """Whether `view.reread` is attention times the length of the value behind the output projection, over that of
+        the hidden state that the query was made of."""
+        return False
+
+    @property
     def reread_sinks(self) -> int:
         """How many of the first tokens each reading sees beside what it is of."""
         return 0

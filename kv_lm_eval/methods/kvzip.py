@@ -24,7 +24,8 @@ class KVzip(Method):
     queries see the first n_sink tokens, the part and their own repetition. What is fed so is thrown away. It costs one
     to two times the prefill once more; the cut waits for it, so that all layers are whole until then. In a streamed
     document, and with compress_every, each cut reads the tokens since the last one again, and older pairs keep their
-    scores.
+    scores. plus=True is KVzip+: attention a_ij of token i to pair j counts as a_ij |W_o v_j| / |h_i|, with the query
+    head's part of the output projection and the hidden state that i's query was made of.
 
     Paper: arXiv:2505.23416, section 3. Reference: snu-mllab/KVzip, model/wrapper.py and attention/score.py;
     NVIDIA/kvpress, kvzip_press.py.
@@ -42,6 +43,10 @@ class KVzip(Method):
     chunk_size: int = setting(2048, "tokens that are repeated at a time")
     n_sink: int = setting(4, "first tokens that always stay, and that every repetition sees")
 
+    plus: bool = setting(
+        False, "KVzip+: attention counts times what the value adds to the hidden state, in parts of its length"
+    )
+
     def validate(self) -> None:
         if self.chunk_size < 1:
             raise UserError(f"chunk_size={self.chunk_size} repeats nothing; it is a number of tokens, at least 1")
@@ -51,6 +56,10 @@ class KVzip(Method):
     @property
     def protected(self) -> int:
         return self.n_sink
+
+    @property
+    def reads_effects(self) -> bool:
+        return self.plus
 
     @property
     def reread_sinks(self) -> int:

@@ -111,6 +111,11 @@ def compressed_cache(model: Any, method: str | None = None, **settings: Any) -> 
         served = Served(model, what, {"method": method, **settings})
         if served.facts is None:
             raise UserError(f"{what}: method={served.compression.method.name} has no cache; use compress() for it")
+        if served.compression.method.reads_again:
+            raise UserError(
+                f"{what}: method={served.compression.method.name} reads the prompt a second time before its cut, which "
+                "forwards of one's own do not; use kv_lm_eval.prefill(model, context, tokenizer=tokenizer)"
+            )
         cache = served.new_cache(ReportingCache)
         assert isinstance(cache, ReportingCache)
         if cache.prefill_chunk is not None:

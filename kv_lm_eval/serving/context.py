@@ -12,6 +12,7 @@ from typing import Any, overload
 
 import torch
 
+from kv_lm_eval.engine.again import words_of
 from kv_lm_eval.engine.lent import our_attention
 from kv_lm_eval.engine.question import Contexts, Tails, as_fed, prefill_before_question
 from kv_lm_eval.errors import UserError
@@ -132,6 +133,8 @@ def prefill(
         served = Served(model, "prefill()", {"method": method, **settings}, question=True)
         if served.facts is None:
             raise UserError(f"prefill(): method={served.compression.method.name} has no cache that could be held")
+        if tokenizer is not None:
+            served.facts.words = words_of(tokenizer)
         return Context(served, ids, tokenizer, end)
 
 

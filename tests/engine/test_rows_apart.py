@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 
+from kv_lm_eval.cache import hook
 from kv_lm_eval.cache.band import Band
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
@@ -62,9 +63,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"token_budget": 12, "page_size": 4, "dense_layers": 0},
         {"token_budget": 1, "page_size": 3, "dense_layers": 1},
     ],
-    "kvzip": [{"n_sink": 2, "chunk_size": 16}, {"layer_budget": "uniform"}, {"compress_every": 5}],
+    "kvzip": [{"n_sink": 2, "chunk_size": 16}, {"layer_budget": "uniform"}, {"compress_every": 5}, {"plus": True}],
     "quantized": [{}],
 }
+for new in tiny.methods(lambda cls: cls.uses_cache):  # of which nothing more is known here
+    SETTINGS.setdefault(new, [tiny.example(new, 12)])
 BUDGETS = [{"max_capacity_prompt": 16}, {"max_capacity_prompt": 9}, {"keep_ratio": 0.5}, {"compression_ratio": 0.3}]
 BUDGETS += [{"threshold": -3.0, "threshold_recent": 4}, {"threshold": 0.05, "threshold_recent": 2, "compress_every": 4}]
 PARTS: list[dict[str, Any]] = [
@@ -84,6 +87,10 @@ PARTS: list[dict[str, Any]] = [
     {"nbits": 2, "residual_length": 4, "group_size": 4, "compress_every": 3},
     {"nbits": 8, "residual_length": 8, "group_size": 8, "evicted": "compensate", "weight": "uniform", "block_size": 4},
     {"prune_after": 10},
+    {"unit": "chunk", "unit_size": 3},
+    {"k_bits": 4, "v_bits": 3, "residual_length": 8, "group_size": 4},
+    {"kv_cache_dtype": "fp8"},
+    {"kv_cache_dtype": "turboquant"},
     {},
     {},
 ]
@@ -99,6 +106,7 @@ def model(name: str) -> tuple[Any, Any]:
         except UserError:
             continue
         facts.words = tiny.WORDS
+        hook.show_hidden(facts.modules.values())
         return built.double(), facts
     raise AssertionError(name)
 

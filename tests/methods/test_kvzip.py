@@ -68,8 +68,10 @@ def rereads(text: list[int], chunk: int, words: Words = WORDS) -> list[tuple[int
     return found
 
 
-def scores(stock: Stock, text: list[int], chunk: int, words: Words = WORDS, sinks: int = SINKS) -> Any:
-    """By layer and KV head, of each position."""
+def scores(
+    stock: Stock, text: list[int], chunk: int, words: Words = WORDS, sinks: int = SINKS, plus: Any = None
+) -> Any:
+    """By layer and KV head, of each position; plus: by layer and query head, what counts beside attention."""
     n = len(text)
     found = [
         [{t: float("inf") if t < sinks else 0.0 for t in range(n)} for _ in range(stock.kv_heads)]
@@ -84,7 +86,8 @@ def scores(stock: Stock, text: list[int], chunk: int, words: Words = WORDS, sink
                         row = weights[h][q]
                         seen = sum(row[: min(sinks, first)]) + sum(row[first:last]) + sum(row[n : q + 1])
                         for t in range(max(first, sinks), last):
-                            own[t] = max(own[t], row[t] / seen)
+                            counts = 1.0 if plus is None else plus(text + again, layer, h, q, t)
+                            own[t] = max(own[t], row[t] / seen * counts)
     return found
 
 
@@ -326,3 +329,73 @@ def test_the_chat_format_is_what_the_tokenizers_template_puts_around_a_message()
     plain = Chatty()
     plain.chat_template = None  # type: ignore[assignment]
     assert not words_of(plain).head and not words_of(plain).tail
+
+
+# --- KVzip+ ---------------------------------------------------------------------------------------------------------
+
+
+def lengths_of(stock: Stock, name: str) -> Any:
+    """|W_o v_j| / |h_i|, from what the stock model's attention modules are given and made of."""
+
+    @functools.cache
+    def found(text: tuple[int, ...]) -> list[tuple[Any, Any]]:
+        out: list[tuple[Any, Any]] = []
+
+        def note(module: Any, args: Any, words: dict[str, Any]) -> None:
+            hidden = (args[0] if args else words["hidden_states"])[0]
+            d = 8
+            if name == "llama":
+                values, matrix = module.v_proj(hidden).view(len(text), -1, d), module.o_proj.weight
+            else:
+                values = module.query_key_value(hidden).view(len(text), -1, 3 * d)[..., 2 * d :]
+                matrix = module.dense.weight
+            heads = [
+                torch.stack([matrix[:, h * d : (h + 1) * d] @ v for v in values[:, h // stock.group]])
+                for h in range(stock.heads)
+            ]
+            out.append(([head.norm(dim=1).tolist() for head in heads], hidden.norm(dim=1).tolist()))
+
+        modules = [
+            m for m in stock.model.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")
+        ]
+        handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in modules]
+        with torch.inference_mode():
+            stock.model(input_ids=torch.tensor([text]), use_cache=False)
+        for handle in handles:
+            handle.remove()
+        return out
+
+    def plus(text: list[int], layer: int, head: int, query: int, key: int) -> float:
+        values, hidden = found(tuple(text))[layer]
+        return values[head][key] / hidden[query]
+
+    return plus
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_plus_weighs_attention_by_what_the_value_adds_to_the_hidden_state(name: str) -> None:
+    net = tiny.build(name)
+    facts = tiny.wrap(net, tiny.compression(method="kvzip", plus=True, max_capacity_prompt=9))
+    net, stock = net.double(), Double(name)
+    rows = [tiny.tokens(n, seed=n) for n in (30, 19, 12)]
+    compression = tiny.compression(method="kvzip", n_sink=SINKS, plus=True, max_capacity_prompt=6, chunk_size=14)
+    cache, _ = prefill(net, lambda: make_cache(compression, facts), rows)
+    differs = False
+    for i, row in enumerate(rows):
+        expected = best_of_all(scores(stock, row, 14, plus=lengths_of(stock, name)), 6)
+        assert held(cache, i) == expected
+        differs = differs or expected != best_of_all(scores(stock, row, 14), 6)
+    assert differs, "or it would be kvzip"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_plus_in_half_precision_keeps_nearly_the_same(dtype: torch.dtype) -> None:
+    rows, kept = [tiny.tokens(40, seed=1), tiny.tokens(24, seed=2)], []
+    for kind in (torch.float32, dtype):
+        net = tiny.build("llama").to(kind)
+        facts = tiny.wrap(net, tiny.compression(method="kvzip", plus=True, max_capacity_prompt=9))
+        compression = tiny.compression(method="kvzip", plus=True, max_capacity_prompt=9)
+        cache, logits = prefill(net, lambda c=compression, f=facts: make_cache(c, f), rows)
+        assert all(own.isfinite().all() for own in logits.values())
+        kept.append({(b, i, h, t) for b in range(2) for i in range(2) for h in range(2) for t in held(cache, b)[i][h]})
+    assert len(kept[0] & kept[1]) > 0.8 * len(kept[0])
