@@ -135,8 +135,8 @@ def _of_evidence(one: Measured, name: str) -> Value:
     value = found.get("mean")
     if not is_number(value):
         return Value(MISSING)
-    ends = [found.get(end) for end in ("low", "high")]
-    interval = f", {small(ends[0])} to {small(ends[1])}" if all(map(is_number, ends)) else ""
+    low, high = found.get("low"), found.get("high")
+    interval = f", {small(low)} to {small(high)}" if is_number(low) and is_number(high) else ""
     kept = f"{found['tokens']:g} tokens, {100 * (found.get('kept_share') or 0):.0f} % of their pairs kept"
     return Value(small(value), value, title=f"{kept}{interval}")
 
