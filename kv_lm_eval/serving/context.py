@@ -33,7 +33,7 @@ class Context:
         self.ids, self._served, self._tokenizer, self._end = ids, served, tokenizer, end
         self._contexts = Contexts([ids], lasting=True)
         with our_attention(served.model), torch.no_grad():
-            self._held = served.report_of(self._contexts.forks(served.model, served.new_cache, [ids]))
+            self._held = served.report_of(self._contexts.forks(served.model, [served.new_cache], [ids])[0])
 
     def report(self) -> Report:
         """What the context holds, before any question."""
@@ -128,7 +128,7 @@ def prefill(
     if not ids:
         raise UserError("the context is empty: there is nothing to hold; ask with model.generate()")
     with in_use(below, "prefill()"):
-        served = Served(model, "prefill()", {"method": method, **settings}, question=True)
+        served = Served(model, "prefill()", {"method": method, **settings}, question=True, tokenizer=tokenizer)
         if served.facts is None:
             raise UserError(f"prefill(): method={served.compression.method.name} has no cache that could be held")
         return Context(served, ids, tokenizer, end)
