@@ -12,7 +12,6 @@ from typing import Any, overload
 
 import torch
 
-from kv_lm_eval.engine.again import words_of
 from kv_lm_eval.engine.lent import our_attention
 from kv_lm_eval.engine.question import Contexts, Tails, as_fed, prefill_before_question
 from kv_lm_eval.errors import UserError
@@ -34,8 +33,7 @@ class Context:
         self.ids, self._served, self._tokenizer, self._end = ids, served, tokenizer, end
         self._contexts = Contexts([ids], lasting=True)
         with our_attention(served.model), torch.no_grad():
-            (fork,) = self._contexts.forks(served.model, [served.new_cache], [ids])
-            self._held = served.report_of(fork)
+            self._held = served.report_of(self._contexts.forks(served.model, [served.new_cache], [ids])[0])
 
     def report(self) -> Report:
         """What the context holds, before any question."""
@@ -130,11 +128,9 @@ def prefill(
     if not ids:
         raise UserError("the context is empty: there is nothing to hold; ask with model.generate()")
     with in_use(below, "prefill()"):
-        served = Served(model, "prefill()", {"method": method, **settings}, question=True)
+        served = Served(model, "prefill()", {"method": method, **settings}, question=True, tokenizer=tokenizer)
         if served.facts is None:
             raise UserError(f"prefill(): method={served.compression.method.name} has no cache that could be held")
-        if tokenizer is not None:
-            served.facts.words = words_of(tokenizer)
         return Context(served, ids, tokenizer, end)
 
 
