@@ -328,10 +328,9 @@ class CompressedCache(Face):
         self.part([n > 0 for n in left])
         steps = list(left)
         for segment, rows in zip(self.segments, self.members, strict=True):
-            if most := max((left[row] for row in rows), default=0):
-                due = segment.until_due(most)
-                for row in rows:
-                    steps[row] = min(left[row], due)
+            due = {n: segment.until_due(n) for n in {left[row] for row in rows} if n}  # where a row ends matters to it
+            for row in rows:
+                steps[row] = min(left[row], due.get(left[row], 0))
         return steps
 
     def widest(self, counts: Sequence[int]) -> list[int]:
