@@ -159,7 +159,8 @@ class Coded:
             return (counts * pair + heads).sum(1).tolist()
         slots = torch.arange(self.pairs, device=self.group.device)
         real = slots < counts.to(slots.device).unsqueeze(-1)
-        groups = torch.where(real, self.group.long(), -1).amax(-1) + 1 if len(slots) else counts * 0
+        used = self.group.new_zeros(*self.group.shape[:2], self._groups, dtype=torch.int32)
+        groups = (used.scatter_add_(2, self.group.long(), real.int()) > 0).sum(-1)
         pair += self.group.element_size()
         return (counts * pair + heads + groups.cpu() * _bytes_each(self.of_group, 3)).sum(1).tolist()
 
