@@ -50,7 +50,7 @@ class DefensiveKV(SnapKV):
         near = near / near.sum(-1, keepdim=True).clamp_min(tiny) * votes.sum(-1, keepdim=True)
         worst = near.amax((2, 3))
         mean = worst.sum(-1, keepdim=True) / old.sum(-1, keepdim=True).clamp_min(1)
-        norms = view.output_norms()
+        norms = view.output_norms().masked_fill(view.pos < 0, 0.0)  # where a head has no pair, the others share
         scores = worst.maximum(mean) * norms / norms.sum(1, keepdim=True).clamp_min(tiny)
         scores = scores.masked_fill(~old, 0.0)
         first = self._first_stage(view, votes, old)

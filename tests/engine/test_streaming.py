@@ -12,8 +12,6 @@ from kv_lm_eval.engine.streaming import Stream, score_documents
 PREFIX = 5
 METHODS = {
     **{name: tiny.free(name, 14) for name in tiny.methods(lambda c: c.uses_cache and c.takes_budget and not c.ring)},
-    # Its first stage ends where a sum passes a share, and in float32 rounding decides there
-    "defensivekv": {**tiny.free("defensivekv", 14), "first_stage_mass": 0},
     "knorm ratio": {"method": "knorm", "keep_ratio": 0.5},
     "streaming_llm in_cache": {"method": "streaming_llm", "n_sink": 2, "window_size": 12},
 }
