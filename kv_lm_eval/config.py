@@ -18,6 +18,7 @@ from kv_lm_eval.methods.budget import Budget, Everything, Heads, Layers, PerHead
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.methods.evicted import Drop, Evicted
 from kv_lm_eval.methods.schedule import Schedule
+from kv_lm_eval.methods.unit import Unit
 from kv_lm_eval.settings import EngineSettings
 
 ALIASES = {  # names used by the papers and their repositories -> ours
@@ -41,7 +42,7 @@ def _names(*parts: Any) -> set[str]:
 TREATMENTS = {name: _names(evicted.load(name)) for name in evicted.available()}
 STORAGES = {name: _names(storage.load(name)) for name in storage.available()}
 STORAGE_KEYS = {storage.KEY}.union(*STORAGES.values())
-PARTS = (Slots, Ratio, RatioAbove, Threshold, Layers, Heads, Schedule)
+PARTS = (Slots, Ratio, RatioAbove, Threshold, Layers, Heads, Unit, Schedule)
 COMMON_KEYS = _names(*PARTS).union(*TREATMENTS.values()) | {*BUDGET_KEYS, "evicted"} | STORAGE_KEYS
 
 # from_pretrained arguments that lm-eval users pass through --model_args beyond HFLM's own
@@ -80,7 +81,7 @@ def parse(
     ours.setdefault("method", preset.pop("method", None))
     if ours.get("method") is None:
         raise UserError(f"which method? Add method=NAME to --model_args, one of: {', '.join(base.available())}.")
-    cls = base.load(str(ours.pop("method")))
+    cls = base.load(str(ours.pop("method")), {**args, **ours})
     rest: Any = args.pop("model_kwargs", None) or {}
     rest = _json_object("model_kwargs", rest) if isinstance(rest, str) else rest
     if not isinstance(rest, dict):
@@ -190,12 +191,13 @@ def _build(cls: type[base.Method], ours: dict[str, Any]) -> Compression:
     for key, why in method.without_effect.items():
         if key in ours:
             raise UserError(f"{key}={ours[key]} has no effect: {why}")
-    schedule, layers, heads = (dataclass_of(part, values) for part in (Schedule, Layers, Heads))
+    schedule, layers, heads, unit = (dataclass_of(part, values) for part in (Schedule, Layers, Heads, Unit))
     budget = _budget(method, values)
-    _check_shares(method, budget, layers, heads, ours)
+    _check_shares(method, budget, layers, heads, unit, ours)
+    _check_unit(method, budget, layers, heads, unit, ours)
     if budget.open or layers.together:
         _check_open(method, budget, layers, heads, schedule)
-    compression = Compression(method, budget, schedule, _evicted(method, values), heads, held_as, layers)
+    compression = Compression(method, budget, schedule, _evicted(method, values), heads, held_as, layers, unit)
     budget.check(method.protected, method.name)
     if cls.ring and held_as.quantises:
         raise UserError(
@@ -255,7 +257,9 @@ def _budget(method: base.Method, values: dict[str, Any]) -> Budget:
     return dataclass_of(RatioAbove if values.get("prune_after") is not None else Ratio, {**values, "keep_ratio": share})
 
 
-def _check_shares(method: base.Method, budget: Budget, layers: Layers, heads: Heads, ours: dict[str, Any]) -> None:
+def _check_shares(
+    method: base.Method, budget: Budget, layers: Layers, heads: Heads, unit: Unit, ours: dict[str, Any]
+) -> None:
     """Raises UserError for settings that share out a budget and do nothing, or nothing sensible."""
     for key, part, without in (
         ("beta", "layer_budget=pyramid", layers.layer_budget != "pyramid"),
@@ -263,7 +267,7 @@ def _check_shares(method: base.Method, budget: Budget, layers: Layers, heads: He
     ):
         if key in ours and without:
             raise UserError(f"{key}={ours[key]} has no effect without {part}")
-    if layers.rounding != "exact" and not (layers.differ or heads.differ or isinstance(budget, Ratio)):
+    if layers.rounding != "exact" and not (layers.differ or heads.differ or unit.whole or isinstance(budget, Ratio)):
         raise UserError(
             "rounding=reference has no effect on a fixed number of slots for every layer and head, which nothing rounds"
         )
@@ -277,6 +281,36 @@ def _check_shares(method: base.Method, budget: Budget, layers: Layers, heads: He
             f"head_budget={heads.head_budget} has no effect: method={method.name}"
             f"{' as it is set' if method.capacity_settings else ''} gives all heads of a layer the same scores; it is "
             "for methods whose heads choose for themselves"
+        )
+
+
+def _check_unit(
+    method: base.Method, budget: Budget, layers: Layers, heads: Heads, unit: Unit, ours: dict[str, Any]
+) -> None:
+    """Raises UserError for chunks of slots that do nothing, or nothing sensible."""
+    if not unit.whole:
+        if "unit_size" in ours:
+            raise UserError(f"unit_size={unit.unit_size} has no effect without unit=chunk")
+        return
+    if method.sinks_and_recent is not None or method.head_slots is not None or method.ring or method.hides:
+        raise UserError(
+            f"unit=chunk has no effect: method={method.name} keeps tokens by their place, neighbours with each other; "
+            "it is for methods that score tokens"
+        )
+    if budget.open or layers.together:
+        raise UserError(
+            f"{'layer_budget=global' if layers.together else 'threshold'} with unit=chunk: the one goes by the score "
+            "of each slot in each head, the other by a chunk's in all heads; leave one of them out"
+        )
+    if heads.differ:
+        raise UserError(
+            "head_budget=ada with unit=chunk: a chunk's score is summed over the heads, all of which keep the same "
+            "chunks, so that none could keep more than another; leave one of them out"
+        )
+    if isinstance(budget, Slots) and budget.max_capacity_prompt < unit.unit_size:
+        raise UserError(
+            f"unit_size={unit.unit_size} is more than max_capacity_prompt={budget.max_capacity_prompt}, so that no "
+            "whole chunk would ever fit; take smaller chunks or a larger budget"
         )
 
 

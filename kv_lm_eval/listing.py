@@ -13,6 +13,7 @@ from kv_lm_eval.config import ALIASES, STORAGE_KEYS, EngineSettings
 from kv_lm_eval.methods import base, evicted, storage
 from kv_lm_eval.methods.budget import Heads, Layers, Ratio, RatioAbove, Slots, Threshold
 from kv_lm_eval.methods.schedule import Schedule
+from kv_lm_eval.methods.unit import Unit
 
 
 def print_methods(name: str | None) -> int:
@@ -152,6 +153,8 @@ def _print_one(cls: type[base.Method], width: int) -> None:
         print("  shared out by:")
         _print_fields(Layers, cls.presets, width, without=frozenset({"rounding"}))
         _print_fields(Heads, cls.presets, width)
+        print("  chosen as:")
+        _print_fields(Unit, cls.presets, width, without=frozenset({"rounding"}))
     if cls.compresses:
         print("  cut when:")
         _print_fields(Schedule, cls.presets, width, without=own)

@@ -134,7 +134,7 @@ def moves(method: str, **args: object) -> bool:
     """Whether these settings move keys in position, whatever the budget."""
     cls = base.load(method)
     scorer = cls(**{k: v for k, v in args.items() if k in fields_of(cls)})
-    return bool(scorer.in_cache_sinks) or scorer.moments_from is not None
+    return bool(scorer.in_cache_sinks) or scorer.moments_from is not None or scorer.rotates
 
 
 def compression(**settings: object) -> Compression:

@@ -122,6 +122,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     writers = {
         "generation": _generation,
         "decode": _decode,
+        "storage": _storage,
         "prefill": _prefill,
         "memory": _memory,
         "scoring": _scoring,
@@ -207,6 +208,16 @@ def _decode(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     times = last["median"] / first[best]["median"]
     gain = f"The full cache at {sizes[-1]} takes {times:.2f}x the step of {best} at {sizes[0]} slots."
     return [*lines, *table(head, [*rows, floors]), "", gain]
+
+
+def _storage(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    full = part["entries"]["full"]
+    rows = [
+        (name, ms(e), ratio(e, full), megabytes(e["kv_bytes"]), f"{100 * e['kv_bytes'] / full['kv_bytes']:.0f} %")
+        for name, e in part["entries"].items()
+    ]
+    head = ("pairs held as", "ms a step", "of full", "keys and values", "of full")
+    return [f"## Forms of storage, {part['slots']} tokens, nothing evicted", "", *table(head, rows)]
 
 
 def _prefill(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:

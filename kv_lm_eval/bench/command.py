@@ -34,7 +34,10 @@ from kv_lm_eval.methods import names
 if TYPE_CHECKING:  # torch takes seconds, and a mistake is told before
     from kv_lm_eval.bench.measure import Bench
 
-PARTS = ("generation", "decode", "prefill", "memory", "scoring", "fidelity", "one_prefill", "shared_prefix", "compiled")
+PARTS = (
+    *("generation", "decode", "storage", "prefill", "memory", "scoring", "fidelity"),
+    *("one_prefill", "shared_prefix", "compiled"),
+)
 DECODED = "full,streaming_llm,streaming_ring,snapkv,h2o"
 GENERATED = "full,streaming_ring,snapkv,h2o"
 
@@ -150,6 +153,8 @@ def measured(part: str, bench: Bench, args: argparse.Namespace) -> Any:
             return measure.generation(bench, methods(args.generate_methods), args.prompt, args.new_tokens)
         case "decode":
             return measure.decode(bench, methods(args.decode_methods), console.numbers(args.slots, "--slots"))
+        case "storage":
+            return measure.storage(bench, args.prompt)
         case "prefill":
             return measure.prefills(bench, methods(args.methods or ",".join(measure.all_methods())), args.prompt)
         case "memory":

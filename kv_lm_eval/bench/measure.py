@@ -31,6 +31,7 @@ from kv_lm_eval.engine.question import Contexts, Tails, prefill_before_question
 from kv_lm_eval.engine.streaming import Stream, score_documents
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods import base
+from kv_lm_eval.methods import storage as storages
 from kv_lm_eval.metrics.latency import spread
 from kv_lm_eval.metrics.memory import PeakMemory
 
@@ -185,6 +186,32 @@ def decode(bench: Bench, methods: Sequence[str], slots: Sequence[int], steps: in
             for name, t in times.items()
         }
     return {"steps": steps, "slots": out}
+
+
+@torch.inference_mode()
+def storage(bench: Bench, slots: int, steps: int = 16) -> dict[str, Any]:
+    """Seconds a decode step and bytes of keys and values, in every form in which they may be held, nothing evicted."""
+    forms: dict[str, dict[str, Any]] = {"full": {"method": "full"}}
+    for kind in map(storages.load, storages.available()[1:]):
+        settings = {"method": "quantized", **kind.example()}
+        forms[config.parse(settings)[0].storage.words] = settings
+    caches, works = {}, {}
+    for name, settings in forms.items():
+        new_cache = partial(make_cache, config.parse(settings)[0], bench.facts)
+        caches[name], _ = prefill(bench.model, new_cache, [bench.tokens(slots)])
+
+        def some_steps(cache: CompressedCache = caches[name]) -> None:
+            token = 1
+            for _ in range(steps):
+                token = bench.step(cache, token)
+
+        works[name] = some_steps
+    times = rounds(works, bench.device, bench.repeats, min(bench.warm_up, 1), per=steps)
+    entries = {
+        name: {**t.record(bench.clock), "kv_bytes": int(caches[name].snapshot()["kv_bytes_valid"][0])}
+        for name, t in times.items()
+    }
+    return {"slots": slots, "entries": entries}
 
 
 @torch.inference_mode()

@@ -77,7 +77,39 @@ def attend(step: Step, seen: Visible) -> torch.Tensor:
         out = unmasked(step.query, seen.keys, seen.values, step.scaling, seen.reach)
         if out is not None:
             return out
+    if step.tokens == 1 and step.softcap is None and seen.sight is None:
+        return _attend_one(step, seen)
     return torch.cat([_attend_block(step, seen, *block) for block in _blocks(step, seen)], dim=2)
+
+
+def _attend_one(step: Step, seen: Visible) -> torch.Tensor:
+    """Attention of one new token a row, [B, H, 1, D], where slots are hidden; every old one is older than it."""
+    kv_heads, mask = seen.keys.shape[1], hidden_from_one(step, seen).logical_not_().unsqueeze(2)
+    if seen.bias is not None:
+        mask = torch.where(mask, seen.bias.unsqueeze(2), float("-inf")).to(step.query.dtype)
+    packed = packed_queries(step.query, kv_heads)
+    mask = mask.expand(-1, -1, packed.shape[2], -1)
+    out = F.scaled_dot_product_attention(packed, seen.keys, seen.values, attn_mask=mask, scale=step.scaling)
+    return out.reshape(*step.query.shape[:2], 1, -1)
+
+
+def hidden_from_one(step: Step, seen: Visible) -> torch.Tensor:
+    """Which slots the one new token of each row does not see, sight aside: [B, 1 or K, N] bool."""
+    hidden = seen.pos < 0
+    if step.window is not None:
+        hidden |= step.pos.unsqueeze(2) - seen.pos >= step.window
+    return hidden
+
+
+def window_logits(store: LayerStore, last: int, step: Step) -> torch.Tensor:
+    """What `window_attention` is the softmax of: [B, K, G, last, N] float32, minus infinity where a query does not see
+    a slot, and for queries that the store does not have."""
+    packed, allowed, bias = _window(store, last, step)
+    logits = _logits(packed, store.keys, allowed, step, bias)
+    b, kv_heads, n = logits.shape[0], logits.shape[1], logits.shape[3]
+    assert store.queries is not None
+    logits = logits.view(b, kv_heads, store.queries.shape[1] // kv_heads, -1, n)
+    return F.pad(logits, (0, 0, last - logits.shape[3], 0), value=float("-inf"))
 
 
 def window_attention(store: LayerStore, last: int, step: Step) -> torch.Tensor:
@@ -85,19 +117,26 @@ def window_attention(store: LayerStore, last: int, step: Step) -> torch.Tensor:
 
     Causal by position; zeros for queries that the store does not have.
     """
+    packed, allowed, bias = _window(store, last, step)
+    some = allowed.any(-1, keepdim=True)
+    weights = _logits(packed, store.keys, allowed | ~some, step, bias).softmax(dim=-1) * some
+    assert store.queries is not None
+    b, kv_heads, n = weights.shape[0], weights.shape[1], weights.shape[3]
+    weights = weights.view(b, kv_heads, store.queries.shape[1] // kv_heads, -1, n)
+    return F.pad(weights, (0, 0, last - weights.shape[3], 0))
+
+
+def _window(store: LayerStore, last: int, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The last queries, packed [B, K, G * w, D], which slots each sees [B, 1 or K, G * w, N], and the slots' bias."""
     assert store.queries is not None and store.query_pos is not None
     queries, query_pos = store.queries[:, :, -last:], store.query_pos[:, -last:]
-    b, h, w, _ = queries.shape
-    kv_heads, n = store.keys.shape[1], store.length
+    kv_heads = store.keys.shape[1]
     distance = query_pos[:, None, :, None] - store.pos[:, :, None, :]
     allowed = (store.pos >= 0)[:, :, None, :] & (distance >= 0)
     if step.window is not None:
         allowed = allowed & (distance < step.window)
-    some = allowed.any(-1, keepdim=True)
-    mask = (allowed | ~some).repeat(1, 1, h // kv_heads, 1)
-    packed, bias = packed_queries(queries, kv_heads), None if store.bias is None else store.bias[:, :, None]
-    weights = masked_weights(packed, store.keys, mask, step, bias).view(b, kv_heads, h // kv_heads, w, n)
-    return F.pad(weights * some.unsqueeze(2), (0, 0, last - w, 0))
+    bias = None if store.bias is None else store.bias[:, :, None]
+    return packed_queries(queries, kv_heads), allowed.repeat(1, 1, queries.shape[1] // kv_heads, 1), bias
 
 
 # ------------------------------------------------------------------------------------ blocks of queries
@@ -176,9 +215,16 @@ def masked_weights(
     packed: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, step: Step, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Attention weights of packed queries [B, K, x, D] over [B, K, N, D], bias [B, K, 1, N]: [B, K, x, N] float32."""
+    return _logits(packed, keys, mask, step, bias).softmax(dim=-1)
+
+
+def _logits(
+    packed: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, step: Step, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The same before their softmax, minus infinity beyond the mask [B, 1 or K, x, N]."""
     scores = at_least_float32(packed @ keys.transpose(2, 3)).mul_(step.scaling)  # in place: these are large
     if step.softcap is not None:
         scores = torch.tanh(scores / step.softcap) * step.softcap
     if bias is not None:
         scores = scores + bias
-    return scores.masked_fill_(~mask, float("-inf")).softmax(dim=-1)
+    return scores.masked_fill_(~mask, float("-inf"))

@@ -192,7 +192,7 @@ def pack(codes: torch.Tensor, nbits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, nbits: int) -> torch.Tensor:
-    """The numbers again, uint8; those that filled the last byte included."""
+    """The numbers again, [..., bytes] to uint8 [..., numbers]; those that filled the last byte included."""
     each, size, word = _words(nbits)
     if size > 1:
         parts = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % size)).unflatten(-1, (-1, size))

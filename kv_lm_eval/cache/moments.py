@@ -35,8 +35,10 @@ class QueryMoments:
         """Adds queries [B, H, q, D], float32 or wider; `counted` [B, q] says which of them count."""
         share = counted.to(queries.dtype)
         n = share.sum(1)  # [B]
-        mean = (queries * share[:, None, :, None]).sum(2) / n.clamp_min(1).view(-1, 1, 1)
-        about = (queries - mean.unsqueeze(2)) * share[:, None, :, None]
+        mean = (share[:, None, None] @ queries).squeeze(2) / n.clamp_min(1).view(-1, 1, 1)
+        about = queries - mean.unsqueeze(2)
+        if counted.device.type != "cpu" or not counted.all():  # elsewhere, asking would wait for the device
+            about *= share[:, None, :, None]
         total = self.count + n
         step, weight = mean - self.mean, (n / total.clamp_min(1)).view(-1, 1, 1)
         between = (self.count * n / total.clamp_min(1)).view(-1, 1, 1, 1)

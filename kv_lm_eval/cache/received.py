@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from kv_lm_eval.cache.attention import WEIGHT_ELEMENTS, Step, Visible, attend, new_weights
+from kv_lm_eval.cache.attention import WEIGHT_ELEMENTS, Step, Visible, attend, hidden_from_one, new_weights
+from kv_lm_eval.cache.kernels import packed_queries
 from kv_lm_eval.cache.transfer import at_least_float32
 
 PACKED = 256  # queries of a block, those of all heads of a group counted
@@ -37,7 +38,13 @@ def received_mass(step: Step, seen: Visible) -> torch.Tensor:
 
 def attend_one(step: Step, seen: Visible) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for one new token a row, from one reading of the keys, whatever is hidden but by a sight."""
-    weights = new_weights(step, seen, 0, 1)  # [B, K, G, N]
+    kv_heads = seen.keys.shape[1]
+    logits = at_least_float32(packed_queries(step.query, kv_heads) @ seen.keys.transpose(2, 3)).mul_(step.scaling)
+    if seen.bias is not None:
+        logits += seen.bias.unsqueeze(2)
+    if not seen.whole or seen.reach is not None:
+        logits.masked_fill_(hidden_from_one(step, seen).unsqueeze(2), float("-inf"))
+    weights = logits.softmax(-1)  # [B, K, G, N]
     out = (weights.to(seen.values.dtype) @ seen.values).reshape(*step.query.shape[:2], 1, -1)
     return out, weights.mean(2)
 

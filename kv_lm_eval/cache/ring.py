@@ -126,9 +126,5 @@ class Ring(Segment):
         store, rope = self.stores[layer], self.facts.rope
         assert rope is not None and store.pristine_sinks is not None
         lost = tuple(seen - held for seen, held in zip(self.seen, self.held[layer], strict=True))
-        if lost != self._turned[0]:  # the same for all layers of a step
-            self._turned = (lost, to_device(lost, store.keys.device).long().view(-1, 1))
-        delta = self._turned[1].to(store.keys.device)
+        delta = self._delta(lost, store.keys.device)
         store.keys[:, :, : store.pristine_sinks.shape[2]] = rope.rotate(store.pristine_sinks, delta, layer)
-
-    _turned: tuple[tuple[float, ...], torch.Tensor] = ((), torch.zeros(0))

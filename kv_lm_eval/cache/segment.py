@@ -19,9 +19,10 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from kv_lm_eval.cache.attention import Step, Visible, attend, window_attention
+from kv_lm_eval.cache.attention import Step, Visible, attend, window_attention, window_logits
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.moments import QueryMoments
+from kv_lm_eval.cache.output import output_norms
 from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.cache.received import attend_counted, received_mass
 from kv_lm_eval.cache.reread import effects, strongest_attention
@@ -33,6 +34,7 @@ from kv_lm_eval.errors import UserError
 FEW = 4  # pairs that one cut may hide in their places instead of moving the others
 MAX_ROOM = 1024  # slots reserved for the tokens until the next cut, at most; storage grows by itself
 TRIM_EVERY = 64  # tokens a row sees until its sliding-window layers that are never cut drop what they cannot see
+ALL = 2**31 - 1  # queries: more than there are
 MOMENTS_BLOCK = 1024  # queries turned back in float32 at a time
 Mode = Literal["prefill", "decode", "hold", "score", "again"]
 Numbers = tuple[list[float], float, float]  # of a row: slots held by layer, peak, valid bytes
@@ -89,6 +91,7 @@ class Segment:
         self.waiting: list[Step] = []
         self.branch: torch.Tensor | None = None
         self.part = 0, 0
+        self._last_votes: torch.Tensor | None = None  # what the slots of the last layer received of a single new token
         self.open(0, nullcontext)
 
     def open(
@@ -229,12 +232,12 @@ class Segment:
         seen = self._with_stored(step) if self.reads_only else self._stored(step)
         method, observes = self.compression.method, self._observes(step.layer)
         mass = None
-        if observes and method.accumulates:
+        if observes and (method.accumulates or (method.num_queries == 1 == step.tokens and step.softcap is None)):
             out, mass = attend_counted(step, seen)
         else:
             out = self._attention(step, seen)
         if observes:
-            self._observe(step, seen, mass)
+            self._observe(step, mass)
         if self.mode == "again" and self._is_cut(step.layer):
             far, near = self.part
             part = slice(seen.old - far, seen.old - near)
@@ -282,7 +285,7 @@ class Segment:
         if self._observes(layer):
             step = step._replace(key=mine.keys[:, :, old:], value=mine.values[:, :, old:])
             seen = self._visible(step, (mine.keys, mine.values, mine.pos), old, False, None)
-            self._observe(step, seen, received_mass(step, seen) if self.compression.method.accumulates else None)
+            self._observe(step, received_mass(step, seen) if self.compression.method.accumulates else None)
         self._after_attention(step)
 
     def _with_stored(self, step: Step) -> Visible:
@@ -315,13 +318,14 @@ class Segment:
         """Whether the layer's slots hold tokens that follow each other, so that its window is one of slots too."""
         return not self._is_cut(layer) or all(h >= n for h, n in zip(self.held[layer], self.seen, strict=True))
 
-    def _observe(self, step: Step, seen: Visible, mass: torch.Tensor | None) -> None:
+    def _observe(self, step: Step, mass: torch.Tensor | None) -> None:
         """Notes what scores will ask for: the last queries, the attention that each slot received, query moments."""
         store, method = self.stores[step.layer], self.compression.method
         if method.num_queries:
-            store.observe(step.query, step.pos, method.num_queries)
-        if mass is not None:
+            store.observe(step.query, step.pos, ALL if method.every_query else method.num_queries)
+        if method.accumulates and mass is not None:
             store.add_mass(mass)
+        self._last_votes = mass if step.tokens == 1 else None
         if method.moments_from is not None:
             self.add_moments(step.layer, step.query, step.pos)
 
@@ -587,6 +591,10 @@ class Segment:
             num_queries=method.num_queries,
             _rotate=partial(self._rotate, layer) if moves_keys else None,
             _attend=lambda last: window_attention(store, last, step),
+            _votes={} if self._last_votes is None or self.compression.waits else {1: self._last_votes},
+            _logits=lambda last: window_logits(store, last, step),
+            _queries=store.observed,
+            _output_norms=partial(output_norms, self.facts, layer, store.values) if method.projects else None,
         )
         scores = self.compression.score(view)
         if self.mode == "prefill" and (scores.isnan() & (store.pos >= 0)).any():  # scores of empty slots mean nothing
@@ -611,7 +619,7 @@ class Segment:
             self._close_ranks(
                 layer, view, scores, self.compression.counts(scores, view.pos, keep, self.seen, held, layer)
             )
-            if self.compression.heads.exact and not self.compression.open:
+            if self.compression.exact and not self.compression.open:
                 self.held[layer] = keep
         if self._loses_sight(layer):
             self.held[layer] = _counted(store.pos >= 0)
@@ -624,7 +632,7 @@ class Segment:
         store, held, compression = self.stores[layer], self.held[layer], self.compression
         return (
             self.mode == "decode"
-            and compression.method.slotwise
+            and compression.slotwise
             and compression.evicted.forgets
             and self._even(layer)
             and not compression.storage.quantises
@@ -638,8 +646,11 @@ class Segment:
         store = self.stores[layer]
         if self.compression.open and bool((counts == (store.pos >= 0).sum(-1).cpu()).all()):
             return  # nothing goes
+        scores, counts = self.compression.second_look(view, scores, counts)
         kept = self.compression.evicted.cut(self.compression.method, view, scores, counts)
         store.replace(kept, room=min(self.compression.schedule.compress_every, MAX_ROOM))
+        if self.compression.method.every_query:
+            store.forget_queries(self.compression.method.num_queries)
         self.held[layer] = [sum(row) / len(row) for row in counts.tolist()]
 
     def _lost(self, layer: int) -> list[float]:
@@ -655,17 +666,27 @@ class Segment:
         start = (store.pos[:, 0] >= 0).int().argmax(-1)  # sinks stay, so that nothing between them is empty
         slots = (start[:, None] + torch.arange(sinks, device=device)).clamp_max(store.length - 1)  # [B, S]
         index = slots[:, None, :, None].expand(-1, store.keys.shape[1], -1, store.keys.shape[3])
-        current = store.keys.gather(2, index)
-        if store.pristine_sinks is None:
-            store.pristine_sinks = current
-        else:
-            first_time = to_device(fresh, device).view(-1, 1, 1, 1)
-            store.pristine_sinks = torch.where(first_time, current, store.pristine_sinks)
-        lost = self._lost(layer)
-        delta = to_device(lost, device).view(-1, 1)
-        moved = rope.rotate(store.pristine_sinks, delta, layer)
-        untouched = to_device([n == 0 for n in lost], device).view(-1, 1, 1, 1)
-        store.write_sinks(index, torch.where(untouched, current, moved))
+        lost = tuple(self._lost(layer))
+        pristine = store.pristine_sinks
+        current = pristine if pristine is not None and all(lost) and not any(fresh) else store.keys.gather(2, index)
+        if pristine is None:
+            pristine = current
+        elif any(fresh):
+            pristine = torch.where(to_device(fresh, device).view(-1, 1, 1, 1), current, pristine)
+        store.pristine_sinks = pristine
+        moved = rope.rotate(pristine, self._delta(lost, device), layer)
+        if not all(lost):
+            untouched = to_device([n == 0 for n in lost], device).view(-1, 1, 1, 1)
+            moved = torch.where(untouched, current, moved)
+        store.write_sinks(index, moved)
+
+    def _delta(self, lost: tuple[float, ...], device: torch.device) -> torch.Tensor:
+        """How far each row's sinks go, [B, 1]: one tensor for all layers of a step, which mostly have lost as many."""
+        if lost != self._turned[0] or self._turned[1].device != device:
+            self._turned = (lost, to_device(lost, device).long().view(-1, 1))
+        return self._turned[1]
+
+    _turned: tuple[tuple[float, ...], torch.Tensor] = ((), torch.zeros(0))
 
     # ------------------------------------------------------------------------------------ numbers
 

@@ -165,6 +165,16 @@ class LayerStore:
         self.queries = queries[:, :, -last:].clone()
         self.query_pos = pos[:, -last:].clone()
 
+    @property
+    def observed(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The last queries [B, H, W, D] and their positions [B, W], or None."""
+        return None if self.queries is None or self.query_pos is None else (self.queries, self.query_pos)
+
+    def forget_queries(self, last: int) -> None:
+        """Frees all but the last so many queries."""
+        if self.queries is not None and self.query_pos is not None and self.queries.shape[2] > last:
+            self.queries, self.query_pos = self.queries[:, :, -last:].clone(), self.query_pos[:, -last:].clone()
+
     def forget_observations(self) -> None:
         """Frees what only scoring needs, once no further cut will come."""
         self._mass = self.queries = self.query_pos = self.moments = None
@@ -173,11 +183,12 @@ class LayerStore:
         """Puts the slots that stay, [B, K, M], in the place of all slots.
 
         Args:
-            room: tokens that will be added before the next cut; the storage is sized for them.
+            room: tokens that will be added before the next cut; the storage is sized for them. 0: none comes, and the
+                first token that does makes its own room, when the prompt's forward with its activations is over.
         """
         assert self._keys is not None and self._values is not None and self._pos is not None
         length = kept.keys.shape[2]
-        capacity = length + max(room, MIN_HEADROOM)
+        capacity = length + (max(room, MIN_HEADROOM) if room else 0)
         fits = capacity <= self._keys.shape[2] <= 2 * capacity and self._pos.shape[1] == kept.pos.shape[1]
         # As a projection made them, a head's keys lie far apart
         fits = fits and not self.lent and self._keys.is_contiguous()
@@ -356,10 +367,13 @@ def blank_lowest(scores: torch.Tensor, pos: torch.Tensor, drop: list[int]) -> No
     scores = at_least_float32(scores)
     finite = torch.finfo(scores.dtype)
     scores = torch.where(pos >= 0, scores.clamp(finite.min, finite.max), float("inf"))
-    todo = to_device(drop, pos.device).view(-1, 1, 1)
-    last = pos.shape[2] - 1
-    for i in range(max(drop)):
+    last, most = pos.shape[2] - 1, max(drop)
+    todo = None if min(drop) == most else to_device(drop, pos.device).view(-1, 1, 1)
+    for i in range(most):
         lowest = last - scores.flip(-1).argmin(-1, keepdim=True)  # of equal ones the newest
-        going = todo > i
-        pos.scatter_(2, lowest, pos.gather(2, lowest).masked_fill(going, -1))
-        scores.scatter_(2, lowest, float("inf"))
+        if todo is None:
+            pos.scatter_(2, lowest, -1)
+        else:
+            pos.scatter_(2, lowest, pos.gather(2, lowest).masked_fill(todo > i, -1))
+        if i + 1 < most:
+            scores.scatter_(2, lowest, float("inf"))

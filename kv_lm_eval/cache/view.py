@@ -9,7 +9,7 @@ Shapes: B batch rows, H query heads, K KV heads, G = H / K, N slots, D head size
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from kv_lm_eval.cache.coded import Codec
 from kv_lm_eval.cache.moments import QueryMoments
 from kv_lm_eval.cache.store import Kept
-from kv_lm_eval.cache.transfer import to_device
+from kv_lm_eval.cache.transfer import at_least_float32, to_device
 from kv_lm_eval.errors import UserError
 
 
@@ -38,8 +38,8 @@ class View:
         scaling: factor of the layer's attention logits, mostly D ** -0.5.
         method: its name, for messages. num_queries: last queries that are kept for it; None: all that are asked for.
 
-    `mass`, `reread`, `moments`, `attention` and `rotate` are there for methods that declare them: the cache gathers
-    nothing that nobody reads.
+    `mass`, `reread`, `moments`, `attention`, `logits`, `queries`, `rotate` and `output_norms` are there for methods
+    that declare them: the cache gathers and computes nothing that nobody reads.
     """
 
     keys: torch.Tensor
@@ -58,6 +58,10 @@ class View:
     _rotate: Callable[..., torch.Tensor] | None = None
     method: str = "NAME"
     num_queries: int | None = None
+    _votes: dict[int, torch.Tensor] = field(default_factory=dict)
+    _logits: Callable[[int], torch.Tensor] | None = None
+    _queries: tuple[torch.Tensor, torch.Tensor] | None = None
+    _output_norms: Callable[[], torch.Tensor] | None = None
 
     @property
     def mass(self) -> torch.Tensor:
@@ -93,11 +97,11 @@ class View:
 
     def rotate(self, x: torch.Tensor, delta: torch.Tensor, over: int = 1) -> torch.Tensor:
         """Keys or queries [B, K, N, D] moved by delta positions ([B, N], [B, 1] or [B, K, N]); mean over `over` of
-        them from there on. Only where `moves_keys` or `moments_from` asked for it."""
+        them from there on. Only for methods with `rotates = True`, or where something else moves keys."""
         if self._rotate is None:
             raise self._undeclared(
                 "view.rotate, which moves keys in position",
-                "a property moments_from (or use evicted=compensate,key_space=pre_rope, or positions=in_cache)",
+                "rotates = True, or a property moments_from (or use evicted=compensate,key_space=pre_rope)",
             )
         return self._rotate(x, delta, over)
 
@@ -107,12 +111,67 @@ class View:
         Causal by position. A row that has seen fewer tokens has zeros for the queries that it lacks. For methods with
         a `num_queries` of at least `last`.
         """
+        self._keeps(last, "attention")
+        return self._attend(last)
+
+    def logits(self, last: int) -> torch.Tensor:
+        """What `attention` is the softmax of, scaled, capped and biased as in the layer: [B, K, G, last, N] float32;
+        minus infinity where a query does not see a slot, and for queries that a row lacks."""
+        self._keeps(last, "logits")
+        assert self._logits is not None
+        return self._logits(last)
+
+    def _keeps(self, last: int, what: str) -> None:
         if self.num_queries is not None and last > self.num_queries:
             raise self._undeclared(
-                f"view.attention({last}), the attention of the last {last} queries, and keeps {self.num_queries}",
+                f"view.{what}({last}), the {what} of the last {last} queries, and keeps {self.num_queries}",
                 f"a property num_queries that returns {last}",
             )
-        return self._attend(last)
+
+    def outputs(self, last: int) -> torch.Tensor:
+        """What the `last` most recent queries read from the slots, attention times values: [B, K, G, last, D], float32;
+        for methods with a `num_queries` of at least `last`."""
+        return self.attention(last) @ at_least_float32(self.values).unsqueeze(2)
+
+    def queries(self, last: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `last` most recent queries with their rotary embedding, [B, K, G, q, D], and their positions, [B, q].
+
+        Fewer where fewer were seen; None: all that are held, which with `every_query = True` are those since the last
+        cut and the `num_queries` before them.
+        """
+        if self._queries is None or (last or 0) > (self.num_queries or 0):
+            raise self._undeclared(
+                f"view.queries({'' if last is None else last}), and keeps {self.num_queries or 0} of them",
+                f"a property num_queries that returns {last or 'how many'}",
+            )
+        queries, pos = self._queries
+        if last is not None:
+            queries, pos = queries[:, :, -last:], pos[:, -last:]
+        return queries.unflatten(1, (self.keys.shape[1], -1)), pos
+
+    def output_norms(self) -> torch.Tensor:
+        """Sum of the absolute values of what each slot's value is behind the layer's output projection, mean over the
+        query heads of its group: [B, K, N] float32; for methods with `projects = True`."""
+        if self._output_norms is None:
+            raise self._undeclared("view.output_norms, values behind the layer's output projection", "projects = True")
+        return self._output_norms()
+
+    @property
+    def remembered(self) -> torch.Tensor | None:
+        """[B, K, N] what the method gave `remember` at the last cut, 0 for slots that came later; None: nothing yet."""
+        return self._mass
+
+    def remember(self, numbers: torch.Tensor) -> None:
+        """Keeps a number [B, K, N], float32, with each slot that stays until the next cut, as `remembered`; for methods
+        that do not read `mass`, in the place of which it is held."""
+        self._mass = numbers
+
+    def votes(self, last: int) -> torch.Tensor:
+        """What each slot received of `attention(last)`: summed over the queries, mean over the query heads of a group:
+        [B, K, N]. Worked out once, for the scores and for the treatment of the evicted."""
+        if last not in self._votes:
+            self._votes[last] = self.attention(last).sum(3).mean(2)
+        return self._votes[last]
 
     def recent(self, count: int | list[int]) -> torch.Tensor:
         """True for the last `count` tokens seen (one number, or one a row): [B, 1 or K, N]."""
@@ -184,10 +243,6 @@ class AskedOfMethod(Protocol):
         """What a query reads of what is held; None: all of it."""
 
     @property
-    def slotwise(self) -> bool:
-        """A slot's score is the same wherever it stands, so that cuts may leave holes."""
-
-    @property
     def per_query_head(self) -> bool:
         """Every query head has keys and values of its own."""
 
@@ -205,7 +260,15 @@ class AskedOfMethod(Protocol):
 
     @property
     def num_queries(self) -> int:
-        """It reads `view.attention` of so many last queries."""
+        """It reads `view.attention` or `view.queries` of so many last queries."""
+
+    @property
+    def every_query(self) -> bool:
+        """It reads `view.queries` of all since the last cut too."""
+
+    @property
+    def projects(self) -> bool:
+        """It reads `view.output_norms`."""
 
     @property
     def reads_again(self) -> bool:
@@ -296,14 +359,6 @@ class AskedOfEvicted(Protocol):
         slots per row and head on the host."""
 
 
-class AskedOfHeads(Protocol):
-    """How the heads of a layer share its budget."""
-
-    @property
-    def exact(self) -> bool:
-        """A row keeps exactly its budget, mean over the heads."""
-
-
 class AskedOfCompression(Protocol):
     """A method with its budget, schedule, storage and treatment of the evicted."""
 
@@ -324,10 +379,6 @@ class AskedOfCompression(Protocol):
         """What becomes of the pairs that go."""
 
     @property
-    def heads(self) -> AskedOfHeads:
-        """How heads share the budget."""
-
-    @property
     def open(self) -> bool:
         """How many slots a layer keeps is known only when they are scored."""
 
@@ -343,8 +394,20 @@ class AskedOfCompression(Protocol):
     def moves_keys(self) -> object:
         """None: no key is moved in position, and no rotary embedding is needed."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether a row keeps exactly its budget, mean over the heads."""
+
+    @property
+    def slotwise(self) -> bool:
+        """A slot's score is the same wherever it stands, so that cuts may leave holes."""
+
     def score(self, view: View) -> torch.Tensor:
         """[B, 1 or K, N], higher stays."""
+
+    def second_look(self, view: View, scores: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores [B, 1 or K, N] and counts [B, 1 or K] by which slots are chosen, once it is known how many each head
+        keeps by the first ones."""
 
     def keep(
         self, seen: list[int], held: list[float], layer: int, layers: Sequence[int], most: int | None = None

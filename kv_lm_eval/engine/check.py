@@ -121,8 +121,9 @@ def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads(
         compression.check_model(facts)
         facts.ranks = getattr(model, "tp_size", None) or 1
         outputs.find(model, facts, FULL)
-        if compression.method.reads_effects:
+        if compression.method.projects or compression.method.reads_effects:
             outputs.check(facts, kind, compression.method.name)
+        if compression.method.reads_effects:
             hook.show_hidden(facts.modules.values())
         sharded.check(compression, facts.ranks)
         _walk(model, probe, facts, compression, roads, expected)

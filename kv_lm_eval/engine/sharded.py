@@ -18,7 +18,8 @@ from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import View
 from kv_lm_eval.methods.compression import Compression
 
-HEADS, GROUP, SIZE, SPARE = 4, 2, 8, 12
+HEADS, GROUP, SIZE = 4, 2, 8
+SPARES = (3, 8, 12, 20)  # slots kept beside those that always stay
 
 
 def check(compression: Compression, ranks: int) -> None:
@@ -34,11 +35,17 @@ def check(compression: Compression, ranks: int) -> None:
 
 def each_head_by_itself(compression: Compression) -> bool:
     """Whether half of the heads alone keep what they keep beside the others."""
-    if compression.method.head_slots is not None or compression.method.sight(0) is not None:
-        return False  # windows of numbered heads
+    method = compression.method
+    if method.head_slots is not None or method.sight(0) is not None or method.projects:
+        return False  # windows of numbered heads, or projections
     if compression.ranks_layers:
         return False  # the slots of all heads are ranked together
-    whole = _view(compression)
+    return all(_half_alone(compression, spare) for spare in SPARES)
+
+
+def _half_alone(compression: Compression, spare: int) -> bool:
+    """The same where so many slots beside those that always stay are kept: some choices are the same by chance."""
+    whole = _view(compression, spare)
     half = _heads(whole, HEADS // 2)
     a, b = _cut(compression, whole), _cut(compression, half)
     for head in range(HEADS // 2):
@@ -48,10 +55,10 @@ def each_head_by_itself(compression: Compression) -> bool:
     return True
 
 
-def _view(compression: Compression) -> View:
+def _view(compression: Compression, spare: int) -> View:
     """One row of random pairs, with everything that a method may ask for."""
     method, random = compression.method, torch.Generator().manual_seed(0)
-    slots = 3 * (method.protected + SPARE)
+    slots = 3 * method.protected + 36
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float64)
@@ -63,10 +70,10 @@ def _view(compression: Compression) -> View:
     weights = (unlike.unsqueeze(-1) * numbers(1, HEADS, GROUP, window, slots)).softmax(-1)
     return View(
         keys=unlike * numbers(1, HEADS, slots, SIZE),
-        values=numbers(1, HEADS, slots, SIZE),
+        values=unlike * numbers(1, HEADS, slots, SIZE),
         pos=torch.arange(slots).view(1, 1, -1),
         seen=[slots],
-        keep=[method.protected + SPARE],
+        keep=[method.protected + spare],
         layer=0,
         num_layers=1,
         _mass=(unlike[..., 0] * numbers(1, HEADS, slots)).softmax(-1),
@@ -75,18 +82,23 @@ def _view(compression: Compression) -> View:
         scaling=SIZE**-0.5,
         method=method.name,
         _rotate=lambda x, delta, over=1: x,
+        _logits=lambda last: weights[..., -last:, :].log(),
+        _queries=(numbers(1, HEADS * GROUP, slots, SIZE), torch.arange(slots).view(1, -1)),
     )
 
 
 def _heads(view: View, first: int) -> View:
     """The view of the heads from `first` on."""
     moments, queries = view.moments, first * GROUP
+    assert view._queries is not None
     return dataclasses.replace(
         view,
         keys=view.keys[:, first:],
         values=view.values[:, first:],
         _mass=view.mass[:, first:],
         _attend=lambda last: view.attention(last)[:, first:],
+        _logits=lambda last: view.logits(last)[:, first:],
+        _queries=(view._queries[0][:, queries:], view._queries[1]),
         _moments=QueryMoments(moments.count, moments.mean[:, queries:], moments.scatter[:, queries:]),
     )
 
@@ -95,6 +107,7 @@ def _cut(compression: Compression, view: View) -> Kept:
     scores = compression.method.score(view)
     keep = [float(k) for k in view.keep]
     counts = compression.counts(scores, view.pos, keep, view.seen, [float(n) for n in view.seen], 0)
+    scores, counts = compression.second_look(view, scores, counts)
     return compression.evicted.cut(compression.method, view, scores, counts)
 
 

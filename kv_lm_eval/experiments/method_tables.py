@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -178,5 +179,5 @@ def _measured_part(old: Sequence[Row], new: Sequence[Row]) -> str:
     text = listing.table(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
     if missing := [name for name in names if name not in {row["method"] for row in rows}]:
         listed = ", ".join(f"`{name}`" for name in missing)
-        text += f"\n\nNot measured yet: {listed} (`{COMMAND} --measure --methods {missing[0]}`)."
+        text += f"\n\nNot measured yet: {listed} (`{COMMAND} --measure --methods {shlex.quote(missing[0])}`)."
     return text

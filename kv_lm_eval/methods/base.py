@@ -15,8 +15,9 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -59,6 +60,9 @@ class Method:
     source: ClassVar[str] = ""  # of a user's own method: its file and the sha256 of its text
     presets: ClassVar[dict[str, Any]] = {}  # defaults of the other three parts, e.g. {"compress_every": 1}
     accumulates: ClassVar[bool] = False  # score() reads view.mass, the attention summed over all queries
+    every_query: ClassVar[bool] = False  # score() reads view.queries of all since the last cut, and num_queries before
+    projects: ClassVar[bool] = False  # score() or rescore() reads view.output_norms
+    rotates: ClassVar[bool] = False  # score() reads view.rotate: only models whose keys can be moved in position
     reads_again: ClassVar[bool] = False  # score() reads view.reread, for which `readings` are fed before each cut
     compresses: ClassVar[bool] = True  # False: everything is kept, no budget is taken
     takes_budget: ClassVar[bool] = True  # False: its own settings always fix the budget, and no other is taken
@@ -73,6 +77,15 @@ class Method:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+    @classmethod
+    def around(cls, settings: Mapping[str, Any]) -> type[Method]:
+        """The class that these settings are of: itself; a method that wraps a scorer makes one of both.
+
+        Raises:
+            UserError: that scorer cannot be wrapped.
+        """
+        return cls
 
     @classmethod
     def example(cls, slots: int) -> dict[str, Any]:
@@ -93,13 +106,18 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} has no score()")
 
+    def rescore(self, view: View, scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Scores [B, 1 or K, N] by which slots are chosen, where these depend on how many a head keeps: counts [B, 1 or
+        K], on the host, by `scores`, those of `score`. What is always kept stays +inf."""
+        return scores
+
     def weights(self, view: View) -> torch.Tensor | None:
         """Attention that each token received, [B, K, N] float32, for treatments that average pairs; None: not known."""
         return None
 
     @property
     def num_queries(self) -> int:
-        """How many of the last queries `score` asks `view.attention` for; 0 if none."""
+        """How many of the last queries `score` asks `view.attention` or `view.queries` for; 0 if none."""
         return 0
 
     def readings(self, text: Sequence[int], done: int, words: Words) -> list[Reading]:
@@ -212,19 +230,22 @@ class Method:
 # ---------------------------------------------------------------------------------------------------- discovery
 
 
-def load(spec: str) -> type[Method]:
+def load(spec: str, settings: Mapping[str, Any] = MappingProxyType({})) -> type[Method]:
     """The class of a bundled method by name, or of the user's own by `path/to/file.py[:Class]`.
+
+    Args:
+        settings: all that are given; some methods wrap another, which one of them names.
 
     Raises:
         UserError: no such method, file or class.
     """
     if ".py" in spec:
-        return _load_file(spec)
+        return _load_file(spec).around(settings)
     name = names.check(spec)
     root = __name__.rpartition(".")[0]
     found = importlib.util.find_spec(f"{root}.{name}_") or importlib.util.find_spec(f"{root}.{name}")
     assert found is not None
-    return _only_method(importlib.import_module(found.name), name, None)
+    return _only_method(importlib.import_module(found.name), name, None).around(settings)
 
 
 def example(spec: str, slots: int) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import torch
 from kv_lm_eval.cache.view import AskedOfCompression
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, Sight, View
-from kv_lm_eval.methods.budget import Budget, Heads, Layers
+from kv_lm_eval.methods.budget import Budget, Heads, Layers, Ratio
 from kv_lm_eval.methods.evicted import Evicted
 from kv_lm_eval.methods.schedule import Schedule
 from kv_lm_eval.methods.storage import Storage
+from kv_lm_eval.methods.unit import Unit
 
 if TYPE_CHECKING:
     from kv_lm_eval.cache.cache import CompressedCache
@@ -33,6 +34,7 @@ class Compression:
     heads: Heads = field(default_factory=Heads)
     storage: Storage = field(default_factory=Storage)
     layers: Layers = field(default_factory=Layers)
+    unit: Unit = field(default_factory=Unit)
 
     def keep(
         self, seen: list[int], held: list[float], layer: int, layers: Sequence[int], most: int | None = None
@@ -107,6 +109,37 @@ class Compression:
         """Slots per head that each row may keep, mean over the layers that share them."""
         least = max(self.method.protected, self.budget.least)
         return [max(int(asked), least) for asked in self.budget.asked(seen, seen, 0)]
+
+    @property
+    def slotwise(self) -> bool:
+        """Whether a slot's score is the same wherever it stands, so that cuts may leave holes."""
+        return self.method.slotwise and not self.unit.whole
+
+    @property
+    def exact(self) -> bool:
+        """Whether a row keeps exactly its budget, mean over the heads."""
+        return self.heads.exact and self.unit.exact
+
+    def second_look(self, view: View, scores: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores [B, 1 or K, N] and counts [B, 1 or K] by which slots are chosen, once it is known how many each head
+        keeps by the first ones."""
+        scores = self.method.rescore(view, scores, counts)
+        if not self.unit.whole:
+            return scores, counts
+        scores, sizes = self.unit.ranked(scores, view.pos)
+        if self.unit.exact:
+            return scores, counts[:, :1]
+        there = (view.pos[:, 0] >= 0).sum(-1).tolist()
+        asked = [self._chunks(n, count) for n, count in zip(there, counts[:, 0].tolist(), strict=True)]
+        return scores, self.unit.counts(sizes, asked)
+
+    def _chunks(self, there: int, slots: int) -> int:
+        """How many of the chunks of so many slots stay, where so many slots would."""
+        chunks = self.unit.chunks(there)
+        if slots >= there:
+            return chunks
+        share = isinstance(self.budget, Ratio) and not self.layers.differ
+        return max(1, self.budget.share(chunks) if share else slots // self.unit.unit_size)  # type: ignore[attr-defined]
 
     def counts(
         self,
@@ -264,8 +297,11 @@ class Compression:
         """Where keys must be movable in position: the setting that asks for it and one that does not; else None."""
         if self.method.in_cache_sinks:
             return "positions=in_cache", "positions=absolute"
-        if self.method.moments_from is not None:
-            return f"method={self.method.name}", "a method that does not look at queries without their positions"
+        if self.method.moments_from is not None or self.method.rotates:
+            return (
+                f"method={self.method.name}",
+                "a method that does not look at keys or queries without their positions",
+            )
         return self.evicted.moves_keys
 
     @property
@@ -323,6 +359,8 @@ class Compression:
         if self.method.compresses:
             flat["evicted"] = self.evicted.evicted
         flat.update(self.method.notes())
+        if self.unit.whole:
+            flat.update({f.name: getattr(self.unit, f.name) for f in fields(self.unit)})
         if self.storage.quantises:
             flat.update(self.storage.settings())
         for share, of_it, differs in (("head_budget", "alpha", "ada"), ("layer_budget", "beta", "pyramid")):

@@ -8,6 +8,7 @@ from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View, setting
 
 MOST_AHEAD = 2**17
+BLOCK = 512  # keys multiplied with the covariances of a group at a time
 
 
 class ExpectedAttention(Method):
@@ -53,25 +54,25 @@ class ExpectedAttention(Method):
     def score(self, view: View) -> Tensor:
         """[B, K, N]: the sinks always, then expected weight times norm of the value."""
         first, keys = view.first(self.n_sink), at_least_float32(view.keys)
-        logits = view.scaling * torch.einsum("bkgd,bknd->bkgn", self._mean(view), keys)
-        covariance = self._covariance(view)
-        for group in range(logits.shape[2]):  # one at a time: [B, K, N, D] is as large as the keys
-            logits[:, :, group] += view.scaling**2 / 2 * ((keys @ covariance[:, :, group]) * keys).sum(-1)
+        mean, covariance = self._normal(view)
+        logits = view.scaling * mean @ keys.transpose(2, 3)  # [B, K, G, N]
+        covariance = (view.scaling**2 / 2 * covariance).transpose(2, 3).flatten(3)  # [B, K, D, G D]
+        for block, into in zip(keys.split(BLOCK, dim=2), logits.split(BLOCK, dim=3), strict=True):
+            turned = (block @ covariance).unflatten(3, (logits.shape[2], -1))  # [B, K, n, G, D]
+            into += (turned @ block.unsqueeze(4)).squeeze(4).transpose(2, 3)
         if view.bias is not None:
             logits = logits + view.bias.unsqueeze(2)
         hidden = (first | (view.pos < 0)).unsqueeze(2)
         weights = logits.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1).mean(2)
         return ((weights + self.epsilon) * at_least_float32(view.values).norm(dim=-1)).masked_fill(first, float("inf"))
 
-    def _mean(self, view: View) -> Tensor:
-        """Mean of the queries to come, [B, K, G, D]."""
-        mean = self._ahead(view, view.moments.mean.unsqueeze(2)).squeeze(2)
-        return mean.unflatten(1, (view.keys.shape[1], -1))
-
-    def _covariance(self, view: View) -> Tensor:
-        """R C R', R the mean rotation: its rows are turned, then its columns. [B, K, G, D, D]."""
-        rows = self._ahead(view, view.moments.covariance)
-        return self._ahead(view, rows.transpose(2, 3)).unflatten(1, (view.keys.shape[1], -1))
+    def _normal(self, view: View) -> tuple[Tensor, Tensor]:
+        """Mean [B, K, G, D] and covariance [B, K, G, D, D] of the queries to come: m turned, and R C R', R the mean
+        rotation: its rows are turned, then its columns."""
+        both = torch.cat([view.moments.mean.unsqueeze(2), view.moments.covariance], dim=2)
+        turned, groups = self._ahead(view, both), (view.keys.shape[1], -1)
+        covariance = self._ahead(view, turned[:, :, 1:].transpose(2, 3))
+        return turned[:, :, 0].unflatten(1, groups), covariance.unflatten(1, groups)
 
     def _ahead(self, view: View, x: Tensor) -> Tensor:
         """[B, H, n, D] vectors at position 0, turned by the mean rotation over the positions to come."""

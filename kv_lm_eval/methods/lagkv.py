@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from math import sqrt
 from typing import Any
 
 import torch
@@ -44,22 +45,32 @@ class LagKV(Method):
         """[B, K, N]: the sinks always, then the newest, then the ranks within each partition, from -1 down."""
         b, k, n, _ = view.keys.shape
         scores = torch.arange(n, device=view.keys.device).repeat(b, k, 1).float()  # what is not ranked: newest first
-        empty = (view.pos < 0).expand(b, k, n).sum(-1).tolist()  # slots that come before a row's first token
-        for row in range(b):
-            for head in range(k):
-                start = empty[row][head] + self.n_sink
-                scores[row, head, :start] = float("inf")
-                parts = (n - start) // self.lag_size
-                if parts >= 2:
-                    stop = start + parts * self.lag_size
-                    keys, values = view.keys[row, head, start:stop], view.values[row, head, start:stop]
-                    standing_out = self._standing_out(keys, parts) + self._standing_out(values, parts)
-                    place = standing_out.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0: the best
-                    scores[row, head, start : stop - self.lag_size] = -1.0 - place.flatten().float()
+        empty = (view.pos < 0).expand(b, k, n).sum(-1)  # slots that come before a row's first token
+        for count in empty.unique().tolist():
+            alike = empty == count
+            everything = bool(alike.all())
+            start = count + self.n_sink
+            parts = (n - start) // self.lag_size
+            own = scores.flatten(0, 1) if everything else scores[alike]  # [heads, N]
+            own[:, :start] = float("inf")
+            if parts >= 2:
+                stop = start + parts * self.lag_size
+                pairs = (
+                    x[:, :, start:stop].flatten(0, 1) if everything else x[alike][:, start:stop]
+                    for x in (view.keys, view.values)
+                )
+                keys, values = (self._standing_out(x.unflatten(1, (parts, -1))) for x in pairs)
+                place = (keys + values).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0: the best
+                own[:, start : stop - self.lag_size] = -1.0 - place.flatten(1).float()
+            if not everything:
+                scores[alike] = own
         return scores
 
-    def _standing_out(self, x: Tensor, parts: int) -> Tensor:
-        """[parts * lag_size, D] -> [parts - 1, lag_size]: how much each token differs from the next partition."""
-        x = at_least_float32(x).view(parts, self.lag_size, -1)
-        low, high = x[1:].min(1, keepdim=True).values, x[1:].max(1, keepdim=True).values
-        return ((x[:-1] - low) / (high - low).clamp_min(1e-9)).std(-1).softmax(-1)
+    def _standing_out(self, x: Tensor) -> Tensor:
+        """[heads, parts, lag_size, D] -> [heads, parts - 1, lag_size]: how much each token differs from the next
+        partition."""
+        x = at_least_float32(x)
+        low, high = x[:, 1:].amin(2, keepdim=True), x[:, 1:].amax(2, keepdim=True)
+        scaled = (x[:, :-1] - low).div_((high - low).clamp_min(1e-9))
+        about = scaled.sub_(scaled.mean(-1, keepdim=True))
+        return (torch.linalg.vector_norm(about, dim=-1) / sqrt(x.shape[-1] - 1)).softmax(-1)

@@ -15,6 +15,7 @@ PARTS = {
     "treatments",
     "storage",
     "storages",
+    "unit",
     "compression",
     "head_profile",
     "names",

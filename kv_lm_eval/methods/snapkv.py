@@ -36,13 +36,7 @@ class SnapKV(Method):
     def validate(self) -> None:
         if self.window_size < 1:
             raise UserError(f"window_size={self.window_size}: SnapKV needs at least one query that votes")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise UserError(
-                f"kernel_size={self.kernel_size} must be odd and positive: an even kernel has no centre and would "
-                f"shift the votes by half a token; take {self.kernel_size - 1 if self.kernel_size > 1 else 1} or "
-                f"{max(1, self.kernel_size + 1)}"
-            )
-
+        check_kernel(self.kernel_size)
         if self.kernel_size == 1 and self.pooling != "max":
             raise UserError(f"pooling={self.pooling} has no effect with kernel_size=1, which pools nothing")
 
@@ -66,13 +60,26 @@ class SnapKV(Method):
 
     def weights(self, view: View) -> Tensor:
         """[B, K, N]: attention of the window's queries, summed over these, mean over the query heads of a group."""
-        return view.attention(self.window_size).sum(3).mean(2)
+        return view.votes(self.window_size)
 
     def score(self, view: View) -> Tensor:
         """[B, K, N]: the window always, then the votes, pooled over neighbours."""
         recent = view.recent(self.window_size)
         votes = self.weights(view).masked_fill(recent, 0.0)
-        pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
-        kernel = min(self.kernel_size, 2 * votes.shape[-1] + 1)  # a wider one sees no more
-        pooled = pool(votes, kernel, stride=1, padding=kernel // 2)
-        return pooled.masked_fill(recent, float("inf"))
+        return pooled(votes, self.kernel_size, self.pooling).masked_fill(recent, float("inf"))
+
+
+def check_kernel(kernel_size: int) -> None:
+    """Raises UserError for a kernel that cannot be centred on a token."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise UserError(
+            f"kernel_size={kernel_size} must be odd and positive: an even kernel has no centre and would shift the "
+            f"votes by half a token; take {kernel_size - 1 if kernel_size > 1 else 1} or {max(1, kernel_size + 1)}"
+        )
+
+
+def pooled(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:
+    """Scores [B, K, N], each the largest ("max") or the average ("avg", zeros beyond the ends) of its neighbourhood."""
+    pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
+    kernel = min(kernel_size, 2 * scores.shape[-1] + 1)  # a wider one sees no more
+    return pool(scores, kernel, stride=1, padding=kernel // 2)

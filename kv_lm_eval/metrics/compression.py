@@ -200,6 +200,9 @@ def _summary(records: list[RequestRecord]) -> dict[str, Any]:
         out["empty_questions"] = sum(r.question_empty for r in records)
     if timings := [r.timing for r in records if r.timing is not None]:
         out["efficiency"] = latency.summary(timings)
+    if answers := [t.new_tokens for t in timings if t.new_tokens is not None]:
+        out["answer_tokens"] = {**_range(answers), "longest": answers.count(max(answers))}
+        out["answer_tokens_mean"] = fmean(answers)
     return out
 
 

@@ -30,8 +30,8 @@ DIFFERENCE_LEGEND = (
 )
 SPEED_LEGEND = (
     "Time and peaks (device memory above the weights): median (10 to 90 %) over requests, without the first batch; KV: "
-    "mean over requests. N/A: not measured, or the device cannot say. Times compare only if nothing else kept the "
-    "machine busy."
+    "mean over requests. answer: mean length, and how many times the full cache's that is. N/A: not measured, or the "
+    "device cannot say. Times compare only if nothing else kept the machine busy."
 )
 
 
@@ -117,13 +117,16 @@ MEASURES = (
     Measure("KV read by the last token", "KiB", ("kv_bytes_read_mean",), 2**-10),
     Measure("KV allocated", "KiB", ("kv_bytes_allocated_mean",), 2**-10),
     Measure("overhead", "KiB", ("overhead_bytes_mean",), 2**-10),
+    Measure("answer", "tokens", ("answer_tokens_mean",), 1),
 )
 
 
 def speed(report: Report) -> Table:
     """Time and memory: N/A where it was not measured."""
     measured = [m for m in MEASURES if any(row.measure(*m.names) for row in report.rows)]
-    head = [("method", ""), *((m.title, m.unit) for m in measured), ("run", "s")]
+    inflation = {row.label: _inflation(report, row) for row in report.rows}
+    inflated = any(value is not None for value in inflation.values())
+    head = [("method", ""), *((m.title, m.unit) for m in measured), *[("answer", "of full")] * inflated, ("run", "s")]
     notes = _unfinished(report)
     if nowhere := [m.title for m in MEASURES if m not in measured]:
         notes.append(f"Not measured in any run, and left out: {', '.join(nowhere)}.")
@@ -131,16 +134,36 @@ def speed(report: Report) -> Table:
     for row in report.rows:
         if row.first.state != "scored":
             state = Value(row.first.state, tone=TONES.get(row.first.state, "bad"))
-            rows.append([Value(row.label), state, *[Value(MISSING)] * len(measured)])
+            rows.append([Value(row.label), state, *[Value(MISSING)] * (len(measured) + inflated)])
             continue
         values = [Value(row.label)]
         for measure in measured:
             found = row.measure(*measure.names)
             values.append(Value("N/A") if found is None else _measured(found, measure))
+        if inflated:
+            times = inflation[row.label]
+            values.append(Value("N/A") if times is None else Value(f"x {times:.2f}", times))
         seconds = _seconds(row)
         values.append(Value("N/A") if seconds is None else Value(f"{seconds:,.1f}", seconds))
         rows.append(values)
     return Table("speed", "Time and memory", head, rows, SPEED_LEGEND, notes)
+
+
+def _inflation(report: Report, row: Row) -> float | None:
+    """How many times as long as the full cache's a method's answers are: means, over the tasks that both generated
+    as many answers of; None where there are none, or the row is the full cache."""
+    base = next((r for r in report.rows if r.first.is_full_cache and r.first.model == row.first.model), None)
+    if base is None or row.first.is_full_cache:
+        return None
+
+    def generated(of: Row) -> dict[str, float]:
+        found = {task: run for run in of.runs for task in run.tasks if "answer_tokens_mean" in run.task_stats(task)}
+        return {task: run.task_stats(task)["requests"] for task, run in found.items()}
+
+    mine, full = generated(row), generated(base)
+    common = [task for task in mine if mine[task] == full.get(task)]
+    lengths = [of.stat("answer_tokens_mean", common) for of in (row, base)] if common else [None, None]
+    return lengths[0] / lengths[1] if lengths[0] and lengths[1] else None
 
 
 def every_number(report: Report) -> Table:

@@ -9,6 +9,8 @@ from kv_lm_eval import versions
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.requests.run import Run, log
 
+LONG_ANSWER = 100  # tokens: from here on the length of answers is told
+
 
 def at_start(run: Run) -> None:
     """When the model is loaded and has passed its check."""
@@ -65,6 +67,8 @@ def at_end(compression: Compression, summary: dict[str, Any]) -> None:
                 asked["median"],
                 one["prompt_tokens"]["median"],
             )
+        if (answers := one.get("answer_tokens")) and answers["median"] >= LONG_ANSWER:
+            log.info("%s: %s", task or "this run", answer_lengths(one))
     limits = ("max_capacity_prompt", "keep_ratio", "threshold", "prune_after", "residual_length")
     budget = {k: v for k, v in compression.settings().items() if k in limits}
     if summary["over_budget"]:
@@ -92,6 +96,20 @@ def at_end(compression: Compression, summary: dict[str, Any]) -> None:
                 lengths["median"],
                 budget,
             )
+
+
+def answer_lengths(stats: dict[str, Any]) -> str:
+    """What is said of answers so long that their length is a result."""
+    answers, mean = stats["answer_tokens"], stats["answer_tokens_mean"]
+    said = (
+        f"answers of {mean:.0f} tokens on average, {answers['min']} to {answers['max']} (median {answers['median']:g})"
+    )
+    if answers["longest"] > 1:
+        said += (
+            f"; {answers['longest']} of {stats['requests']} have all {answers['max']}, as answers have that a limit "
+            "ends and not their own stop"
+        )
+    return said
 
 
 def times(efficiency: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ def script(name: str, *flags: str) -> dict:
 
 
 def test_bench_writes_a_card_and_ends_in_json(tmp_path: Path) -> None:
-    parts = "generation,decode,prefill,memory,scoring,fidelity,one_prefill,shared_prefix"
+    parts = "generation,decode,storage,prefill,memory,scoring,fidelity,one_prefill,shared_prefix"
     result = script(
         "bench.py", "--repeats", "2", "--warm-up", "1", "--capacity", "40", "--new-tokens", "4", "--slots", "40,64",
         "--lengths", "64,128", "--chunk", "32", "--document", "120", "--choices", "2", "--parts", parts,
@@ -52,6 +52,11 @@ def test_bench_writes_a_card_and_ends_in_json(tmp_path: Path) -> None:
     entries = result["generation"]["entries"]
     assert entries["full"]["kv_bytes"] == (90 + 4 - 1) * result["model"]["kv_bytes_per_token"]
     assert entries["streaming_ring"]["kv_bytes"] == 40 * result["model"]["kv_bytes_per_token"]
+    forms = {name: e["kv_bytes"] for name, e in result["storage"]["entries"].items()}
+    pairs = 90 + 16 * 3  # the rounds' steps
+    assert forms["full"] == pairs * result["model"]["kv_bytes_per_token"]
+    assert forms["kv_cache_dtype=fp8"] == forms["full"] // 4 + 2 * 2 * 2 * 4, "a byte a number, a scale a head"
+    assert forms["kv_cache_dtype=turboquant"] == pairs * 2 * 2 * 2 * (32 // 2 + 2)
     assert set(result["prefill"]["entries"]) == {"full", "snapkv", "h2o"}
     assert all(e["n"] == 2 for e in result["prefill"]["entries"].values())
 

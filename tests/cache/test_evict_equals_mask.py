@@ -20,7 +20,7 @@ BUDGET = 20
 
 def drops(cls: type[base.Method]) -> bool:
     """Whether what a method evicts is gone and what stays is as it was, on every model."""
-    return tiny.chooses(cls) and "evicted" not in cls.presets and cls().moments_from is None
+    return tiny.chooses(cls) and "evicted" not in cls.presets and not tiny.moves(cls.name)
 
 
 METHODS = {

@@ -22,7 +22,13 @@ ROOT = Path(__file__).parents[2]
 REFRESH = {"method": "streaming_llm", "n_sink": 2, "window_size": 8, "refresh_budget": 4, "refresh_policy": "uniform"}
 RING = {"method": "streaming_ring", "n_sink": 2, "window_size": 8}
 # The second runs whole caches, to look at the model, as the third does; the fourth knows how long its documents are.
-MAKERS = {"cache/make.py", "engine/check.py", "analysis/head_statistics.py", "engine/streaming.py", "cache/cache.py"}
+MAKERS = {
+    "cache/make.py",
+    "engine/check.py",
+    "analysis/head_statistics.py",
+    "engine/streaming.py",
+    "cache/cache.py",
+} | {"analysis/kept.py"}
 
 
 def classes() -> set[type[Segment]]:

@@ -55,9 +55,8 @@ def test_any_course_of_prompts_cuts_and_tokens_reads_back_as_the_loops_do(
 @pytest.mark.parametrize("storage", [Fp8(calibration_tokens=1), Fp8(fp8_scale="token"), TurboQuant(qjl=True)])
 def test_half_precision_is_read_back_in_its_own_format(storage: Fp8 | TurboQuant, dtype: torch.dtype) -> None:
     twins = Twins(storage, 0, rows=2, seed=5, dtype=dtype)
-    for row in twins.heads:
-        for head in row:
-            head.near = 2 * torch.finfo(dtype).eps if head.near else 0.0
+    for head in itertools.chain(*twins.heads):
+        head.least = 2 * torch.finfo(dtype).eps if head.near else 0.0
     twins.feed(19)
     twins.settle()
     twins.check()

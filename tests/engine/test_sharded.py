@@ -21,8 +21,9 @@ BUDGET = {"max_capacity_prompt": 64}
 KNOWN = {"snapkv": True, "random": False, "tova": False, "adakv": False}  # by number, by a mean, by a shared budget
 
 
-def kept_by_head(change: Callable[[torch.Tensor], torch.Tensor], **settings: object) -> list[list[int]]:
-    """What the two KV heads of a model's one layer keep, with changed weights: `change` gets them as [K, ...]."""
+def kept_by_head(change: Callable[[torch.Tensor], torch.Tensor], **settings: object) -> list[list[list[int]]]:
+    """What the two KV heads of a model's one layer keep of three texts, with changed weights: `change` gets them as
+    [K, ...]."""
     model = tiny.build("llama", num_hidden_layers=1)
     attention = model.model.layers[0].self_attn
     with torch.no_grad():
@@ -30,9 +31,9 @@ def kept_by_head(change: Callable[[torch.Tensor], torch.Tensor], **settings: obj
             part.weight.copy_(change(part.weight.unflatten(0, (2, -1))).flatten(0, 1))
     facts = tiny.wrap(model, tiny.compression(method="streaming_llm", window_size=8))
     cache = make_cache(tiny.compression(**settings), facts)
-    tiny.forward(model, cache, [tiny.tokens(60)])
-    kept = tiny.kept(cache, 0)
-    return kept * 2 if len(kept) == 1 else kept
+    tiny.forward(model, cache, [tiny.tokens(60, seed=seed) for seed in range(3)])
+    kept = [tiny.kept(cache, 0, row) for row in range(3)]
+    return [[heads[head % len(heads)] for heads in kept] for head in (0, 1)]
 
 
 def other_second(weight: torch.Tensor) -> torch.Tensor:

@@ -127,9 +127,9 @@ def test_the_full_caches_answers_are_asked_for_once_for_all_methods_and_kept(run
     cache, asked = str(tmp_path / "answers"), []
     original = generation._generate
 
-    def noting(one, prompts, *more):
-        asked.extend([one.compression.method.name] * len(prompts))
-        return original(one, prompts, *more)
+    def noting(runs, prompts, *more):
+        asked.extend(one.compression.method.name for one in runs for _ in prompts)
+        return original(runs, prompts, *more)
 
     monkeypatch.setattr(generation, "_generate", noting)
 

@@ -196,3 +196,34 @@ def test_settings_that_cannot_be_are_told_in_a_line(name, metadata, said, folder
     with pytest.raises(UserError, match=said) as error:
         load(name, folder, **metadata)
     assert "\n" not in str(error.value)
+
+
+ARGS = {"pretrained": "kv-tiny", "method": "snapkv", "keep_ratio": 0.3, "question_in_prompt": False}
+
+
+def test_a_run_says_the_share_that_is_compressed_and_its_samples_feed_the_second_question(folder, tmp_path):
+    options = {"limit": 2, "gen_kwargs": {"max_gen_toks": 4}, "metadata": {"longbench2_dir": str(folder)}}
+    tasks = ["kv_longbench2", "kv_longbench2_cot"]
+    run = harness.run("kvcompressed", ARGS, tasks, log_samples=True, output_path=tmp_path, **options)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.path())
+    for name, head, end in (("kv_longbench2", HEAD.format(""), FORM), ("kv_longbench2_cot", HEAD.format("s"), STEPS)):
+        shares = []
+        for row in rows()[:2]:
+            prompt = by_hand(row, head, end)
+            offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
+            begins = prompt.rindex("What is the correct answer to this question")
+            shares.append(sum(last <= begins for _, last in offsets) / len(offsets))
+        stats = run.results["config"]["kv_stats"]["by_task"][name]
+        assert [stats["context_share"][k] for k in ("min", "max")] == pytest.approx(sorted(shares), abs=2e-4)
+        assert f"  {name} " in run.said and "Not all questions were asked" in run.said
+    (samples,) = tmp_path.rglob("samples_kv_longbench2_cot_*.jsonl")
+    options["metadata"]["longbench2_cot"] = str(samples)
+    second = harness.run("kvcompressed", {**ARGS, "question_in_prompt": True}, ["kv_longbench2_cot_answer"], **options)
+    assert second.results["n-samples"]["kv_longbench2_cot_answer"]["effective"] >= 1
+
+
+def test_a_text_that_is_next_to_nothing_stops_the_run(tmp_path):
+    row = {**rows()[0], "context": "x", "question": "Why? " * 800}
+    (tmp_path / "data.json").write_text(json.dumps([row]), encoding="utf-8")
+    with pytest.raises(UserError, match="at least 10% must stand before it"):
+        harness.run("kvcompressed", ARGS, ["kv_longbench2"], metadata={"longbench2_dir": str(tmp_path)})

@@ -217,6 +217,15 @@ def test_answers_are_those_of_kvpresss_pipeline_written_by_hand(removed, folder,
     check_files(tmp_path, run, removed)
 
 
+def test_a_context_that_is_next_to_nothing_stops_the_run(tmp_path):
+    row = {**ROWS[0], "context": "x", "question": "Why? " * 200}
+    (tmp_path / f"{LENGTH}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    args = {"pretrained": "kv-tiny", "preset": "leaderboard/snapkv", "compression_ratio": 0.5}
+    metadata = {"ruler_dir": str(tmp_path), "lengths": [LENGTH]}
+    with pytest.raises(UserError, match="at least 10% must stand before it"):
+        harness.run("kvcompressed", args, [f"kv_ruler_{row['task']}"], metadata=metadata)
+
+
 def check_files(where: Path, run, removed: float) -> None:
     """kvpress's files beside the results."""
     import csv

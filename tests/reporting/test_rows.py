@@ -256,6 +256,26 @@ def test_missing_cells_are_a_dash_and_times_not_measured_are_na(tmp_path):
     assert "nan" not in everything.lower()
 
 
+def test_lengths_of_answers_stand_beside_the_full_caches(tmp_path):
+    """Means over the tasks that both generated as many answers of."""
+    for name, compression, lengths in (
+        ("a", FULL, (100.0, 200.0)),
+        ("b", snapkv(), (150.0, None)),
+        ("c", snapkv(9), ()),
+    ):
+        tasks = {"one": mean_task(ONES), "two": mean_task(ONES)} if lengths else {"two": mean_task(ONES[:5])}
+        file = run(tmp_path / name, compression, tasks, date=1 + len(name))
+        results = json.loads(file.read_text(encoding="utf-8"))
+        by_task = results["config"]["kv_stats"]["by_task"]
+        for task, length in zip(by_task, lengths or (999.0,), strict=True):
+            by_task[task] |= {} if length is None else {"answer_tokens_mean": length}
+        results["config"]["kv_stats"]["answer_tokens_mean"] = 1.0
+        file.write_text(json.dumps(results), encoding="utf-8")
+    table = tables.speed(report_of(tmp_path))
+    assert table.head[-3:] == [("answer", "tokens"), ("answer", "of full"), ("run", "s")]
+    assert [row[-2].text for row in table.rows] == ["N/A", "N/A", "x 1.50"]  # by budget
+
+
 def test_documents_without_a_score_are_counted_and_not_zero(tmp_path):
     run(tmp_path / "a", FULL, {"one": mean_task(ONES)})
     values = [None, None, *ONES[2:]]

@@ -100,6 +100,7 @@ class Floats:
         return torch.finfo(FORMATS[self.format]).max
 
     def tables(self, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """None [...] are needed."""
         return ()
 
     def of_head(

@@ -1,0 +1,200 @@
+"""What a run will hold in memory, worked out before it: the model's own code and ours, run on tensors without numbers.
+
+A model made from its configuration on the device `meta` has shapes and no weights. A prompt fed to it under a
+compressed cache makes and frees the tensors that it would make on a real device, and `LiveBytes` counts them: nothing
+is known of any architecture or any method. Only what looks at numbers is answered for it here (`Blind`), and pairs
+held in fewer bits are counted by coding a layer of them.
+
+What a kernel takes and gives back inside one operation, the device's own context (some hundred MB on CUDA) and what an
+allocator keeps are not in it.
+
+Shapes: B rows, H query heads, K KV heads, q new tokens, N slots, D head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from kv_lm_eval.bench.live_bytes import LiveBytes
+from kv_lm_eval.cache import hook
+from kv_lm_eval.cache.cache import CompressedCache
+from kv_lm_eval.cache.coded import encode
+from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.cache.rope import RopeKit
+from kv_lm_eval.engine.prefill import feed
+from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods.budget import Everything, Heads
+from kv_lm_eval.methods.compression import Compression
+from kv_lm_eval.methods.evicted import Drop
+from kv_lm_eval.methods.full import Full
+from kv_lm_eval.methods.schedule import Schedule
+from kv_lm_eval.methods.storage import Storage
+
+META = torch.device("meta")
+FULL = Compression(Full(), Everything(), Schedule(), Drop())
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """What one batch holds, in bytes.
+
+    Attributes:
+        weights: parameters and buffers. prefill: most while the prompts are read, without the weights.
+        cache: after the cut at their end, positions and what scores need included.
+        answer: most while the answers are written, without the weights.
+    """
+
+    weights: int
+    prefill: int
+    cache: int
+    answer: int
+
+    @property
+    def most(self) -> int:
+        return self.weights + max(self.prefill, self.answer)
+
+
+class Blind(TorchFunctionMode):
+    """Answers for tensors without numbers: attention by its shape alone, yes or no with no, lists with zeros."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, _, value = args[:3]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        if args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            if func is torch.Tensor.__bool__:
+                return False
+            if func is torch.Tensor.tolist:
+                return torch.zeros(args[0].shape, dtype=args[0].dtype).tolist()
+        return func(*args, **(kwargs or {}))
+
+
+class Estimate:
+    """A model without weights, and what batches on it would hold.
+
+    Args:
+        config: of the model. dtype: of weights, keys and values.
+
+    Raises:
+        UserError: transformers has no causal language model of this configuration, or its attention is its own.
+    """
+
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
+        hook.register()
+        try:
+            with META:
+                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        except (ValueError, KeyError) as error:
+            raise UserError(f"no causal language model can be made of this config.json: {error}") from error
+        if not self.model._can_set_attn_implementation():
+            raise UserError(
+                f"{type(self.model).__name__} does not let its attention function be chosen, so that its cache cannot "
+                "be compressed: there is nothing to plan"
+            )
+        self.model.set_attn_implementation(hook.NAME)
+        embeddings: Any = self.model.get_input_embeddings()
+        embeddings._hf_hook = SimpleNamespace(execution_device=META)  # ids go where weights are to be, as in offloading
+        text = config.get_text_config()
+        self.facts = ModelFacts(text.num_hidden_layers, getattr(text, "max_position_embeddings", None))
+        self._feed(make_cache(FULL, self.facts), 1, 2)  # layers are known when they have been met
+        self.facts.rope = RopeKit(self.model, self.facts.modules)
+        self.facts.rope_kinds = ["rope"] * self.facts.num_layers
+
+    @property
+    def weights(self) -> int:
+        held = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        return sum(t.numel() * t.element_size() for t in held.values())
+
+    @torch.inference_mode()
+    def _feed(self, cache: CompressedCache, rows: int, tokens: int) -> None:
+        with Blind():
+            feed(self.model, cache, [[0] * tokens] * rows, keep=1)
+
+    def of(self, compression: Compression, rows: int, prompt: int, new: int, chunk: int | None = None) -> Bytes:
+        """A batch of so many rows, each with a prompt of `prompt` tokens and an answer of `new` more.
+
+        Args:
+            chunk: tokens of a prompt in one forward; None: all.
+        """
+        known = [*self.model.parameters(), *self.model.buffers()]
+        even = dataclasses.replace(compression, heads=Heads(), storage=Storage())
+        cache = make_cache(even, self.facts, chunk)
+        with LiveBytes(known) as live:
+            self._feed(cache, rows, prompt)
+            prefill, held = live.peak, live.now
+            saved = rows * self._saved(compression, prompt)
+            live.peak = live.now
+            self._feed(cache, rows, 1)
+            step = live.peak - held
+        layers = self.facts.num_layers
+        return Bytes(
+            weights=self.weights,
+            prefill=prefill - saved * (layers - 1) // layers,  # the last layer is whole when the others are coded
+            cache=held - saved,
+            answer=held - saved + step + self._growth(compression, rows, prompt, new),
+        )
+
+    def largest(self, memory: int, of: Callable[[int], Bytes]) -> int:
+        """The most rows whose batch stays within so many bytes; of: the bytes of a batch of so many rows."""
+        one, two = of(1).most, of(2).most
+        if one > memory:
+            return 0
+        rows = max(1, 1 + (memory - one) // max(1, two - one))
+        while rows > 1 and of(rows).most > memory:
+            rows -= max(1, rows // 64)
+        while of(rows + 1).most <= memory:
+            rows += 1
+        return rows
+
+    def _slots(self, compression: Compression, layer: int, prompt: int, new: int) -> tuple[int, int]:
+        """Slots per KV head of a layer after the cut that follows the prompt, and at the end of the answer."""
+        window = self.facts.sliding_windows[layer]
+        if layer not in self.facts.cut_layers:
+            return tuple(n if window is None else min(n, window - 1) for n in (prompt, prompt + new))  # type: ignore
+        *_, last = trace = list(compression.trace(prompt, new, layer, self.facts.cut_layers))
+        return int(trace[0][1]), int(last[1])
+
+    def _pair_bytes(self, layer: int) -> tuple[int, int, int]:
+        """KV heads of a layer, its head size, and bytes of keys and values of one slot of all heads."""
+        heads = self.facts.heads[layer][1]
+        module: Any = self.facts.modules[layer]
+        text = self.model.config.get_text_config()
+        size = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+        size = size or text.hidden_size // text.num_attention_heads
+        return heads, size, 2 * heads * size * self.model.dtype.itemsize
+
+    def _saved(self, compression: Compression, prompt: int) -> int:
+        """Bytes of a row that coding its pairs after the prompt saves, over all layers."""
+        storage, saved = compression.storage, 0
+        if not storage.quantises or not storage.due(0, prompt):
+            return 0
+        for layer in range(self.facts.num_layers):
+            kept = self._slots(compression, layer, prompt, 0)[0]
+            pairs = max(0, kept - storage.residual_length) // storage.step * storage.step
+            heads, size, each = self._pair_bytes(layer)
+            if pairs:
+                x = torch.empty(1, heads, pairs, size, dtype=self.model.dtype, device=META)
+                real = torch.ones(x.shape[:3], dtype=torch.bool, device=META)
+                with Blind():
+                    coded = sum(encode(c, x, real).allocated_bytes for c in (storage.keys, storage.values))
+                saved += pairs * each - coded
+        return saved
+
+    def _growth(self, compression: Compression, rows: int, prompt: int, new: int) -> int:
+        """Bytes by which the cache grows while the answers are written, and those of the largest layer, read back for
+        its attention, where it is held in fewer bits."""
+        grown = largest = 0
+        for layer in range(self.facts.num_layers):
+            first, last = self._slots(compression, layer, prompt, new)
+            each = self._pair_bytes(layer)[2]
+            grown, largest = grown + max(0, last - first) * each, max(largest, last * each)
+        return rows * (grown + (largest if compression.storage.quantises else 0))
