@@ -6,7 +6,7 @@ import pytest
 import tiny as models
 import transformers as tf
 
-from kv_lm_eval import UserError, prefill, tiny
+from kv_lm_eval import UserError, compressed_cache, prefill, tiny
 from kv_lm_eval.engine.forward import generate_with
 from kv_lm_eval.engine.generate import by_rows
 from kv_lm_eval.engine.start import start
@@ -89,3 +89,16 @@ def test_mistakes_are_told_in_one_line(model):
         with pytest.raises(UserError, match=words) as error:
             mistake()
         assert "\n" not in str(error.value)
+
+
+def test_a_context_that_is_read_again_is_read_in_the_words_of_its_tokenizer(model):
+    net, tokenizer = tf.AutoModelForCausalLM.from_pretrained(tiny.path()), tf.AutoTokenizer.from_pretrained(tiny.path())
+    context = prefill(net, "the quick brown fox " * 20, method="kvzip", max_capacity_prompt=16, tokenizer=tokenizer)
+    assert context.report().kept_fraction < 0.5 and isinstance(context.ask(" jumps", max_new_tokens=3), str)
+    with pytest.raises(UserError, match="needs a tokenizer: give it to kv_lm_eval.prefill"):
+        prefill(model, models.tokens(40), method="kvzip", max_capacity_prompt=16)
+    with (
+        pytest.raises(UserError, match=r"compressed_cache\(\): method=kvzip reads the prompt a second time"),
+        compressed_cache(model, method="kvzip", max_capacity_prompt=16),
+    ):
+        pass
