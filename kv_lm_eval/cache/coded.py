@@ -161,7 +161,8 @@ class Coded:
         real = slots < counts.to(slots.device).unsqueeze(-1)
         groups = torch.where(real, self.group.long(), -1).amax(-1) + 1 if len(slots) else counts * 0
         pair += self.group.element_size()
-        return (counts * pair + heads + groups.cpu() * _bytes_each(self.of_group, 3)).sum(1).tolist()
+        own = (counts * pair + heads).to(groups.device)
+        return (own + groups * _bytes_each(self.of_group, 3)).sum(1).tolist()
 
 
 def encode(codec: Codec, x: torch.Tensor, real: torch.Tensor, before: Coded | None = None) -> Coded:
