@@ -9,9 +9,10 @@ Shapes: n tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -63,18 +64,34 @@ def score_beside(
     documents: Sequence[Sequence[int]],
     stream: Stream,
     progress: Callable[[int], None] = lambda tokens: None,
+    shown: Container[int] = (),
 ) -> tuple[list[ScoredDocument], CompressedCache, list[Divergence]]:
-    """`streaming.score_documents` with the full cache beside it: also each document's numbers per token."""
+    """`streaming.score_documents` with the full cache beside it: also each document's numbers per token.
+
+    Args:
+        shown: documents of which the likeliest tokens are noted too.
+    """
     teacher = _teacher(model, new_cache().facts, [[stream.prefix_token, *d][:-1] for d in documents])
     parts: list[list[Divergence]] = [[] for _ in documents]
 
     def observe(row: int, done: int, logits: torch.Tensor) -> None:
         stop = done + len(logits)
         base = teacher.take(row, done, stop)
-        parts[row].append(of_logits(base, logits, torch.tensor(documents[row][done:stop])))
+        parts[row].append(of_logits(base, logits, torch.tensor(documents[row][done:stop]), row in shown))
 
     scored, cache = score_documents(model, new_cache, documents, stream, progress, observe)
     return scored, cache, list(map(joined, parts))
+
+
+class Compared(NamedTuple):
+    """How continuations are compared: the dtype of their scores' softmax (None: that of the logits), and those, by
+    context and number, of which the likeliest tokens are noted too."""
+
+    dtype: torch.dtype | None = None
+    shown: Container[tuple[int, int]] = ()
+
+
+PLAINLY = Compared()
 
 
 def continue_beside(
@@ -83,7 +100,7 @@ def continue_beside(
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[Sequence[int]]],
     tail_tokens: int | Sequence[int] | Tails,
-    dtype: torch.dtype | None = None,
+    compared: Compared = PLAINLY,
 ) -> tuple[list[list[Score]], CompressedCache, list[list[Score]], list[list[Divergence]]]:
     """`choices.score_continuations` under the method and under the full cache: also the latter's scores, and the
     numbers per token of every continuation.
@@ -98,11 +115,14 @@ def continue_beside(
         base[b, i] = logits
 
     def compare(b: int, i: int, logits: torch.Tensor) -> None:
-        found[b, i] = of_logits(base.pop((b, i)), logits, torch.tensor(continuations[b][i]))
+        shown = (b, i) in compared.shown
+        found[b, i] = of_logits(base.pop((b, i)), logits, torch.tensor(continuations[b][i]), shown)
 
     own = tail_tokens.tokens if isinstance(tail_tokens, Tails) else tail_tokens  # held contexts are the method's
-    wanted, _ = score_continuations(model, full_cache(facts), contexts, continuations, own, How(dtype, keep))
-    scores, cache = score_continuations(model, new_cache, contexts, continuations, tail_tokens, How(dtype, compare))
+    wanted, _ = score_continuations(model, full_cache(facts), contexts, continuations, own, How(compared.dtype, keep))
+    scores, cache = score_continuations(
+        model, new_cache, contexts, continuations, tail_tokens, How(compared.dtype, compare)
+    )
     beside = [[found[b, i] for i in range(len(group))] for b, group in enumerate(continuations)]
     return scores, cache, wanted, beside
 

@@ -36,6 +36,7 @@ class Sample:
     place: tuple[int, float] | None  # context_length, document_depth_percent of a needle
     blocks: tuple[tuple[float, int], ...] = ()  # (log-likelihood, tokens) of each BLOCK tokens, where they are recorded
     texts: Texts = Texts()  # what it is about, by which documents belong together
+    view: dict[str, Any] | None = None  # token by token against the full cache (requests/likeliest.py)
 
 
 SampleKey = tuple[str, int]  # hash of the document, and which of its copies
@@ -135,6 +136,9 @@ def _sample(record: dict[str, Any], place: str, prompt_chars: int, answer_chars:
         blocks = _blocks(doc)
     except (TypeError, ValueError) as error:
         raise UserError(f"{place}: {error}") from None
+    view = next((v for part in _compared(record, doc) if (v := part.get("view")) is not None), None)
+    if view is not None:
+        files.check(view, schemas.View, f"{place}, view")
     metrics = {name: record[name] for name in record["metrics"]}
     if blocks and not any(adds_up(blocks, value) for value in metrics.values()):
         raise UserError(f"{place}: doc.per_token.nll does not add up to any of its scores")
@@ -152,7 +156,15 @@ def _sample(record: dict[str, Any], place: str, prompt_chars: int, answer_chars:
         place=where if all(is_number(part) for part in where) else None,  # type: ignore[arg-type]
         blocks=blocks,
         texts=texts_of(doc, record["doc_hash"]),
+        view=view,
     )
+
+
+def _compared(record: dict[str, Any], doc: dict[str, Any]) -> list[dict[str, Any]]:
+    """What stands in a sample of its comparison with the full cache."""
+    found = record.get("fidelity")
+    parts = [*(found if isinstance(found, list) else ()), doc.get("per_token")]
+    return [part for part in parts if isinstance(part, dict)]
 
 
 def _blocks(doc: dict[str, Any]) -> tuple[tuple[float, int], ...]:

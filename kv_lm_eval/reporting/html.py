@@ -15,7 +15,7 @@ from string import Template
 from typing import Any
 
 from kv_lm_eval import __version__
-from kv_lm_eval.reporting import rerun
+from kv_lm_eval.reporting import per_token, rerun
 from kv_lm_eval.reporting.answers import Sample, SampleKey
 from kv_lm_eval.reporting.cells import Column, Report, Row
 from kv_lm_eval.reporting.plots.drawing import Picture
@@ -44,6 +44,7 @@ def page(report: Report, tables: Sequence[Table], pictures: Sequence[Picture], f
         ("notes", "Read this first", _notes(report.notes)),
         *((table.name, table.title, _table(table)) for table in tables),
         ("pictures", "Pictures", "\n".join(_picture(p, folder) for p in pictures)),
+        ("tokens", "Token by token", per_token.section(data["views"])),
         ("samples", "Answers side by side", _samples(data, said)),
         ("runs", "What was run", _runs(report)),
     ]
@@ -199,7 +200,7 @@ def samples(
         if task["left_out"]:
             said.append(f"{column.task} {task['left_out']}")
     text = f"Left out to keep the page small: {', '.join(said)} documents." if said else "All documents are here."
-    return {"tasks": tasks}, text
+    return {"tasks": tasks, "views": per_token.views(report)}, text
 
 
 def _task_samples(report: Report, column: Column, max_documents: int, max_bytes: int) -> dict[str, Any] | None:

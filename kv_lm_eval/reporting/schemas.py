@@ -125,6 +125,26 @@ class Fidelity(TypedDict):
     answers: NotRequired[dict[str, float | None]]
 
 
+@OPEN
+class Token(TypedDict):
+    """A token that came, and the likeliest ones with their probabilities."""
+
+    text: str
+    kl: Size | None
+    p_base: Share
+    p: Share
+    top_base: list[list[str | float]]
+    top: list[list[str | float]]
+
+
+@OPEN
+class View(TypedDict):
+    """A stretch of one sample, token by token against the full cache."""
+
+    start: Count
+    tokens: list[Token]
+
+
 Results = TypedDict(
     "Results",
     {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kv_lm_eval.metrics.divergence import Divergence
+from kv_lm_eval.metrics.divergence import NUMBERS, Divergence
 
 Base = str | tuple[float, bool]
 
@@ -25,6 +25,7 @@ class Beside:
         noise_floor: mean KL of the full cache against itself, by what differs.
         evidence: (start, stop, share kept) of each stretch of the full cache's answer, by its tokens, that repeats what
             the prompt says, with how much of the latter's pairs the method's cache held when it began to answer.
+        view: of a sample that is shown, `likeliest.view` along the full cache's answer.
     """
 
     base: Base
@@ -34,6 +35,7 @@ class Beside:
     base_tokens: np.ndarray | None = None
     noise_floor: dict[str, float] | None = None
     evidence: Sequence[tuple[int, int, float]] = ()
+    view: dict[str, Any] | None = None
 
     @property
     def identical(self) -> bool:
@@ -53,10 +55,12 @@ class Beside:
 
     def parts(self) -> dict[str, Any]:
         """Flat, of plain values and arrays: to be written down."""
-        out = {name: getattr(self, name) for name in ("base", "tokens", "base_tokens", "noise_floor", "evidence")}
+        out = {
+            name: getattr(self, name) for name in ("base", "tokens", "base_tokens", "noise_floor", "evidence", "view")
+        }
         for name in ("along_base", "along_own"):
             if (found := getattr(self, name)) is not None:
-                out |= {f"{name}.{f.name}": getattr(found, f.name) for f in fields(Divergence)}
+                out |= {f"{name}.{of}": getattr(found, of) for of in NUMBERS}
         return out
 
     @classmethod
@@ -67,11 +71,11 @@ class Beside:
             KeyError, TypeError, ValueError: it is something else.
         """
         along = {
-            name: Divergence(*(parts[f"{name}.{f.name}"] for f in fields(Divergence)))
+            name: Divergence(*(parts[f"{name}.{of}"] for of in NUMBERS))
             for name in ("along_base", "along_own")
             if f"{name}.kl" in parts
         }
-        if any(len(getattr(one, f.name)) != len(one) for one in along.values() for f in fields(Divergence)):
+        if any(len(getattr(one, of)) != len(one) for one in along.values() for of in NUMBERS):
             raise ValueError("arrays of several lengths")
         base = parts["base"]
         return cls(
@@ -80,6 +84,7 @@ class Beside:
             base_tokens=parts["base_tokens"],
             noise_floor=parts["noise_floor"],
             evidence=[(int(a), int(b), float(kept)) for a, b, kept in parts.get("evidence") or ()],
+            view=parts.get("view"),
             **along,
         )
 
@@ -93,6 +98,7 @@ class Beside:
                 "tokens": self.tokens.tolist(),
                 "base_tokens": self.base_tokens.tolist(),
                 **({"evidence": [list(one) for one in self.evidence]} if self.evidence else {}),
+                **({"view": self.view} if self.view else {}),
             }
         return out
 

@@ -20,6 +20,7 @@ class DocumentRecord:
         start, end: the tokens stand for text[start:end]; the whole text where nothing was left off.
         kl, base_log_probs, same_top: [n] against the full cache (metrics/divergence.py); None where it did not run too.
         noise_floor: mean KL of the full cache against itself, by what differs; None likewise.
+        view: of a document that is shown, `likeliest.view`.
     """
 
     reading: dict[str, Any]
@@ -36,6 +37,7 @@ class DocumentRecord:
     base_log_probs: np.ndarray | None = None
     same_top: np.ndarray | None = None
     noise_floor: dict[str, float] | None = None
+    view: dict[str, Any] | None = None
 
     @property
     def scored(self) -> np.ndarray:
@@ -69,6 +71,7 @@ class DocumentRecord:
             "base_nll": [round(-x, 6) for x in self.base_log_probs.tolist()],
             "same_top": self.same_top.tolist(),
             "noise_floor": self.noise_floor,
+            **({"view": self.view} if self.view else {}),
         }
 
 

@@ -19,7 +19,7 @@ from kv_lm_eval.engine.streaming import Stream
 from kv_lm_eval.engine.windows import Plain, Window, score_windows, strided
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.progress import Bar
-from kv_lm_eval.requests import fidelity
+from kv_lm_eval.requests import fidelity, likeliest
 from kv_lm_eval.requests.document_scores import DocumentRecord, DocumentScore
 from kv_lm_eval.requests.reading import CARRIED, Document, Reading, as_lm_eval, as_ours
 from kv_lm_eval.requests.run import Run, log
@@ -124,6 +124,7 @@ def _stream(
     if compared:
         fidelity.check_lengths(run, [len(row) + 1 for row in documents.values()])
         floor = fidelity.noise_floor(run, list(documents.values()))
+    shown = likeliest.first_of_tasks(run)
     stream = Stream(run.lm.prefix_token_id, every, prefill, run.lm.softmax_dtype)
     for batch in [*([i] for i in alone), *(rest[at : at + size] for at in range(0, len(rest), size))]:
         watch = run.stopwatch()
@@ -135,6 +136,7 @@ def _stream(
                 [documents[i] for i in batch],
                 stream,
                 bar.update,
+                {row for row, i in enumerate(batch) if i in shown},
             )
         watch.end()
         for i, one, against in zip(batch, scored, beside, strict=True):
@@ -147,7 +149,7 @@ def _stream(
                 greedy=one.greedy.cpu().numpy(),
                 slots=one.slots.cpu().numpy(),
                 evictions=[(int(fed), int(dropped)) for fed, dropped in one.evictions],
-                **fidelity.fields_of(against),
+                **fidelity.fields_of(against, documents[i], run),
                 noise_floor=floor,
             )
         if cache.batch:

@@ -17,13 +17,14 @@ import torch
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.engine import fidelity
 from kv_lm_eval.engine.choices import How, Score, score_continuations
+from kv_lm_eval.engine.fidelity import Compared
 from kv_lm_eval.engine.prefill import NewCache
 from kv_lm_eval.engine.question import Tails
 from kv_lm_eval.engine.streaming import ScoredDocument, score_documents
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.metrics.compression import CompressionLog
 from kv_lm_eval.metrics.divergence import Divergence
-from kv_lm_eval.requests import evidence
+from kv_lm_eval.requests import evidence, likeliest
 from kv_lm_eval.requests.beside import Beside
 from kv_lm_eval.requests.prompt import Prompt
 from kv_lm_eval.requests.run import Run
@@ -44,18 +45,19 @@ def check_lengths(run: Run, lengths: Sequence[int]) -> None:
 
 
 def score(compared: bool, *args: Any) -> tuple[list[ScoredDocument], CompressedCache, Sequence[Divergence | None]]:
-    """`score_documents`, with the full cache beside it or alone."""
+    """`score_documents`, with the full cache beside it or alone; the last argument is which documents are shown."""
     if compared:
         return fidelity.score_beside(*args)
-    scored, cache = score_documents(*args)
+    scored, cache = score_documents(*args[:-1])
     return scored, cache, [None] * len(scored)
 
 
-def fields_of(found: Divergence | None) -> dict[str, Any]:
+def fields_of(found: Divergence | None, tokens: Sequence[int], run: Run) -> dict[str, Any]:
     """A document record's fields of the comparison."""
     if found is None:
         return {}
-    return {"kl": found.kl, "base_log_probs": found.base_log_probs, "same_top": found.same_top}
+    shown = likeliest.view(found, tokens, (), run.lm.tokenizer.decode)
+    return {"view": shown, "kl": found.kl, "base_log_probs": found.base_log_probs, "same_top": found.same_top}
 
 
 def score_choices(
@@ -70,7 +72,9 @@ def score_choices(
     model, dtype = run.lm.model, run.lm.softmax_dtype
     if floor is None:
         return *score_continuations(model, new_cache, contexts, continuations, tails, How(dtype)), None
-    scores, cache, base, found = fidelity.continue_beside(model, new_cache, contexts, continuations, tails, dtype)
+    scores, cache, base, found = fidelity.continue_beside(
+        model, new_cache, contexts, continuations, tails, Compared(dtype)
+    )
     beside = [
         [Beside(one, along, noise_floor=floor) for one, along in zip(*group, strict=True)]
         for group in zip(base, found, strict=True)
@@ -97,9 +101,15 @@ def compared_answers(
     ]
     tails: int | list[int] = [p.tail for p in prompts] if run.question_first else 0
     assert run.new_cache is not None
+    shown = likeliest.first_of_tasks(run)
     with run.autocast():
         _, cache, _, found = fidelity.continue_beside(
-            run.lm.model, run.new_cache, [p.ids for p in prompts], ways, tails, run.lm.softmax_dtype
+            run.lm.model,
+            run.new_cache,
+            [p.ids for p in prompts],
+            ways,
+            tails,
+            Compared(run.lm.softmax_dtype, {(row, 0) for row, p in enumerate(prompts) if p.i in shown}),
         )
     repeated = [
         [(x.start, x.stop, fidelity.share_kept(cache, row, x.places)) for x in _evidence(run, p, b)]
@@ -117,10 +127,11 @@ def compared_answers(
                 base_tokens=np.array(b.tokens, dtype=np.int32),
                 noise_floor=floor,
                 evidence=facts,
+                view=likeliest.view(along[0], b.tokens, p.ids, run.lm.tokenizer.decode),
             ),
             one.tokens,
         )
-        for one, b, along, facts in zip(answers, base, found, repeated, strict=True)
+        for p, one, b, along, facts in zip(prompts, answers, base, found, repeated, strict=True)
     ]
 
 
