@@ -4,9 +4,10 @@
         --model_args pretrained=kv-tiny,method=snapkv,max_capacity_prompt=128
 
 Each part is compressed alone, everything else is the full cache, and the text is run beside the full cache: KL of each,
-with its interval, and for layers and heads how much the layer's attention output changes, |change| / |output|, which
-costs no second look at the logits. Their rank correlation says whether that would have told the same. KLs of parts need
-not add up to that of all of them together: the last line has both.
+with its interval, and for layers and heads two cheap proxies, which cost no second look at the logits: how much of the
+layer's attention goes to pairs that are evicted (lost mass), and how much its attention output changes, |change| /
+|output|. Their rank correlations with KL say whether they would have told the same. KLs of parts need not add up to
+that of all of them together: the last line has both.
 
  - layers: each layer that the method cuts, with the budget that it has there.
  - heads: each KV head of them; takes a number of slots (max_capacity_prompt).
@@ -30,6 +31,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kv_lm_eval import config, console, files
+from kv_lm_eval.analysis import lost_mass
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.make import make_cache
@@ -44,6 +46,7 @@ from kv_lm_eval.stats import fidelity
 
 WHAT = ("layers", "heads", "treatments")
 ALL = "all together"
+PROXIES = {"lost_mass": "lost mass", "change": "|change|/|output|"}
 TOKENS = 1024  # of the text, by default
 
 
@@ -110,11 +113,12 @@ def _treatments(settings: dict[str, Any]) -> Iterator[Part]:
 def attribute(
     model: PreTrainedModel, facts: ModelFacts, parts: Sequence[Part], prefix: int, document: Sequence[int], every: int
 ) -> list[dict[str, Any]]:
-    """Each part's numbers: name, layer, head, kl, low, high, change (None where no one layer is meant)."""
+    """Each part's numbers: name, layer, head, kl, low, high, and lost_mass, change (None where no one layer is
+    meant)."""
     out = []
     for part in parts:
         found: list[float] = []
-        with _outputs(facts, part.layer, found):
+        with _outputs(facts, part.layer, found), lost_mass.watched(-1 if part.layer is None else part.layer) as seen:
             (one,) = score_beside(
                 model, partial(make_cache, part.compression, facts), [document], Stream(prefix, every)
             )[2]
@@ -127,6 +131,7 @@ def attribute(
                 "kl": interval["mean"],
                 "low": interval["low"],
                 "high": interval["high"],
+                "lost_mass": seen.mean(),
                 "change": found[0] if found else None,
             }
         )
@@ -227,7 +232,7 @@ def _run(args: Any) -> dict[str, Any]:
     settings = {key: value for key, value in given.items() if key not in vars(engine)}
     parts = parts_of(args.attribute, settings, facts)
     numbers = attribute(model, facts, parts, prefix, document, every)
-    known = [one for one in numbers if one["change"] is not None]
+    known = {name: [one for one in numbers if one[name] is not None] for name in PROXIES}
     return {
         "model": str(name),
         "settings": compression.settings(),
@@ -235,24 +240,29 @@ def _run(args: Any) -> dict[str, Any]:
         "tokens": len(document),
         "attribute": args.attribute,
         "parts": numbers,
-        "rank_correlation": rank_correlation([o["kl"] for o in known], [o["change"] for o in known]),
+        "rank_correlation": {
+            name: rank_correlation([one["kl"] for one in ones], [one[name] for one in ones])
+            for name, ones in known.items()
+        },
     }
 
 
 def table(found: dict[str, Any]) -> str:
     """For people."""
     head = f"{found['model']}, {found['tokens']} tokens of {found['text']}, method={found['settings']['method']}"
-    lines = [head, "", f"{'':24}{'KL, nats':>12}{'95 % interval':>26}{'|change|/|output|':>20}"]
+    names = "".join(f"{words:>20}" for words in PROXIES.values())
+    lines = [head, "", f"{'':24}{'KL, nats':>12}{'95 % interval':>26}{names}"]
     for one in found["parts"]:
         interval = "" if one["low"] is None else f"{one['low']:.3g} to {one['high']:.3g}"
-        change = "" if one["change"] is None else f"{one['change']:.3g}"
-        lines.append(f"{one['part']:24}{one['kl']:12.4g}{interval:>26}{change:>20}")
+        proxies = "".join(f"{'' if one[name] is None else f'{one[name]:.3g}':>20}" for name in PROXIES)
+        lines.append(f"{one['part']:24}{one['kl']:12.4g}{interval:>26}{proxies}".rstrip())
     parts = _single(found)
     if len(parts) < len(found["parts"]):
         total = sum(one["kl"] for one in parts)
         lines += ["", f"sum of the parts {total:.4g}, all together {found['parts'][-1]['kl']:.4g}"]
-    if found["rank_correlation"] is not None:
-        lines.append(f"rank correlation of KL and |change|/|output|: {found['rank_correlation']:.2f}")
+    for name, value in found["rank_correlation"].items():
+        if value is not None:
+            lines.append(f"rank correlation of KL and {PROXIES[name]}: {value:.2f}")
     return "\n".join(lines)
 
 
@@ -261,38 +271,55 @@ def _single(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _draw(found: dict[str, Any], path: Path) -> None:
-    """Bars, or layers by heads, of KL."""
+    """KL beside its proxies: bars, or layers by heads."""
     from io import BytesIO
-
-    from matplotlib.colors import LogNorm
 
     from kv_lm_eval.reporting.plots import drawing
 
     parts = _single(found)
-    title = f"KL to the full cache, one at a time: {found['settings']['method']} on {found['model']}"
-    if found["attribute"] == "heads":
-        layers, heads = (sorted({one[key] for one in parts}) for key in ("layer", "head"))
-        values = np.full((len(layers), len(heads)), np.nan)
-        for one in parts:
-            values[layers.index(one["layer"]), one["head"]] = max(one["kl"], 1e-12)
-        figure, axes = drawing.new_figure(3.0 + 0.7 * len(heads), 1.6 + 0.35 * len(layers))
-        image = axes[0, 0].imshow(values, cmap="viridis", aspect="auto", norm=LogNorm())
-        axes[0, 0].set_xticks(range(len(heads)), heads)
-        axes[0, 0].set_yticks(range(len(layers)), layers)
-        axes[0, 0].set_xlabel("KV head", fontsize=8.5)
-        axes[0, 0].set_ylabel("layer", fontsize=8.5)
-        figure.colorbar(image, ax=axes[0, 0], label="KL, nats a token")
-    else:
-        figure, axes = drawing.new_figure(6.4, 1.4 + 0.34 * len(parts))
-        places = range(len(parts))
-        axes[0, 0].barh(places, [one["kl"] for one in parts], color=drawing.COLOURS[0])
-        for y, one in zip(places, parts, strict=True):
-            if one["low"] is not None:
-                axes[0, 0].plot([one["low"], one["high"]], [y, y], color=drawing.INK, lw=1)
-        axes[0, 0].set_yticks(places, [one["part"] for one in parts])
-        axes[0, 0].invert_yaxis()
-        axes[0, 0].set_xlabel("KL, nats a token", fontsize=8.5)
+    shown = {"kl": "KL, nats a token"} | {n: w for n, w in PROXIES.items() if any(o[n] is not None for o in parts)}
+    heads = found["attribute"] == "heads"
+    rows = len({one["layer"] for one in parts}) if heads else len(parts)
+    wide = 1.9 + 0.45 * len({one["head"] for one in parts}) if heads else 3.4
+    figure, axes = drawing.new_figure(1.2 + wide * len(shown), 1.7 + 0.3 * rows, 1, len(shown))
+    for axis, (name, words) in zip(axes.flat, shown.items(), strict=True):
+        rank = found["rank_correlation"].get(name)
+        (_grid if heads else _bars)(figure, axis, parts, name)
+        axis.set_title(words + ("" if rank is None else f"\nrank correlation {rank:.2f}"), fontsize=8.5)
+    for axis in list(axes.flat)[1:]:
+        axis.set_yticklabels([])
+    title = f"One at a time: {found['settings']['method']} on {Path(found['model']).name}, {found['tokens']} tokens"
     figure.suptitle(title, fontsize=9.5)
     out = BytesIO()
     figure.savefig(out, format="png", dpi=130, metadata={"Software": None})
     files.write_whole(path, out.getvalue())
+
+
+def _grid(figure: Any, axis: Any, parts: Sequence[dict[str, Any]], name: str) -> None:
+    """Layers by KV heads."""
+    from matplotlib.colors import LogNorm
+
+    layers, heads = (sorted({one[key] for one in parts}) for key in ("layer", "head"))
+    values = np.full((len(layers), len(heads)), np.nan)
+    for one in parts:
+        values[layers.index(one["layer"]), one["head"]] = max(one[name] or 0, 1e-12)
+    image = axis.imshow(values, cmap="viridis", aspect="auto", norm=LogNorm())
+    axis.set_xticks(range(len(heads)), heads)
+    axis.set_yticks(range(len(layers)), layers)
+    axis.set_xlabel("KV head", fontsize=8.5)
+    axis.set_ylabel("layer" if name == "kl" else "", fontsize=8.5)
+    figure.colorbar(image, ax=axis)
+
+
+def _bars(figure: Any, axis: Any, parts: Sequence[dict[str, Any]], name: str) -> None:
+    """One a part; of KL with its interval."""
+    from kv_lm_eval.reporting.plots import drawing
+
+    places = range(len(parts))
+    colour = drawing.COLOURS[0] if name == "kl" else "#8A929B"
+    axis.barh(places, [one[name] or 0 for one in parts], color=colour)
+    for y, one in zip(places, parts, strict=True):
+        if name == "kl" and one["low"] is not None:
+            axis.plot([one["low"], one["high"]], [y, y], color=drawing.INK, lw=1)
+    axis.set_yticks(places, [one["part"] for one in parts])
+    axis.invert_yaxis()

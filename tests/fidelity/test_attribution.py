@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from kv_lm_eval import tiny as embedded
 from kv_lm_eval.analysis import attribution
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.fidelity import score_beside
-from kv_lm_eval.engine.streaming import Stream
+from kv_lm_eval.engine.streaming import Stream, forwards
 from kv_lm_eval.errors import UserError
 
 TEXT = Path(embedded.__file__).parents[1] / "tasks" / "quickstart" / "texts" / "ferry.txt"
@@ -93,6 +94,31 @@ def test_the_change_is_that_of_the_attention_output_of_both_runs() -> None:
         outputs.append(noted[0])
     full, ours = outputs
     assert found == pytest.approx(float(((ours - full).norm(dim=-1) / full.norm(dim=-1)).mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s["method"])
+@pytest.mark.parametrize("every", [1, 5])
+def test_the_lost_mass_is_the_stock_models_attention_to_what_is_gone(settings, every) -> None:
+    """The stock model's own weights, over the pairs that a cache of the first layer alone holds, token by token."""
+    pair, document = pair64("llama"), tiny.tokens(50)
+    (part, *_) = attribution.parts_of("layers", settings, pair.facts)
+    found = attribution.attribute(pair.model, pair.facts, [part], PREFIX, document, every)[0]["lost_mass"]
+    row = [PREFIX, *document[:-1]]
+    stock = tiny.build("llama").double()
+    stock.set_attn_implementation("eager")
+    with torch.inference_mode():
+        weights = stock(input_ids=torch.tensor([row]), use_cache=False, output_attentions=True).attentions[0][0]
+    schedule = replace(part.compression.schedule, compress_every=every)
+    cache = make_cache(replace(part.compression, schedule=schedule), pair.facts)
+    lost, kv_heads, held = [], pair.facts.heads[0][1], [[]]
+    group = len(weights) // kv_heads
+    for (t,), _ in forwards(pair.model, cache, [row], most=1):
+        held = held * kv_heads if len(held) == 1 else held
+        for head, of_head in enumerate(weights[:, t]):
+            lost.append(1 - float(of_head[[*held[head // group], t]].sum()))
+        held = tiny.kept(cache, 0)
+    assert len(lost) == len(weights) * len(row)
+    assert found == pytest.approx(np.mean(lost), rel=1e-6) and found > 1e-3
 
 
 def test_rank_correlation_is_that_of_places() -> None:
