@@ -46,6 +46,8 @@ class Ahead:
         """Logits [n, V] that predict a row's tokens from `start` to `stop`; what stands before is let go of."""
         held = self._held[row]
         while not held or held[-1][0] + len(held[-1][1]) < stop:
+            if held:  # the rest of a block, so that the block itself is not held beside the next one
+                held[:] = [(max(at, start), x[max(0, start - at) :].clone()) for at, x in held if at + len(x) > start]
             fed, logits = next(self._forwards)
             for b, own in logits.items():
                 self._held[b].append((fed[b], own))

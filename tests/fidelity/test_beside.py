@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ from fidelity import references
 from fidelity.references import PREFIX, pair64
 
 from kv_lm_eval.engine import fidelity, streaming
+from kv_lm_eval.metrics import divergence
 
 METHODS = {
     "snapkv": {"method": "snapkv", "window_size": 4, "kernel_size": 3},
@@ -114,3 +116,24 @@ def test_logits_that_were_read_are_let_go_of() -> None:
         got = stream.take(0, start, min(start + 7, 300))
         assert len(got) == min(7, 300 - start)
         assert sum(len(x) for _, x in stream._held[0]) <= 32
+
+
+def test_logits_of_a_large_vocabulary_are_held_a_block_at_a_time() -> None:
+    """8,192 tokens of 150,000 words: what both runs hold at any time, and what is made to compare them, by tracking."""
+    vocab, tokens = 150_000, 8192
+    block = max(streaming.MIN_CHUNK, streaming.LOGIT_ELEMENTS // vocab)
+    made: list[int] = []
+
+    def blocks(size: int) -> Iterator[tuple[list[int], dict[int, torch.Tensor]]]:
+        for at in range(0, tokens, size):
+            made.append(min(size, tokens - at))
+            yield [at], {0: torch.zeros(1, 1).expand(made[-1], vocab)}  # no memory of their own
+
+    ahead, most = fidelity.Ahead(blocks(block), 1), 0
+    for done in range(0, tokens, 64):  # a method that is cut every 64 tokens
+        taken = ahead.take(0, done, done + 64)
+        assert taken.shape == (64, vocab)
+        most = max(most, sum(len(logits) for _, logits in ahead._held[0]))
+    assert sum(made) == tokens and most <= block + 64
+    assert (block + 64) * vocab <= 1.1 * streaming.LOGIT_ELEMENTS
+    assert divergence.BLOCK_ELEMENTS // vocab * vocab <= 2**19  # and of these, what is compared at a time
