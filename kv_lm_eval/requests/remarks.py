@@ -9,7 +9,7 @@ from kv_lm_eval import versions
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.requests.run import Run, log
 
-LONG_ANSWER = 100  # tokens: from here on the length of answers is told
+LONG_ANSWER = 200  # tokens: from here on the length of answers is told
 
 
 def at_start(run: Run) -> None:
