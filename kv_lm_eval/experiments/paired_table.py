@@ -264,13 +264,13 @@ def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def _names(axes: Any, dots: list[tuple[float, float, str]]) -> None:
     """The name of each dot to its right, from below upwards and none over another."""
-    line = 9 * axes.figure.dpi / 72
-    taken: list[tuple[float, float]] = []
+    line = 9 * axes.figure.dpi / 72  # pixels
+    taken: list[tuple[float, float, float]] = []  # left, right and height of each name
     for share, kl, name in sorted(dots, key=lambda dot: dot[1]):
         x, y = axes.transData.transform((share, kl))
-        at = y
-        for other_x, other_y in taken:
-            if abs(other_x - x) < 15 * line and abs(other_y - at) < line:
-                at = other_y + line
-        taken.append((x, at))
+        at, right = y, x + 8 + 0.45 * line * len(name)
+        for other_left, other_right, other in taken:
+            if x < other_right and other_left < right and abs(other - at) < line:
+                at = other + line
+        taken.append((x, right, at))
         axes.annotate(name, (share, kl), (8, at - y), textcoords="offset pixels", fontsize=7, va="center")
