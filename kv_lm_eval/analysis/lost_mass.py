@@ -95,7 +95,7 @@ def watched(layer: int) -> Iterator[Seen]:
             seen.note(cache, step)
         return original(cache, step, mask)
 
-    CompressedCache.attend = attend  # type: ignore[method-assign]
+    CompressedCache.attend = attend  # type: ignore[method-assign, assignment]
     try:
         yield seen
     finally:
