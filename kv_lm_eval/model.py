@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from kv_lm_eval import config, identity, loading, quiet, saving, tiny, versions
+from kv_lm_eval import config, identity, loading, quiet, saving, tiny, trackers, versions
 from kv_lm_eval.cache import static_ring
 from kv_lm_eval.engine import adapter
 from kv_lm_eval.engine.forward import below_adapter, logits_of
@@ -58,6 +58,7 @@ class KVCompressedLM(HFLM):
         self._name = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "model")
         samples.install()
         quiet.install()
+        trackers.install()
         resolved = tiny.resolve(pretrained) if isinstance(pretrained, str) else pretrained
         with loading.loading(resolved, rest):
             super().__init__(resolved, backend="causal", **rest)

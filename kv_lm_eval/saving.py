@@ -78,6 +78,12 @@ def check_newest() -> None:
         check_output(tracker.output_path)
 
 
+def written_last() -> list[Path]:
+    """The files that the tracker made last has put in their place."""
+    tracker = _newest() if _newest is not None else None
+    return [] if tracker is None else list(_of(tracker).written)
+
+
 def check_output(output_path: str | os.PathLike[str]) -> None:
     """Tries the folder in which lm-eval would write for an --output_path.
 

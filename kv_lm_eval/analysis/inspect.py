@@ -79,7 +79,7 @@ def inspect(model_args: str, text: str, most_new: int = NEW_TOKENS, chat: bool =
         name, dtype or "auto", device or ("cuda" if torch.cuda.is_available() else "cpu")
     )
     ids, pieces = tokens_of(tokenizer, text, chat)
-    served = Served(model, "inspect", given)
+    served = Served(model, "inspect", given, tokenizer=tokenizer)
     assert served.facts is not None
     most = served.facts.max_positions
     if len(ids) < 2 or (most is not None and len(ids) + most_new > most):

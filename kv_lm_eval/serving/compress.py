@@ -58,7 +58,7 @@ class Compressing:
 
 
 @contextmanager
-def compress(model: Any, method: str | None = None, **settings: Any) -> Iterator[Compressing]:
+def compress(model: Any, method: str | None = None, *, tokenizer: Any = None, **settings: Any) -> Iterator[Compressing]:
     """Inside, `model.generate(...)` runs over a compressed cache, a new one for each call; afterwards it is as it was.
 
     Batches with left padding, streamers, sampling, beams and several returned sequences are transformers' own. A row of
@@ -67,6 +67,7 @@ def compress(model: Any, method: str | None = None, **settings: Any) -> Iterator
     Args:
         model: as `from_pretrained` returns it, or an adapter of PEFT around it.
         method: as `kv-lm-eval methods` lists them; may come with a preset instead.
+        tokenizer: the model's, for methods that ask it to repeat the prompt (kvzip).
         **settings: its budget and settings, as in --model_args.
 
     Raises:
@@ -74,7 +75,7 @@ def compress(model: Any, method: str | None = None, **settings: Any) -> Iterator
             twenty short forwards, so put one block around many calls.
     """
     with in_use(model_of(model, "compress()"), "compress()"):
-        block = Compressing(Served(model, "compress()", {"method": method, **settings}))
+        block = Compressing(Served(model, "compress()", {"method": method, **settings}, tokenizer=tokenizer))
         hook = model_of(model, "compress()").register_forward_pre_hook(block.check_forward, with_kwargs=True)
         try:
             with replaced(model, "generate", block.generate):
@@ -111,6 +112,9 @@ def compressed_cache(model: Any, method: str | None = None, **settings: Any) -> 
         served = Served(model, what, {"method": method, **settings})
         if served.facts is None:
             raise UserError(f"{what}: method={served.compression.method.name} has no cache; use compress() for it")
+        if served.compression.method.reads_again:
+            name = served.compression.method.name
+            raise UserError(f"{what}: method={name} reads a prompt twice, which compress() and prefill() do for it")
         cache = served.new_cache(ReportingCache)
         assert isinstance(cache, ReportingCache)
         if cache.prefill_chunk is not None:

@@ -20,18 +20,17 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from kv_lm_eval import config
 from kv_lm_eval.cache.cache import CompressedCache
-from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine import adapter
-from kv_lm_eval.engine.check import Roads, wrap
 from kv_lm_eval.engine.forward import below_adapter, cache_among, device_of, generate_with, kv_bytes_per_token
 from kv_lm_eval.engine.generate import by_rows, check_generation_settings, decode, noting_first_token
-from kv_lm_eval.engine.lent import as_found, our_attention, see_last, starting_anew
+from kv_lm_eval.engine.lent import our_attention, see_last, starting_anew
 from kv_lm_eval.engine.prefill import feed_beginning
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.metrics.latency import Stopwatch
 from kv_lm_eval.metrics.memory import PeakMemory
 from kv_lm_eval.metrics.report import Report, of_snapshots, together
+from kv_lm_eval.requests.served import served
 from kv_lm_eval.settings import EngineSettings
 
 Call = dict[str, Any]  # arguments of a generate(), by name
@@ -89,6 +88,7 @@ class Served:
     Args:
         called: the model, or an adapter around it. what: who asks, for messages.
         settings: method, budget and all else, as in --model_args. question: whether contexts come before questions.
+        tokenizer: for methods that ask the model to repeat the prompt.
 
     Attributes:
         model: the transformers model itself. facts: what the self-check found, None for methods without a cache.
@@ -98,24 +98,21 @@ class Served:
         UserError: an unknown setting, or a model that cannot be served exactly, with the reason.
     """
 
-    def __init__(self, called: Any, what: str, settings: dict[str, Any], question: bool = False) -> None:
+    def __init__(
+        self, called: Any, what: str, settings: dict[str, Any], question: bool = False, tokenizer: Any = None
+    ) -> None:
         self.called, self.what, self.model = called, what, model_of(called, what)
         self.compression, self._engine = _parse(settings, what)
         method = self.compression.method
         adapter.check(called, self.model, method.uses_cache or method.recomputed_tokens is not None, method.name)
-        self.facts = None
-        if method.uses_cache:
-            roads = Roads(chunks=any(getattr(self._engine, name) is not None for name in USED), question=question)
-            with as_found(self.model):
-                self.facts = wrap(self.model, self.compression, roads)
+        engine = dataclasses.replace(self._engine, question_in_prompt=not question)
+        self.facts, self._new_cache, _ = served(self.model, tokenizer, self.compression, engine)
         self._memory = PeakMemory({p.device for p in self.model.parameters()})
         self.calls: list[Report] = []
 
     def new_cache(self, kind: type[CompressedCache] = CompressedCache) -> CompressedCache:
-        assert self.facts is not None
-        evict = self._engine.prefill_evict
-        chunk = evict or self._engine.prefill_chunk
-        return make_cache(self.compression, self.facts, chunk, evict is not None, kind)
+        assert self._new_cache is not None
+        return self._new_cache(of=kind)  # type: ignore[call-arg]
 
     def report(self) -> Report:
         """What all calls so far held and took."""

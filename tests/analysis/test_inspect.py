@@ -55,8 +55,9 @@ def test_the_attention_is_that_of_the_models_own_eager_attention(name):
 @pytest.mark.parametrize("method", models.methods(lambda cls: cls.uses_cache))
 def test_what_is_kept_is_what_the_cache_holds_after_the_prompt(method):
     settings, prompt = models.example(method, 12), models.tokens(40)
-    found = look(Served(models.build("llama"), "inspect", settings), prompt, 2, 0)
-    pair = models.pair("llama")
+    served, pair = Served(models.build("llama"), "inspect", settings), models.pair("llama")
+    served.facts.words = pair.facts.words
+    found = look(served, prompt, 2, 0)
     cache = pair.cache(**settings)
     models.forward(pair.model, cache, [prompt])
     if not cache.compression.method.hides:

@@ -124,6 +124,20 @@ def test_methods_without_a_cache_recompute(model, method):
     assert compressed.report().kv_bytes == 0 and compressed.report().new_tokens == 6
 
 
+def test_a_method_that_asks_the_model_to_repeat_the_prompt_takes_a_tokenizer():
+    model = tf.AutoModelForCausalLM.from_pretrained(tiny.path())
+    tokenizer = tf.AutoTokenizer.from_pretrained(tiny.path())
+    ids = tokenizer("The ferry was late. " * 9, return_tensors="pt")
+    settings = {"method": "kvzip", "max_capacity_prompt": 24}
+    with compress(model, **settings, tokenizer=tokenizer) as compressed:
+        model.generate(**ids, max_new_tokens=3)
+    assert compressed.report().compressed == 1
+    with pytest.raises(UserError, match="tokenizer"), compress(model, **settings):
+        model.generate(**ids, max_new_tokens=3)
+    with pytest.raises(UserError, match="reads a prompt twice"), compressed_cache(model, **settings):
+        pass
+
+
 # ---------------------------------------------------------------------------------------------------- as it was
 
 
