@@ -2,8 +2,8 @@
 
 `--wandb_args`, `--trackio_args` and `--hf_hub_log_args` are lm-eval's own and log scores, samples and, within the
 config, our numbers as one text. Here its loggers' methods are wrapped for runs of our model: metrics are logged with
-the scores, under names that begin with kv/, and pictures before the run is finished, since they are drawn of the results
-file. On the hub, where the results file holds the numbers already, the pictures go beside it.
+the scores, under names that begin with kv/, and pictures before the run is finished, since they are drawn of its
+results file. On the hub, where the results file holds the numbers already, the pictures go beside it.
 """
 
 from __future__ import annotations
