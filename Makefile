@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-real check bench clean
+.PHONY: help venv quickstart test test-real check bench docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -35,6 +35,11 @@ check: $(STAMP) ## Check style, format, types and the order of imports
 
 bench: $(STAMP) ## Time all methods on this CPU, in under ten minutes; the card goes to docs/bench
 	$(BIN)/kv-lm-eval bench --random-weights tiny-26m --device cpu --threads 1 --warm-up 1 $(ARGS)
+
+docs: $(STAMP) ## Build the documentation site into build/site, which opens from disk
+	$(BIN)/python -m pip install -q -c constraints.txt mkdocs-material
+	$(BIN)/python scripts/docs_site.py
+	$(BIN)/mkdocs build --quiet --strict
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -55,6 +55,15 @@ def test_the_context_is_read_once(model):
     assert max(read[before:]) < 5
 
 
+def test_a_context_is_read_twice_where_a_method_asks_for_it():
+    model = tf.AutoModelForCausalLM.from_pretrained(tiny.path())
+    tokenizer = tf.AutoTokenizer.from_pretrained(tiny.path())
+    text = "The pass code is 4817. The ferry was late. " * 4
+    context = prefill(model, text, tokenizer=tokenizer, method="kvzip", max_capacity_prompt=24)
+    assert context.report().kv_bytes < context.report().kv_bytes_full
+    assert context.ask("The pass code is", max_new_tokens=3)
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_texts_are_asked_one_by_one_or_in_one_batch(chat):
     model = tf.AutoModelForCausalLM.from_pretrained(tiny.path())
