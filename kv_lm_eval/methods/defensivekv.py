@@ -51,7 +51,7 @@ class DefensiveKV(SnapKV):
         worst = near.amax((2, 3))
         mean = worst.sum(-1, keepdim=True) / old.sum(-1, keepdim=True).clamp_min(1)
         norms = view.output_norms().masked_fill(view.pos < 0, 0.0)  # where a head has no pair, the others share
-        scores = worst.maximum(mean) * norms / norms.sum(1, keepdim=True).clamp_min(tiny)
+        scores = worst.maximum(mean) * (norms / norms.sum(1, keepdim=True).clamp_min(tiny))
         scores = scores.masked_fill(~old, 0.0)
         first = self._first_stage(view, votes, old)
         return torch.where(first, scores.amax((1, 2), keepdim=True), scores).masked_fill(recent, float("inf"))
