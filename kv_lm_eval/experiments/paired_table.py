@@ -240,7 +240,7 @@ def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
 
     most = max(row["bytes"] for row in table)
     dots = sorted((100 * row["bytes"] / most, row["kl"], row["name"]) for row in table if row["kl"] > 0)
-    figure, axes = plt.subplots(figsize=(8, 6))
+    figure, axes = plt.subplots(figsize=(8, 9))
     axes.set(xscale="log", yscale="log", xlabel="bytes held, per cent of the full cache", ylabel="KL, nats a token")
     for row in table:
         if row["kl"] > 0 and row["kl_low"] is not None:
@@ -263,14 +263,20 @@ def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def _names(axes: Any, dots: list[tuple[float, float, str]]) -> None:
-    """The name of each dot to its right, from below upwards and none over another."""
+    """The name of each dot to its right, at the nearest height where no other name or dot is."""
     line = 9 * axes.figure.dpi / 72  # pixels
-    taken: list[tuple[float, float, float]] = []  # left, right and height of each name
+    at = {name: axes.transData.transform((share, kl)) for share, kl, name in dots}
+    taken = [(x - 4, x + 4, y) for x, y in at.values()]  # left, right and height
+    heights = [step * line for n in range(len(dots) + 1) for step in (n, -n)]
     for share, kl, name in sorted(dots, key=lambda dot: dot[1]):
-        x, y = axes.transData.transform((share, kl))
-        at, right = y, x + 8 + 0.45 * line * len(name)
-        for other_left, other_right, other in taken:
-            if x < other_right and other_left < right and abs(other - at) < line:
-                at = other + line
-        taken.append((x, right, at))
-        axes.annotate(name, (share, kl), (8, at - y), textcoords="offset pixels", fontsize=7, va="center")
+        left, y = at[name][0] + 20, at[name][1]
+        right = left + 0.45 * line * len(name)
+        free = (
+            y + h for h in heights if not any(left < r and x < right and abs(o - y - h) < line for x, r, o in taken)
+        )
+        height = next(free, y)
+        taken.append((left, right, height))
+        away = {"arrowstyle": "-", "color": "#999999", "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
+        axes.annotate(
+            name, (share, kl), (20, height - y), textcoords="offset pixels", fontsize=7, va="center", arrowprops=away
+        )
