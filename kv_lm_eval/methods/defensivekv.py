@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import View, setting
 from kv_lm_eval.methods.snapkv import SnapKV, pooled
+
+ROUNDING = 2**-18  # relative, of float32 sums made in another order
 
 
 class DefensiveKV(SnapKV):
@@ -50,9 +53,9 @@ class DefensiveKV(SnapKV):
         near = near / near.sum(-1, keepdim=True).clamp_min(tiny) * votes.sum(-1, keepdim=True)
         worst = near.amax((2, 3))
         mean = worst.sum(-1, keepdim=True) / old.sum(-1, keepdim=True).clamp_min(1)
-        norms = view.output_norms().masked_fill(view.pos < 0, 0.0)  # where a head has no pair, the others share
-        scores = worst.maximum(mean) * (norms / norms.sum(1, keepdim=True).clamp_min(tiny))
-        scores = scores.masked_fill(~old, 0.0)
+        norms = view.output_norms()
+        scores = worst.maximum(mean) * norms / summed_over_heads(norms, view.pos).clamp_min(tiny)
+        scores = levelled(scores.masked_fill(~old, 0.0))
         first = self._first_stage(view, votes, old)
         return torch.where(first, scores.amax((1, 2), keepdim=True), scores).masked_fill(recent, float("inf"))
 
@@ -73,6 +76,30 @@ class DefensiveKV(SnapKV):
             2, order, torch.arange(order.shape[2], device=order.device).expand_as(order)
         )
         return rank < count.minimum(most)
+
+
+def levelled(scores: Tensor) -> Tensor:
+    """Scores [B, K, N] of which those of a head that differ by rounding only are the same: tokens of one value that
+    nobody looked at all have the least that counts times one norm, and the older ones stay."""
+    value, order = scores.sort(dim=-1)
+    same = value[..., 1:] - value[..., :-1] <= ROUNDING * value[..., 1:]
+    group = F.pad((~same).cumsum(-1), (1, 0))
+    least = torch.full_like(value, float("inf")).scatter_reduce(2, group, value, "amin")
+    return torch.empty_like(scores).scatter_(2, order, least.gather(2, group))
+
+
+def summed_over_heads(numbers: Tensor, pos: Tensor) -> Tensor:
+    """Numbers [B, K, N] of tokens, each summed over the heads that hold the token, [B, 1 or K, N]; pos: [B, 1 or K, N],
+    in order, -1 where empty."""
+    if pos.shape[1] == 1:
+        return numbers.sum(1, keepdim=True)
+    every, total = pos.flatten(1).contiguous(), torch.zeros_like(numbers)
+    for head in range(pos.shape[1]):
+        own = pos[:, head].contiguous()
+        at = torch.searchsorted(own, every).clamp_max(own.shape[1] - 1)
+        there = (own.gather(1, at) == every) & (every >= 0)
+        total += torch.where(there, numbers[:, head].gather(1, at), 0.0).view(total.shape)
+    return total
 
 
 def _ends(there: Tensor, count: int) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import tiny
+import torch
 from methods import plain
 from methods.plain import NAMES, Layer, compare, pooled
 
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods.defensivekv import levelled, summed_over_heads
 
 CAPACITY, WINDOW = 16, 4
 DEFENSIVE = {"method": "defensivekv", "max_capacity_prompt": CAPACITY, "window_size": WINDOW}
@@ -97,6 +99,26 @@ def test_it_goes_with_pyramids_later_cuts_and_treatments_of_the_rest():
             assert logits.isfinite().all()
         left = 7 % more.get("compress_every", 8)
         assert [sum(held[row] for held in cache.held) / 2 for row in range(3)] == [CAPACITY + left] * 3, more
+
+
+def test_at_later_cuts_a_token_is_shared_by_the_heads_that_still_hold_it():
+    pos = torch.tensor([[[-1, 0, 3, 7, 9], [0, 2, 3, 8, 9], [-1, -1, 1, 3, 8]]])
+    numbers = torch.arange(1.0, 16).view(1, 3, 5)
+    numbers[pos < 0] = float("nan")  # what is empty holds anything
+    got = summed_over_heads(numbers, pos)
+    for head in range(3):
+        for slot, t in enumerate(pos[0, head].tolist()):
+            holds = [numbers[0, h, s].item() for h in range(3) for s in range(5) if pos[0, h, s] == t >= 0]
+            assert t < 0 or got[0, head, slot] == sum(holds)
+    alike = summed_over_heads(torch.ones(1, 3, 2), torch.tensor([[[0, 1]]]))
+    assert alike.tolist() == [[[3.0, 3.0]]]
+
+
+def test_scores_that_differ_by_rounding_are_the_same_and_others_stay_as_they_are():
+    scores = torch.tensor([[[0.0, 3.0, 1.0, 1.0 + 2e-7, 0.0, 1.0 - 1e-7, 1.001, 2.0]]])
+    got = levelled(scores)[0, 0]
+    assert got[2] == got[3] == got[5] == scores[0, 0, 5]
+    assert got[[0, 1, 4, 6, 7]].tolist() == scores[0, 0, [0, 1, 4, 6, 7]].tolist()
 
 
 def test_heads_share_without_a_safeguard_unless_it_is_given():
