@@ -12,8 +12,9 @@ import torch
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.make import make_cache
-from kv_lm_eval.cache.paged import Paged
+from kv_lm_eval.cache.paged import Paged, best_pages
 from kv_lm_eval.cache.segment import Segment
+from kv_lm_eval.cache.view import Pages
 from kv_lm_eval.config import parse
 from kv_lm_eval.engine.choices import score_continuations
 from kv_lm_eval.engine.forward import generate_with
@@ -88,13 +89,13 @@ def check(watched: Watched, prompt: int, budget: int, dense: int) -> list[list[s
                 keys[h].append(step.key[0, h, at].tolist())
                 values[h].append(step.value[0, h, at].tolist())
             n = len(keys[0])
-            if n <= prompt:
+            if n < prompt:
                 continue
             last[step.layer] = [set() for _ in keys]
             for head in range(step.query.shape[1]):
                 h, query = head // group, step.query[0, head, at].tolist()
                 some = set(range(n))
-                if step.layer >= dense:
+                if step.layer >= dense and n > prompt:  # the prompt is read whole
                     some = reads(query, keys[h], 4, max(3, budget // 4))
                 last[step.layer][h] |= some
                 expected = attended(query, keys[h], values[h], some, step.scaling)
@@ -119,6 +120,19 @@ def test_every_query_head_reads_its_best_pages(name: str, budget: int) -> None:
     assert sizes["kv_bytes_read"] == [(pairs + bounds) * 2 * d * 8] and sizes["compressed"] == [True]
     assert sizes["kv_bytes_valid"] == [2 * heads * 45 * 2 * d * 8] and sizes["kept_fraction"] == [1.0]
     assert pairs < 2 * heads * 45
+
+
+def test_pages_lie_where_their_positions_do_whatever_the_first_is() -> None:
+    """Of tokens 6 .. 16 in pages of four, 6 and 7 are one, then 8 .. 11, 12 .. 15, and 16."""
+    keys = torch.zeros(1, 1, 11, 2, dtype=torch.float64)
+    query = torch.tensor([[[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]]], dtype=torch.float64)
+    keys[0, 0, 2 + 3, 0] = 5  # token 11
+    keys[0, 0, 2 + 4, 0] = -5  # token 12
+    keys[0, 0, 1, 1] = 1  # token 7
+    mask, count = best_pages(query, keys, 6, Pages(4, 1, 0))
+    assert count == 4
+    read = [[6 + i for i in row.nonzero().squeeze(1).tolist()] for row in mask[0, 0]]
+    assert read == [[8, 9, 10, 11], [12, 13, 14, 15], [6, 7]]
 
 
 def test_rows_of_a_batch_read_as_they_do_alone_and_short_ones_read_all() -> None:
@@ -153,7 +167,7 @@ def test_a_budget_for_all_is_the_full_cache_and_others_read_all_that_they_hold()
 
 def test_a_question_is_read_whole_and_the_answer_is_not() -> None:
     net, row = model("llama")[0], tiny.tokens(44, seed=1)
-    cache = prefill_before_question(net, lambda: new_cache("llama"), [row], [6])
+    cache = prefill_before_question(net, lambda: new_cache("llama", dense_layers=0), [row], [6])
     full = prefill_before_question(net, lambda: new_cache("llama", token_budget=99), [row], [6])
     for a, b in zip(cache.stores, full.stores, strict=True):
         assert torch.equal(a.keys, b.keys), "the same until the last token of the question"
