@@ -29,6 +29,7 @@ usage: kv-lm-eval COMMAND ...
   fidelity ...     which layer, head or treatment moves a method most
   tune ...         the smallest cache that answers as well as the full one
   bench ...        speed and memory of the methods on one model
+  plan MODEL ...   what a run will hold in memory, before it, and the batch that fits
 
 `kv-lm-eval COMMAND --help` says more. For a start:
 
@@ -44,6 +45,7 @@ MAINS = {  # commands that are a module of their own
     "fidelity": "kv_lm_eval.analysis.attribution",
     "tune": "kv_lm_eval.experiments.tune",
     "bench": "kv_lm_eval.bench.command",
+    "plan": "kv_lm_eval.bench.plan",
 }
 COMMANDS = (*OF_LM_EVAL, "methods", *MAINS)
 

@@ -2,8 +2,7 @@
 
 A model made from its configuration on the device `meta` has shapes and no weights. A prompt fed to it under a
 compressed cache makes and frees the tensors that it would make on a real device, and `LiveBytes` counts them: nothing
-is known of any architecture or any method. Only what looks at numbers is answered for it here (`Blind`), and pairs
-held in fewer bits are counted by coding a layer of them.
+is known of any architecture or any method. Only what looks at numbers is answered for it here (`Blind`, `BlindStore`).
 
 What a kernel takes and gives back inside one operation, the device's own context (some hundred MB on CUDA) and what an
 allocator keeps are not in it.
@@ -29,7 +28,10 @@ from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.coded import encode
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.make import make_cache
+from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.cache.rope import RopeKit
+from kv_lm_eval.cache.segment import Segment
+from kv_lm_eval.cache.store import Kept, LayerStore
 from kv_lm_eval.engine.prefill import feed
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.budget import Everything, Heads
@@ -76,6 +78,25 @@ class Blind(TorchFunctionMode):
             if func is torch.Tensor.tolist:
                 return torch.zeros(args[0].shape, dtype=args[0].dtype).tolist()
         return func(*args, **(kwargs or {}))
+
+
+class BlindStore(QuantizedStore):
+    """Pairs in fewer bits where none is known to be empty: how many are coded follows from shapes alone."""
+
+    def replace(self, kept: Kept, room: int) -> None:
+        """As in `QuantizedStore`, [B, K, M] slots, all of them real; those that were coded stay so."""
+        b, k, m, _ = kept.keys.shape
+        LayerStore.replace(self, dataclasses.replace(kept, keys=kept.keys[..., :0], values=kept.values[..., :0]), room)
+        coded = min(self.coded[0][0], m)
+        self.coded, self.exact = [[coded] * k] * b, [[m - coded] * k] * b
+        self._keep_exact(kept.keys, kept.values, kept.keys.new_full((b, k, 1), coded, dtype=torch.long))
+
+
+class BlindSegment(Segment):
+    """A segment whose stores hold pairs in fewer bits, blindly."""
+
+    def _new_store(self, layer: int) -> BlindStore:
+        return BlindStore(self.compression.storage, self.compression.method.in_cache_sinks)
 
 
 class Estimate:
@@ -125,30 +146,41 @@ class Estimate:
         Args:
             chunk: tokens of a prompt in one forward; None: all.
         """
-        known = [*self.model.parameters(), *self.model.buffers()]
-        even = dataclasses.replace(compression, heads=Heads(), storage=Storage())
+        try:
+            prefill, held, step = self._run(compression, rows, prompt, chunk)
+        except (
+            NotImplementedError
+        ):  # the treatment of the evicted looks at numbers: what it takes itself is not counted
+            dropping = dataclasses.replace(compression, evicted=Drop())
+            prefill, held, step = self._run(dropping, rows, prompt, chunk)
+        return Bytes(self.weights, prefill, held, step + rows * self._growth(compression, prompt, new))
+
+    def _run(self, compression: Compression, rows: int, prompt: int, chunk: int | None) -> tuple[int, int, int]:
+        """Most bytes while the prompts are read, those after it, and most during one step."""
+        even = dataclasses.replace(compression, heads=Heads())  # how heads share a budget is up to the numbers
         cache = make_cache(even, self.facts, chunk)
-        with LiveBytes(known) as live:
-            self._feed(cache, rows, prompt)
+        if compression.storage.quantises:
+            cache = CompressedCache(even, self.facts, BlindSegment)
+            cache.prefill_chunk = chunk
+        with LiveBytes([*self.model.parameters(), *self.model.buffers()]) as live:
+            if chunk is not None and prompt > chunk:  # the last chunk, beside what all before it have left, takes most
+                cache.prefill_chunk = None
+                cache.set(mode="hold")
+                self._feed(cache, rows, prompt - chunk)
+                cache.set(mode="prefill", decoded=0)
+                live.peak = live.now
+            self._feed(cache, rows, prompt if chunk is None else min(prompt, chunk))
             prefill, held = live.peak, live.now
-            saved = rows * self._saved(compression, prompt)
-            live.peak = live.now
+            live.peak = held
             self._feed(cache, rows, 1)
-            step = live.peak - held
-        layers = self.facts.num_layers
-        return Bytes(
-            weights=self.weights,
-            prefill=prefill - saved * (layers - 1) // layers,  # the last layer is whole when the others are coded
-            cache=held - saved,
-            answer=held - saved + step + self._growth(compression, rows, prompt, new),
-        )
+        return prefill, held, live.peak
 
     def largest(self, memory: int, of: Callable[[int], Bytes]) -> int:
         """The most rows whose batch stays within so many bytes; of: the bytes of a batch of so many rows."""
         one, two = of(1).most, of(2).most
         if one > memory:
             return 0
-        rows = max(1, 1 + (memory - one) // max(1, two - one))
+        rows = 1 + (memory - one) // max(1, two - one)  # nearly straight: some blocks have a size of their own
         while rows > 1 and of(rows).most > memory:
             rows -= max(1, rows // 64)
         while of(rows + 1).most <= memory:
@@ -163,38 +195,23 @@ class Estimate:
         *_, last = trace = list(compression.trace(prompt, new, layer, self.facts.cut_layers))
         return int(trace[0][1]), int(last[1])
 
-    def _pair_bytes(self, layer: int) -> tuple[int, int, int]:
-        """KV heads of a layer, its head size, and bytes of keys and values of one slot of all heads."""
-        heads = self.facts.heads[layer][1]
-        module: Any = self.facts.modules[layer]
-        text = self.model.config.get_text_config()
-        size = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
-        size = size or text.hidden_size // text.num_attention_heads
-        return heads, size, 2 * heads * size * self.model.dtype.itemsize
-
-    def _saved(self, compression: Compression, prompt: int) -> int:
-        """Bytes of a row that coding its pairs after the prompt saves, over all layers."""
-        storage, saved = compression.storage, 0
-        if not storage.quantises or not storage.due(0, prompt):
-            return 0
-        for layer in range(self.facts.num_layers):
-            kept = self._slots(compression, layer, prompt, 0)[0]
-            pairs = max(0, kept - storage.residual_length) // storage.step * storage.step
-            heads, size, each = self._pair_bytes(layer)
-            if pairs:
-                x = torch.empty(1, heads, pairs, size, dtype=self.model.dtype, device=META)
-                real = torch.ones(x.shape[:3], dtype=torch.bool, device=META)
-                with Blind():
-                    coded = sum(encode(c, x, real).allocated_bytes for c in (storage.keys, storage.values))
-                saved += pairs * each - coded
-        return saved
-
-    def _growth(self, compression: Compression, rows: int, prompt: int, new: int) -> int:
-        """Bytes by which the cache grows while the answers are written, and those of the largest layer, read back for
-        its attention, where it is held in fewer bits."""
-        grown = largest = 0
+    def _growth(self, compression: Compression, prompt: int, new: int) -> int:
+        """Bytes by which the cache of a row grows while its answer is written."""
+        grown = 0
         for layer in range(self.facts.num_layers):
             first, last = self._slots(compression, layer, prompt, new)
-            each = self._pair_bytes(layer)[2]
-            grown, largest = grown + max(0, last - first) * each, max(largest, last * each)
-        return rows * (grown + (largest if compression.storage.quantises else 0))
+            grown += max(0, last - first) * self._pair_bytes(compression.storage, layer)
+        return grown
+
+    def _pair_bytes(self, storage: Storage, layer: int) -> int:
+        """Bytes of keys and values of one slot of all heads of a layer."""
+        module: Any = self.facts.modules[layer]
+        text, heads = self.model.config.get_text_config(), self.facts.heads[layer][1]
+        size = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+        size = size or text.hidden_size // text.num_attention_heads
+        if not storage.quantises:
+            return int(2 * heads * size * self.model.dtype.itemsize)
+        x = torch.empty(1, heads, storage.step, size, dtype=self.model.dtype, device=META)
+        real = torch.ones(x.shape[:3], dtype=torch.bool, device=META)
+        with Blind():
+            return sum(encode(c, x, real).allocated_bytes for c in (storage.keys, storage.values)) // storage.step

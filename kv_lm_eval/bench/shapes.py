@@ -52,7 +52,9 @@ def random_model(shape: str, dtype: torch.dtype, device: str, seed: int = 0) -> 
 
     torch.manual_seed(seed)
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(_config(shape), dtype=dtype, attn_implementation="sdpa")
+        model = transformers.AutoModelForCausalLM.from_config(
+            configuration(shape), dtype=dtype, attn_implementation="sdpa"
+        )
     return model.eval()
 
 
@@ -82,7 +84,8 @@ def check(shape: str) -> dict[str, Any]:
     return dict(numbers)
 
 
-def _config(shape: str) -> transformers.PretrainedConfig:
+def configuration(shape: str) -> transformers.PretrainedConfig:
+    """That of a known shape, or of a config.json."""
     import transformers
 
     return transformers.AutoConfig.for_model(**check(shape))

@@ -162,7 +162,8 @@ class Coded:
         used = self.group.new_zeros(*self.group.shape[:2], self._groups, dtype=torch.int32)
         groups = (used.scatter_add_(2, self.group.long(), real.int()) > 0).sum(-1)
         pair += self.group.element_size()
-        return (counts * pair + heads + groups.cpu() * _bytes_each(self.of_group, 3)).sum(1).tolist()
+        own = (counts * pair + heads).to(groups.device)
+        return (own + groups * _bytes_each(self.of_group, 3)).sum(1).tolist()
 
 
 def encode(codec: Codec, x: torch.Tensor, real: torch.Tensor, before: Coded | None = None) -> Coded:

@@ -90,7 +90,7 @@ def test_known_shapes_are_those_of_the_models() -> None:
     """Parameter counts as their cards give them, from the configuration alone."""
     for name, billions in (("mistral-7b", 7.24), ("pythia-2.8b", 2.78), ("tiny-26m", 0.026)):
         with torch.device("meta"):
-            model = tf.AutoModelForCausalLM.from_config(shapes._config(name))
+            model = tf.AutoModelForCausalLM.from_config(shapes.configuration(name))
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.02)
 
 

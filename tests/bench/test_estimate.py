@@ -98,7 +98,7 @@ def test_llama_3_8b_at_128k_by_hand() -> None:
     """On 80 GB in bfloat16: the weights, the whole cache, and what one layer's forward holds beside them."""
     from kv_lm_eval.bench import shapes
 
-    plan, tokens = Estimate(shapes._config("llama-3.1-8b"), torch.bfloat16), 131_072
+    plan, tokens = Estimate(shapes.configuration("llama-3.1-8b"), torch.bfloat16), 131_072
     assert plan.weights == pytest.approx(2 * 8.03e9, rel=0.001)
     full = plan.of(tiny.compression(method="full"), 1, tokens, 128)
     pairs = 2 * 32 * 8 * 128 * 2  # keys and values, layers, KV heads, head size, bytes

@@ -141,6 +141,20 @@ def test_a_heads_scale_comes_from_what_is_coded_first_and_stays() -> None:
     assert first.of_head["scale"][1, 2] == 0 and first.decode()[1, 2].isfinite().all()
 
 
+def test_a_tokens_scale_is_applied_as_vllm_does() -> None:
+    """Times the inverse, rounded to float32, which now and then is a neighbour of the quotient."""
+    x = torch.randn(1, 1, 4000, 3, generator=torch.Generator().manual_seed(0))
+    got = encode(Floats("e4m3", "token"), x, torch.ones(1, 1, 4000, dtype=torch.bool)).of_pair
+    scale = np.maximum(np.abs(x[0, 0].numpy()).max(1) / np.float32(448), np.float32(1e-6))
+    assert np.array_equal(got["scale"][0, 0].numpy(), scale)
+    inverse = torch.from_numpy(x[0, 0].numpy() * (np.float32(1) / scale)[:, None])
+    assert torch.equal(
+        got["codes"][0, 0].view(FORMATS["e4m3"]).float(), inverse.clamp(-448, 448).to(FORMATS["e4m3"]).float()
+    )
+    quotient = torch.from_numpy(x[0, 0].numpy() / scale[:, None])
+    assert (inverse != quotient).any()
+
+
 def test_a_scale_outlives_the_pairs_that_it_came_from() -> None:
     twins = Twins(Fp8(calibration_tokens=1), 0, rows=1, seed=3)
     twins.feed(12)
