@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,8 @@ from kv_lm_eval.cache.quantized import QuantizedStore
 from kv_lm_eval.cache.rope import RopeKit
 from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.cache.store import Kept, LayerStore
+from kv_lm_eval.cache.view import View
+from kv_lm_eval.engine import outputs
 from kv_lm_eval.engine.prefill import feed
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.budget import Everything, Heads
@@ -66,15 +69,19 @@ class Bytes:
 
 
 class Blind(TorchFunctionMode):
-    """Answers for tensors without numbers: attention by its shape alone, yes or no with no, lists with zeros."""
+    """Answers for tensors without numbers: attention by its shape alone, lists with zeros, yes or no with `says`."""
+
+    def __init__(self, says: bool = False) -> None:
+        super().__init__()
+        self.says = says
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             query, _, value = args[:3]
             return query.new_empty(*query.shape[:-1], value.shape[-1])
         if args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
-            if func is torch.Tensor.__bool__:
-                return False
+            if func in (torch.Tensor.__bool__, torch.equal):
+                return self.says
             if func is torch.Tensor.tolist:
                 return torch.zeros(args[0].shape, dtype=args[0].dtype).tolist()
         return func(*args, **(kwargs or {}))
@@ -97,6 +104,23 @@ class BlindSegment(Segment):
 
     def _new_store(self, layer: int) -> BlindStore:
         return BlindStore(self.compression.storage, self.compression.method.in_cache_sinks)
+
+
+class BlindCompression(Compression):
+    """A compression whose cuts go by shapes where the method or the treatment looks at numbers: what these themselves
+    take is then not counted."""
+
+    def score(self, view: View) -> torch.Tensor:
+        """[B, K, N]"""
+        try:
+            return super().score(view)
+        except NotImplementedError:
+            return torch.zeros_like(view.keys[..., 0])
+
+    @staticmethod
+    def of(compression: Compression, **changes: Any) -> BlindCompression:
+        parts = {f.name: getattr(compression, f.name) for f in dataclasses.fields(compression)}
+        return BlindCompression(**{**parts, **changes})
 
 
 class Estimate:
@@ -129,6 +153,8 @@ class Estimate:
         self._feed(make_cache(FULL, self.facts), 1, 2)  # layers are known when they have been met
         self.facts.rope = RopeKit(self.model, self.facts.modules)
         self.facts.rope_kinds = ["rope"] * self.facts.num_layers
+        with torch.inference_mode(), Blind(says=True):
+            outputs.find(self.model, self.facts, FULL)
 
     @property
     def weights(self) -> int:
@@ -146,21 +172,18 @@ class Estimate:
         Args:
             chunk: tokens of a prompt in one forward; None: all.
         """
+        even = BlindCompression.of(compression, heads=Heads())  # how heads share a budget is up to the numbers
         try:
-            prefill, held, step = self._run(compression, rows, prompt, chunk)
-        except (
-            NotImplementedError
-        ):  # the treatment of the evicted looks at numbers: what it takes itself is not counted
-            dropping = dataclasses.replace(compression, evicted=Drop())
-            prefill, held, step = self._run(dropping, rows, prompt, chunk)
+            prefill, held, step = self._run(even, rows, prompt, chunk)
+        except NotImplementedError:
+            prefill, held, step = self._run(BlindCompression.of(even, evicted=Drop()), rows, prompt, chunk)
         return Bytes(self.weights, prefill, held, step + rows * self._growth(compression, prompt, new))
 
     def _run(self, compression: Compression, rows: int, prompt: int, chunk: int | None) -> tuple[int, int, int]:
         """Most bytes while the prompts are read, those after it, and most during one step."""
-        even = dataclasses.replace(compression, heads=Heads())  # how heads share a budget is up to the numbers
-        cache = make_cache(even, self.facts, chunk)
+        cache = make_cache(compression, self.facts, chunk)
         if compression.storage.quantises:
-            cache = CompressedCache(even, self.facts, BlindSegment)
+            cache = CompressedCache(compression, self.facts, BlindSegment)
             cache.prefill_chunk = chunk
         with LiveBytes([*self.model.parameters(), *self.model.buffers()]) as live:
             if chunk is not None and prompt > chunk:  # the last chunk, beside what all before it have left, takes most
@@ -172,7 +195,8 @@ class Estimate:
             self._feed(cache, rows, prompt if chunk is None else min(prompt, chunk))
             prefill, held = live.peak, live.now
             live.peak = held
-            self._feed(cache, rows, 1)
+            with suppress(NotImplementedError):  # what a step reads is up to the numbers: as much as was held
+                self._feed(cache, rows, 1)
         return prefill, held, live.peak
 
     def largest(self, memory: int, of: Callable[[int], Bytes]) -> int:

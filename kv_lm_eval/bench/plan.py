@@ -96,6 +96,10 @@ def run(args: argparse.Namespace, lengths: Sequence[int], memory: int | None) ->
             raise UserError(
                 f"--methods {words}: prefill_evict is not planned; a prompt then holds its budget and a chunk"
             )
+        if compression.method.reads_again:
+            raise UserError(
+                f"--methods {words}: it reads the prompt a second time, which is not planned; plan full with it"
+            )
         if not compression.method.uses_cache:
             raise UserError(f"--methods {words}: it holds no cache, so that there is nothing to plan")
         asked[words] = (compression, engine.prefill_chunk)

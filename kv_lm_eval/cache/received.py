@@ -71,7 +71,8 @@ def _by_heads(step: Step, seen: Visible, outputs: bool) -> tuple[torch.Tensor, t
     kv_heads, n = seen.keys.shape[1:3]
     group, device = h // kv_heads, step.query.device
     x = min(q, max(1, PACKED // group))
-    near = NEAR_ELEMENTS if device.type == "cpu" else WEIGHT_ELEMENTS
+    on_cpu = device.type in ("cpu", "meta")  # meta: memory is being counted, as it would be there
+    near = NEAR_ELEMENTS if on_cpu else WEIGHT_ELEMENTS
     some = max(1, min(b * kv_heads, near // (group * x * n)))
     queries = step.query.detach().reshape(b * kv_heads, group, q, -1)
     keys, values = (
@@ -82,7 +83,7 @@ def _by_heads(step: Step, seen: Visible, outputs: bool) -> tuple[torch.Tensor, t
     wide = at_least_float32(queries[:0]).dtype
     mass = keys.new_zeros(b * kv_heads, n, dtype=wide)
     logits = keys.new_empty(some * group * x * n, dtype=wide)
-    weights = logits if device.type == "cpu" else torch.empty_like(logits)  # in their place, where that is known to do
+    weights = logits if on_cpu else torch.empty_like(logits)  # in their place, where that is known to do
     nothing = logits.new_zeros(1)
     for first in range(0, q, x):
         last = min(q, first + x)
