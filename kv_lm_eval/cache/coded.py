@@ -29,7 +29,8 @@ class Codec(Protocol):
         """Consecutive pairs that must be coded together; 1: each is coded for itself."""
 
     def tables(self, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """What all vectors of so many numbers that are coded so share, whatever row, head or layer they are of."""
+        """What all vectors of so many numbers that are coded so share, whatever row, head or layer they are of: tables
+        [...] of any shape."""
 
     def of_head(
         self, x: torch.Tensor, real: torch.Tensor, before: Mapping[str, torch.Tensor]
@@ -143,7 +144,7 @@ class Coded:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All that is held."""
+        """All that is held, [B, K, ...] each."""
         held = [x for table in (self.of_pair, self.of_head, self.of_group) for x in table.values()]
         return held if self.group is None else [*held, self.group]
 
@@ -212,7 +213,7 @@ def _words(nbits: int) -> tuple[int, int, torch.dtype]:
 
 
 def narrow(numbers: torch.Tensor) -> torch.Tensor:
-    """Group numbers in the narrowest type that has room for as many groups as there are pairs."""
+    """Group numbers [..., n] in the narrowest type that has room for as many groups as there are pairs."""
     return numbers.to(torch.int16 if numbers.shape[-1] < 2**15 else torch.int32)
 
 

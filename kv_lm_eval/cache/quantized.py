@@ -214,7 +214,7 @@ class QuantizedStore(LayerStore):
 
     @property
     def shared(self) -> Sequence[torch.Tensor]:
-        """Codebooks and rotations, where any pair is coded with them."""
+        """Codebooks [C] and rotations [D, D], where any pair is coded with them."""
         held = [x for x in (self._coded_keys, self._coded_values) if x is not None]
         return [t for x in held for t in x.codec.tables(x.size, x.tensors[0].device)]
 

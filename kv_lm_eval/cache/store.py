@@ -306,7 +306,7 @@ class LayerStore:
 
     @property
     def shared(self) -> Sequence[torch.Tensor]:
-        """Tables that other layers hold too."""
+        """Tables [...] that other layers hold too."""
         return ()
 
 

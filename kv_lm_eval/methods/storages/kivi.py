@@ -105,6 +105,7 @@ class Grouped:
         return self.width
 
     def tables(self, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """None [...] is shared."""
         return ()
 
     def of_head(

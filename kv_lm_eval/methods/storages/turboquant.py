@@ -68,6 +68,7 @@ class Rotated:
         return self.nbits - self.qjl
 
     def tables(self, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """The codebook [2^bits], the rotation [D, D], and with the sign bit the projection [D, D]."""
         turned = (codebook(self.bits, device), rotation(size, self.seed, device))
         return (*turned, projection(size, self.seed, device)) if self.qjl else turned
 
