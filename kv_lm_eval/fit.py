@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 POINTS = 72  # an inch
+LEGEND_ROOM = 0.6  # inches that figures have for a legend anyway
 
 
 @functools.cache
@@ -51,10 +52,14 @@ def _parts(line: str, width: float, size: float, bold: bool) -> list[str]:
 
 
 def legend_below(figure: Any, handles: Mapping[str, Any], size: float = 8) -> None:
-    """A legend under all axes, with as many columns as the figure is wide."""
+    """A legend under all axes, with as many columns as the figure is wide; a long one makes the figure higher, so that
+    it takes no room from the axes."""
     width = figure.get_size_inches()[0] - 0.3
     handle = 5.2 * size / POINTS  # its picture and the space around it, see legend.handlelength and the like
     names = [wrap(name, width - handle, size) for name in handles]
     widest = max(inches(name, size) for name in names) + handle
     columns = max(1, min(len(names), 6, int(width / widest)))
+    lines = sum(name.count("\n") + 1 for name in names) / columns
+    if (more := 1.55 * size / POINTS * lines - LEGEND_ROOM) > 0:
+        figure.set_size_inches(figure.get_size_inches()[0], figure.get_size_inches()[1] + more)
     figure.legend(handles.values(), names, loc="outside lower center", ncols=columns, fontsize=size, frameon=False)

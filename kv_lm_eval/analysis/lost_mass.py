@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -90,10 +89,10 @@ def watched(layer: int) -> Iterator[Seen]:
     """Inside, one text runs under a method and the full cache."""
     seen, original = Seen(layer), CompressedCache.attend
 
-    def attend(cache: CompressedCache, step: Step, mask: Any) -> torch.Tensor:
+    def attend(self: CompressedCache, step: Step, mask: torch.Tensor | None) -> torch.Tensor:
         if step.layer == layer:
-            seen.note(cache, step)
-        return original(cache, step, mask)
+            seen.note(self, step)
+        return original(self, step, mask)
 
     CompressedCache.attend = attend  # type: ignore[method-assign, assignment]
     try:

@@ -88,3 +88,12 @@ def test_the_page_has_all_of_it_and_damaged_numbers_are_left_out(tmp_path):
     assert (tmp_path / "out" / "tables" / "fidelity.csv").is_file()
     (damaged,) = written.report.damaged
     assert "fidelity.a.along_base" in damaged
+
+
+def test_many_methods_leave_the_axes_their_room(tmp_path):
+    report = report_of(folder_of(tmp_path, [numbers(0.25 / i, 0.1 / i, 0.3 / i) for i in range(1, 19)]))
+    for picture in plots.fidelity.draw(report):
+        picture.figure.draw_without_rendering()
+        (axis,) = picture.figure.axes
+        assert axis.get_window_extent().height / picture.figure.dpi > 2.0
+        assert not cut_off(picture.figure) and not on_another(picture.figure)
