@@ -77,6 +77,32 @@ def lagkv(layer: Layer, sinks: int = 4, lag: int = 128) -> Array:
     return scores
 
 
+def observed_attention(layer: Layer) -> Array:
+    heads, n, _ = layer.keys.shape
+    return (layer.attention.sum(1) / np.arange(n, 0, -1)).reshape(heads, -1, n).mean(1)
+
+
+def cur(layer: Layer, window: int = 16, sinks: int = 4) -> Array:
+    shares = []
+    for states in (layer.keys, layer.values):
+        squares = (states**2).sum(-1)
+        for start in range(0, squares.shape[1], window):
+            squares[:, start : start + window] /= squares[:, start : start + window].sum(1, keepdims=True)
+        shares.append(squares)
+    scores = shares[0] * shares[1]
+    scores /= scores.sum(1, keepdims=True)
+    scores[:, :sinks] = 1.0
+    return scores
+
+
+def chunkkv(scores: Array, removed: float, length: int = 20) -> set[int]:
+    """ChunkKVPress, one set for all heads: a share of the chunks, the last of which may be shorter."""
+    n = scores.shape[1]
+    chunks = [range(start, min(n, start + length)) for start in range(0, n, length)]
+    order = sorted(chunks, key=lambda chunk: -scores[:, chunk.start : chunk.stop].sum(0).mean())
+    return {token for chunk in order[: max(1, int(len(chunks) * (1 - removed)))] for token in chunk}
+
+
 def expected_attention(layer: Layer, epsilon: float = 0.01, sinks: int = 4, ahead: int = 512) -> Array:
     heads, n, d = layer.keys.shape
     rates = layer.theta ** -(np.arange(0, d, 2) / d)

@@ -23,6 +23,7 @@ from kv_lm_eval.tasks.needle.ruler import protocol
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TASKS = {"niah_single_1": 0.25, "vt": 0.5, "cwe": 0.75, "niah_single_2": 0.875}  # and the share that is removed
+PRESSES = ["knorm", "keydiff", "lagkv", "snapkv", "streaming_llm", "tova", "cur", "observed_attention"]
 QUERY_AWARE = "leaderboard/adakv_snapkv_query_aware"
 
 
@@ -93,7 +94,7 @@ def compare(stays: set[int], scores: np.ndarray, number: int) -> int:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("press", ["knorm", "keydiff", "lagkv", "snapkv", "streaming_llm", "tova"])
+@pytest.mark.parametrize("press", PRESSES)
 def test_a_preset_keeps_what_the_press_keeps(press, task):
     removed, left_open = TASKS[task], 0
     got = kept(task, removed, f"leaderboard/{press}")
@@ -130,6 +131,14 @@ def test_heads_share_as_under_kvpresss_adakv(preset, task):
         assert sum(map(len, heads)) == number * len(heads)
         differ += sum(len(a ^ b) for a, b in zip(heads, expected, strict=True))
     assert differ == 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_whole_chunks_stay_as_under_chunkkv(task):
+    removed = TASKS[task]
+    got = kept(task, removed, "leaderboard/chunkkv_query_aware", True)
+    for layer, heads in zip(layers(task, True), got, strict=True):
+        assert heads == [kvpress_scores.chunkkv(kvpress_scores.snapkv(layer), removed)] * len(heads)
 
 
 def test_the_papers_shares_are_not_kvpresss():
