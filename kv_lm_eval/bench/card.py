@@ -130,6 +130,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         "one_prefill": _one_prefill,
         "shared_prefix": _shared,
         "compiled": _compiled,
+        "goals": _goals,
+        "growth": _growth,
     }
     for name, writer in writers.items():
         if name in result:
@@ -303,3 +305,29 @@ def _compiled(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
         f"Compiling took {part['compile_s']:.0f} s of wall time; largest difference of a logit "
         f"{part['max_abs_difference']:.1e}.",
     ]
+
+
+def _goals(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for ratio in part["ratios"]:
+        goal, measured = ratio["goal"], ratio["measured"]
+        cells = [f"{100 * x:.1f} %" if goal < 0.1 else f"{x:.2f}x" for x in (goal, measured)]
+        rows.append((ratio["name"], f"<= {cells[0]}", cells[1], "yes" if measured <= goal else "no"))
+    return ["## Goals", "", *table(("ratio of least times", "goal", "measured", "met"), rows)]
+
+
+def _growth(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, entry in part["entries"].items():
+        cells = [f"{e['seconds']:.2f} s, {megabytes(e['bytes'])}" for e in entry["at"].values()]
+        slopes = [entry["seconds_slope"], entry["bytes_slope"]]
+        cells += ["" if slope is None else f"{slope:.2f}" for slope in slopes]
+        rows.append((name, *cells, str(entry["bend"] or ""), entry["why"]))
+    lengths = list(next(iter(part["entries"].values()))["at"])
+    head = ["a prompt of", *(f"{n} tokens" for n in lengths), "slope, time", "slope, memory", "bend, tokens", "why"]
+    title = f"## Growth with the prompt, capacity {part['capacity']}, chunks of {part['chunk']}"
+    note = (
+        "Slopes are between the last two lengths: 1 grows with the length, 2 with its square. At the bend half of the "
+        "time is the square's. Memory is the peak above the weights, of live tensors."
+    )
+    return [title, "", *table(head, rows), "", note]

@@ -4,6 +4,7 @@
     kv-lm-eval bench --random-weights mistral-7b --device cuda \\
         --dtype bfloat16 --prompt 16384 --capacity 1024
     kv-lm-eval bench --pretrained kv-tiny --parts decode,prefill
+    kv-lm-eval bench --random-weights tiny-26m --growth
 
 Speed depends on shapes, not on what the weights are: --random-weights takes a known shape or a config.json and
 downloads nothing. Before anything runs, the card says how many bytes a step must read and how long that takes at the
@@ -36,8 +37,9 @@ if TYPE_CHECKING:  # torch takes seconds, and a mistake is told before
 
 PARTS = (
     *("generation", "decode", "storage", "prefill", "memory", "scoring", "fidelity"),
-    *("one_prefill", "shared_prefix", "compiled"),
+    *("one_prefill", "shared_prefix", "compiled", "goals"),
 )
+MORE = ("growth",)  # parts that take long and are asked for by name
 DECODED = "full,streaming_llm,streaming_ring,snapkv,h2o"
 GENERATED = "full,streaming_ring,snapkv,h2o"
 
@@ -58,10 +60,16 @@ def _main(argv: Sequence[str] | None) -> int:
     text = card.markdown(result)
     print(text)
     if args.output_dir:
-        name = "_".join((result["name"], result["environment"]["device_type"], result["date"]))
+        kind = ["growth"] if args.growth else []
+        name = "_".join((result["name"], result["environment"]["device_type"], *kind, result["date"]))
         path = Path(args.output_dir) / (re.sub(r"[^A-Za-z0-9_.-]+", "-", name) + ".md")
         files.write_whole(path, text)
         print(f"written to {path}")
+        if "growth" in result:
+            from kv_lm_eval.bench import growth
+
+            growth.draw(result["growth"], path.with_suffix(".png"))
+            print(f"picture: {path.with_suffix('.png')}")
     print(json.dumps(result))
     return 0
 
@@ -87,6 +95,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--slots", default="512,2048,8192", help="of the decode table")
     parser.add_argument("--lengths", default="512,1024,2048,4096", help="prompts of the memory table")
     parser.add_argument("--chunk", type=int, default=512, help="tokens of a chunk in the memory table")
+    parser.add_argument("--goal-lengths", default="4096,8192", help="prompts of the table of goals")
+    parser.add_argument(
+        "--growth", action="store_true", help="only how time and memory grow with the prompt, and a picture of it"
+    )
+    parser.add_argument(
+        "--growth-lengths", default="1024,2048,4096,8192,16384,32768,65536", help="prompts of the table of growth"
+    )
     parser.add_argument("--document", type=int, default=2048, help="tokens of the scored document")
     parser.add_argument("--choices", default="4,10", help="continuations of one context")
     parser.add_argument("--bandwidth-gbs", type=float, help="GB/s of the device; default: measured by a copy")
@@ -96,12 +111,14 @@ def arguments() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be wrong, before torch is imported."""
-    if unknown := [part for part in args.parts.split(",") if part not in PARTS]:
-        raise UserError(f"--parts {unknown[0]} is not one of: {', '.join(PARTS)}")
+    if args.growth:
+        args.parts = "growth"
+    if unknown := [part for part in args.parts.split(",") if part not in PARTS + MORE]:
+        raise UserError(f"--parts {unknown[0]} is not one of: {', '.join(PARTS + MORE)}")
     for name in ",".join((args.methods or "full", args.decode_methods, args.generate_methods)).split(","):
         names.check(name)
-    for option in ("slots", "lengths", "choices"):
-        console.numbers(getattr(args, option), f"--{option}")
+    for option in ("slots", "lengths", "choices", "goal-lengths", "growth-lengths"):
+        console.numbers(getattr(args, option.replace("-", "_")), f"--{option}")
     if args.random_weights:
         shapes.check(args.random_weights)
 
@@ -143,7 +160,7 @@ def run(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
 
 def measured(part: str, bench: Bench, args: argparse.Namespace) -> Any:
     """One part's numbers."""
-    from kv_lm_eval.bench import measure, one_prefill
+    from kv_lm_eval.bench import goals, growth, measure, one_prefill
 
     def methods(text: str) -> list[str]:
         return bench.usable(list(dict.fromkeys(["full", *text.split(",")])))
@@ -167,4 +184,8 @@ def measured(part: str, bench: Bench, args: argparse.Namespace) -> Any:
             return one_prefill.compared(bench, args.prompt, 2 * args.new_tokens)
         case "shared_prefix":
             return measure.shared_prefix(bench, args.prompt // 4, console.numbers(args.choices, "--choices"))
+        case "goals":
+            return goals.goals(bench, console.numbers(args.goal_lengths, "--goal-lengths"))
+        case "growth":
+            return growth.growth(bench, console.numbers(args.growth_lengths, "--growth-lengths"), args.chunk)
     return measure.compiled(bench, args.capacity)

@@ -75,33 +75,38 @@ class RopeKit:
             b, k, n, d = keys.shape
             each = delta.expand(b, k, n).reshape(b * k, n)
             return self.rotate(keys.reshape(b * k, 1, n, d), each, layer, over).view(b, k, n, d)
-        cos, sin = self._tables_of(keys, delta, layer, over)
+        traced = torch.compiler.is_compiling()  # a graph must not depend on what was kept from step to step
+        cos, sin = (self._made if traced else self._kept)(keys, delta, layer, over)
         work = keys.to(torch.promote_types(keys.dtype, cos.dtype))
         rotated_dim = cos.shape[-1]
         head, tail = work[..., :rotated_dim], work[..., rotated_dim:]
         apply = self._apply(layer)
-        alone = _turns_one(apply)
+        alone = (_turns_one if traced else _known_to_turn_one)(apply)
         # of two, the second is there for its form only
         turned = apply(head, cos, sin) if alone else apply(head, head[:, :1], cos, sin)[0]
         return (torch.cat([turned, tail], dim=-1) if tail.shape[-1] else turned).to(keys.dtype)
 
-    def _tables_of(
+    def _kept(
         self, keys: torch.Tensor, delta: torch.Tensor, layer: int, over: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [B, N, R] of `rotate`; those of the very tensor that came last, which layers of a step
         share and nobody writes to, are there."""
         whose = (self._layer_type(layer) if self._by_layer_type else None, keys.shape, keys.dtype, over)
         if delta is not self._last[0] or self._last[1:] != whose or self._last_tables is None:
-            if over == 1:
-                cos, sin, scaling = self._tables(keys, delta.expand(keys.shape[0], keys.shape[2]), layer)
-            else:
-                positions = (delta.unsqueeze(2) + torch.arange(over, device=delta.device)).flatten(1)
-                cos, sin, scaling = self._tables(keys, positions, layer)
-                cos, sin = (x.unflatten(1, (-1, over)).mean(2) for x in (cos, sin))
-            if scaling != 1.0:
-                cos, sin = cos / scaling, sin / scaling
-            self._last, self._last_tables = (delta, *whose), (cos, sin)
+            self._last, self._last_tables = (delta, *whose), self._made(keys, delta, layer, over)
         return self._last_tables
+
+    def _made(
+        self, keys: torch.Tensor, delta: torch.Tensor, layer: int, over: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, made anew."""
+        if over == 1:
+            cos, sin, scaling = self._tables(keys, delta.expand(keys.shape[0], keys.shape[2]), layer)
+        else:
+            positions = (delta.unsqueeze(2) + torch.arange(over, device=delta.device)).flatten(1)
+            cos, sin, scaling = self._tables(keys, positions, layer)
+            cos, sin = (x.unflatten(1, (-1, over)).mean(2) for x in (cos, sin))
+        return (cos, sin) if scaling == 1.0 else (cos / scaling, sin / scaling)
 
     def _tables(
         self, keys: torch.Tensor, positions: torch.Tensor, layer: int
@@ -120,10 +125,12 @@ class RopeKit:
         return cos, sin, float(scaling or 1.0)
 
 
-@lru_cache
 def _turns_one(apply: Callable[..., Any]) -> bool:
     """Whether a model's rotary function turns one tensor; most turn two."""
     return list(inspect.signature(apply).parameters).index("cos") == 1
+
+
+_known_to_turn_one = lru_cache(_turns_one)
 
 
 def _has_frequencies(module: nn.Module) -> bool:

@@ -104,9 +104,12 @@ class StaticCache(Face):
             slot = self.sinks + (p - self.sinks) % ring  # [B, 1]; rows have their sinks already
         else:
             slot = self.next_slot[layer].expand(p.shape[0], 1)
-        keys.scatter_(2, slot[:, None, :, None].expand(-1, keys.shape[1], 1, keys.shape[3]), new_key)
-        values.scatter_(2, slot[:, None, :, None].expand(-1, values.shape[1], 1, values.shape[3]), new_value)
-        pos.scatter_(2, slot[:, None].expand(-1, pos.shape[1], 1), p[:, None].expand(-1, pos.shape[1], 1))
+        rows = torch.arange(p.shape[0], device=p.device)[:, None]
+        heads, heads_of_pos = (torch.arange(x.shape[1], device=p.device)[None] for x in (keys, pos))
+        # index_put_ is what the compiler does in place: for scatter_ it copies the whole cache at every step
+        keys.index_put_((rows, heads, slot), new_key[:, :, 0])
+        values.index_put_((rows, heads, slot), new_value[:, :, 0])
+        pos.index_put_((rows, heads_of_pos, slot), p)
         if self.turns and self.facts.rope_kinds[layer] == "rope":
             pristine, rope = self.pristine[layer], self.facts.rope
             assert pristine is not None and rope is not None

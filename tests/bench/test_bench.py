@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as tf
 
-from kv_lm_eval.bench import card, measure, shapes, timing
+from kv_lm_eval.bench import card, goals, growth, measure, shapes, timing
 from kv_lm_eval.bench.live_bytes import LiveBytes
 from kv_lm_eval.errors import UserError
 
@@ -133,3 +133,32 @@ def test_methods_that_a_model_cannot_have_are_left_out() -> None:
     usable = bench.usable(["full", "snapkv", "streaming_llm"])
     assert "snapkv" in usable
     assert "streaming_llm" not in usable, "its positions are learned: keys cannot be moved"
+
+
+def test_slopes_and_the_bend_of_what_is_known() -> None:
+    at = {str(n): {"seconds": 3e-3 * n + 1e-6 * n * n, "bytes": 7.0 * n} for n in (1024, 4096, 16384)}
+    found = growth.slopes(at)
+    assert found["bend"] == 3000 and found["bytes_slope"] == pytest.approx(1)
+    assert 1.5 < found["seconds_slope"] < 2
+    line = growth.slopes({str(n): {"seconds": 2.0 * n, "bytes": 1.0} for n in (10, 20)})
+    assert line == {"seconds_slope": pytest.approx(1), "bytes_slope": 0, "bend": None}
+
+
+def test_growth_writes_a_table_and_a_picture(tmp_path: Path) -> None:
+    flags = ("--growth", "--growth-lengths", "64,128", "--chunk", "32", "--capacity", "40", "--output-dir")
+    result = script("bench.py", *flags, str(tmp_path))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".md", ".png"]
+    assert set(result["growth"]["entries"]) == set(growth.WHY)
+    assert "slope, time" in next(tmp_path.glob("*.md")).read_text()
+
+
+def test_goals_stand_beside_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the compiled steps, which take seconds to compile."""
+    monkeypatch.setattr(goals, "compiled", lambda *args: iter(()))
+    model = shapes.random_model("tiny-1m", torch.float32, "cpu")
+    part = goals.goals(measure.Bench.of(model, capacity=300), (400, 500))
+    names = [ratio["name"] for ratio in part["ratios"]]
+    assert len(names) == len(set(names)) == 1 + 1 + 5 + 4
+    assert all(ratio["measured"] > 0 and ratio["goal"] > 0 for ratio in part["ratios"])
+    text = "\n".join(card._goals({"ratios": [{"name": "a", "goal": 0.03, "measured": 0.04}, *part["ratios"]]}, {}))
+    assert "| a | <= 3.0 % | 4.0 % | no |" in text and "| <= 1.10x |" in text
