@@ -307,8 +307,17 @@ def _compiled(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+ONE_PREFILL = {"12": 1 / 8, "20": 1 / 11}  # of as many prefills, by the number of methods
+
+
 def _goals(part: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
-    rows = []
+    rows, shared = list[tuple[str, ...]](), result.get("one_prefill", {})
+    for count, times in shared.get("methods", {}).items():
+        measured = times["together"]["median"] / times["one by one"]["median"]
+        name = f"{count} methods from one prefill of {shared['prompt']} tokens, of one by one"
+        if count in ONE_PREFILL:
+            goal = ONE_PREFILL[count]
+            rows.append((name, f"<= {goal:.3f}x", f"{measured:.3f}x", "yes" if measured <= goal else "no"))
     for ratio in part["ratios"]:
         goal, measured = ratio["goal"], ratio["measured"]
         cells = [f"{100 * x:.1f} %" if goal < 0.1 else f"{x:.2f}x" for x in (goal, measured)]
