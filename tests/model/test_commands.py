@@ -138,18 +138,19 @@ def test_a_wrong_setting_ends_with_a_message_and_status_2_and_writes_nothing(arg
     assert not list(tmp_path.iterdir())
 
 
-def test_two_ranks_give_the_numbers_of_one(tmp_path):
+def test_two_and_three_ranks_give_the_numbers_of_one(tmp_path):
+    """Five prompts of unlike lengths, which neither number shares out evenly."""
     args = "pretrained=kv-tiny,dtype=float32,method=snapkv,max_capacity_prompt=100,window_size=16"
     common = ["--model", "kvcompressed", "--model_args", args, "--tasks", "kv_quickstart_needle", "--limit", "5"]
-    both = []
-    for ranks in (1, 2):
+    found = []
+    for ranks in (1, 2, 3):
         out = str(tmp_path / f"ranks{ranks}")
         done = run(*common, "--device", "cpu", "--output_path", out, cwd=tmp_path, ranks=ranks)
         assert done.returncode == 0, done.stderr
-        both.append(results(Path(out)))
-    one, two = both
-    assert one["results"]["kv_quickstart_needle"] == two["results"]["kv_quickstart_needle"]
-    assert without_times(one["config"]["kv_stats"]) == without_times(two["config"]["kv_stats"])
+        found.append(results(Path(out)))
+    for more in found[1:]:
+        assert more["results"]["kv_quickstart_needle"] == found[0]["results"]["kv_quickstart_needle"]
+        assert without_times(more["config"]["kv_stats"]) == without_times(found[0]["config"]["kv_stats"])
 
 
 def without_times(stats: dict) -> dict:
