@@ -37,7 +37,8 @@ def received_mass(step: Step, seen: Visible) -> torch.Tensor:
 
 
 def attend_one(step: Step, seen: Visible) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for one new token a row, from one reading of the keys, whatever is hidden but by a sight."""
+    """The same for one new token a row, [B, H, 1, D] and [B, K, N], from one reading of the keys, whatever is hidden
+    but by a sight."""
     kv_heads = seen.keys.shape[1]
     logits = at_least_float32(packed_queries(step.query, kv_heads) @ seen.keys.transpose(2, 3)).mul_(step.scaling)
     if seen.bias is not None:
