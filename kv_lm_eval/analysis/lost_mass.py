@@ -94,7 +94,7 @@ def watched(layer: int) -> Iterator[Seen]:
             seen.note(self, step)
         return original(self, step, mask)
 
-    CompressedCache.attend = attend  # type: ignore[method-assign, assignment]
+    CompressedCache.attend = attend  # type: ignore[method-assign]
     try:
         yield seen
     finally:
