@@ -104,3 +104,20 @@ def test_queries_are_held_no_longer_than_they_are_asked_for():
 def test_settings_without_sense_are_refused():
     with pytest.raises(UserError, match="chunk_size=0"):
         tiny.compression(**{**NON_CAUSAL, "chunk_size": 0})
+
+
+def test_rows_of_unlike_lengths_in_one_rectangle_score_as_they_do_alone():
+    pair, lengths = tiny.pair("llama"), (60, 41, 24)
+    rows = [tiny.tokens(n + 12, seed=n) for n in lengths]
+
+    def run(some: list[int]) -> list[list[list[int]]]:
+        cache = pair.cache(**{**NON_CAUSAL, "chunk_size": 7}, compress_every=4)
+        tiny.forward(pair.model, cache, [rows[i][: lengths[i]] for i in some])
+        cache.gather()
+        assert len(cache.segments) == 1
+        for t in range(12):
+            fed, starts = [[rows[i][lengths[i] + t]] for i in some], [lengths[i] + t for i in some]
+            tiny.forward(pair.model, cache, fed, starts=starts)
+        return [tiny.kept(cache, 0, row) for row in range(len(some))]
+
+    assert run([0, 1, 2]) == [run([i])[0] for i in range(3)]
