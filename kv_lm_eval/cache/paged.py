@@ -49,6 +49,7 @@ class Paged(Segment):
         return new
 
     def begin(self, pos: torch.Tensor) -> None:
+        """As in `Segment`: places [B, q]."""
         super().begin(pos)
         if not self.reads_only:
             self.read = [0.0] * self.rows
