@@ -75,6 +75,11 @@ WRONG = {
         "from kv_lm_eval.methods.treatments import d2o",
         "A treatment of the evicted is one file: it knows no other",
     ),
+    "a form of storage knows another": (
+        "kv_lm_eval/methods/storages/fp8.py",
+        "from kv_lm_eval.methods.storages import kivi",
+        "A form of storage is one file: it knows no other",
+    ),
     "the cache knows lm-eval": (
         "kv_lm_eval/cache/rope.py",
         "def late():\n    import lm_eval.utils",

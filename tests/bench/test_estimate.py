@@ -69,7 +69,7 @@ def test_every_method_holds_what_was_planned(name: str, case: str) -> None:
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt2", "qwen3"])
 def test_windows_learned_positions_and_chunks_are_counted_too(name: str) -> None:
-    wide = {} if name == "gpt2" else WIDE
+    wide = {} if name == "gpt2" else {**WIDE, "num_hidden_layers": 2}
     plan = Estimate(tiny.build(name, **wide).config, torch.float32)
     on = tiny.build(name, **wide)
     facts = tiny.wrap(on, tiny.compression(**METHODS["snapkv"]))
@@ -109,5 +109,5 @@ def test_llama_3_8b_at_128k_by_hand() -> None:
     assert snapkv.cache == pytest.approx(1024 * pairs, rel=0.02)
     assert snapkv.prefill == pytest.approx(1024 * pairs + mlp, rel=0.05)
     in_chunks = plan.of(tiny.compression(method="full"), 1, tokens, 128, 4096)
-    assert full.cache < in_chunks.prefill < full.cache + 0.1 * mlp
+    assert full.cache < in_chunks.prefill < 1.125 * full.cache + 0.1 * mlp, "the cache grows by an eighth at a time"
     assert plan.largest(80 * 10**9, lambda rows: plan.of(tiny.compression(method="full"), rows, tokens, 128, 4096)) == 3

@@ -142,17 +142,21 @@ def test_a_heads_scale_comes_from_what_is_coded_first_and_stays() -> None:
 
 
 def test_a_tokens_scale_is_applied_as_vllm_does() -> None:
-    """Times the inverse, rounded to float32, which now and then is a neighbour of the quotient."""
-    x = torch.randn(1, 1, 4000, 3, generator=torch.Generator().manual_seed(0))
-    got = encode(Floats("e4m3", "token"), x, torch.ones(1, 1, 4000, dtype=torch.bool)).of_pair
-    scale = np.maximum(np.abs(x[0, 0].numpy()).max(1) / np.float32(448), np.float32(1e-6))
-    assert np.array_equal(got["scale"][0, 0].numpy(), scale)
-    inverse = torch.from_numpy(x[0, 0].numpy() * (np.float32(1) / scale)[:, None])
-    assert torch.equal(
-        got["codes"][0, 0].view(FORMATS["e4m3"]).float(), inverse.clamp(-448, 448).to(FORMATS["e4m3"]).float()
-    )
-    quotient = torch.from_numpy(x[0, 0].numpy() / scale[:, None])
-    assert (inverse != quotient).any()
+    """Times the inverse, rounded to float32: where that and the quotient lie on two sides of a tie, codes differ."""
+    generator = np.random.default_rng(0)
+    largest = generator.uniform(1, 9, 400).astype(np.float32)
+    scale = np.maximum(largest / np.float32(448), np.float32(1e-6))
+    numbers = np.array(sorted(FLOATS["e4m3"].values()), np.float32)
+    ties = ((numbers[1:] + numbers[:-1]) / 2)[140:]
+    near = (scale[:, None] * ties).astype(np.float32)
+    x = np.stack([near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(9))], -1).reshape(400, -1)
+    x = np.minimum(x, largest[:, None])
+    times, over = x * (np.float32(1) / scale)[:, None], x / scale[:, None]
+    expected, other = (torch.from_numpy(v).clamp(-448, 448).to(FORMATS["e4m3"]).float() for v in (times, over))
+    assert (expected != other).any()
+    vectors = torch.from_numpy(np.concatenate([largest[:, None], x], 1))[None, None]
+    got = encode(Floats("e4m3", "token"), vectors, torch.ones(1, 1, 400, dtype=torch.bool)).of_pair
+    assert torch.equal(got["codes"][0, 0].view(FORMATS["e4m3"]).float()[:, 1:], expected)
 
 
 def test_a_scale_outlives_the_pairs_that_it_came_from() -> None:
