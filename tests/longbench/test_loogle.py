@@ -201,10 +201,9 @@ ARGS = {"pretrained": "kv-tiny", "method": "snapkv", "keep_ratio": 0.3, "questio
 def test_a_run_says_the_share_that_is_compressed_and_reads_a_text_once(folder, monkeypatch):
     from kv_lm_eval.engine import question
 
-    prefilled = []
-    original = question.prefill
+    prefilled, original = [], question.prefill_for_all
     monkeypatch.setattr(
-        question, "prefill", lambda model, new, rows, *a: prefilled.extend(rows) or original(model, new, rows, *a)
+        question, "prefill_for_all", lambda model, new, rows: prefilled.extend(rows) or original(model, new, rows)
     )
     options = {"metadata": {"loogle_dir": str(folder)}, "gen_kwargs": {"max_gen_toks": 2}}
     run = harness.run("kvcompressed", ARGS, ["kv_loogle"], **options)
