@@ -29,7 +29,7 @@ usage: kv-lm-eval COMMAND ...
   fidelity ...     which layer, head or treatment moves a method most
   tune ...         the smallest cache that answers as well as the full one
   bench ...        speed and memory of the methods on one model
-  plan MODEL ...   what a run will hold in memory, before it, and the batch that fits
+  plan MODEL ...   what a run will hold in memory, and the batch that fits
 
 `kv-lm-eval COMMAND --help` says more. For a start:
 

@@ -94,6 +94,7 @@ def _heads(view: View, first: int) -> View:
     return dataclasses.replace(
         view,
         keys=view.keys[:, first:],
+        _votes={},
         values=view.values[:, first:],
         _mass=view.mass[:, first:],
         _attend=lambda last: view.attention(last)[:, first:],

@@ -15,9 +15,10 @@ Usage:
 With --loss kl (or same_top) the loss is how far the predictions are from the full cache's, on texts, choices or the
 full cache's own answers, and what is sought are the fewest bytes, over eviction and quantisation:
 
-    kv-lm-eval tune --tasks kv_fidelity_file --loss kl --tolerance 0.1 --metadata '{"text_files": "FOLDER"}' \\
-        --model_args pretrained=kv-tiny,dtype=float32,method=snapkv --budgets 64,128,256 --try method=snapkv,tova \\
-        --also method=quantized,nbits=8/4/2
+    kv-lm-eval tune --tasks kv_fidelity_file --loss kl --tolerance 0.1 \\
+        --metadata '{"text_files": "FOLDER"}' --budgets 64,128,256 \\
+        --model_args pretrained=kv-tiny,dtype=float32,method=snapkv \\
+        --try method=snapkv,tova --also method=quantized,nbits=8/4/2
 
 A setting counts as within where the upper limit of its mean is (kv_lm_eval/stats/limits.py says of which losses the
 limit holds); --largest 2 takes a text for no farther than 2 nats, which holds whatever the losses are and takes more
@@ -125,10 +126,11 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--{given[0]} goes with --loss kl or same_top: budgets are told apart by their bytes there")
     if args.largest is not None and not args.tolerance < args.largest:
         raise UserError(f"--largest {args.largest:g} must be above --tolerance {args.tolerance:g}")
-    harness.check_device(args.device)
     if args.loss != "score":
+        harness.check_device(args.device)
         return tune_distance.tune(args)
     scores = Scores(args)
+    harness.check_device(args.device)
     scale = scores.range[1] - scores.range[0]
     tolerance = args.tolerance / scale
     budgets, left_out = candidates(args, scores.base)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kv_lm_eval import config, console
+from kv_lm_eval import console
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.experiments import descent, search
 from kv_lm_eval.experiments.descent import Step, Terms
@@ -48,6 +48,8 @@ def families(args: argparse.Namespace, base: Settings) -> tuple[list[list[Settin
         UserError: no setting is possible.
     """
     from lm_eval.utils import handle_arg_string
+
+    from kv_lm_eval import config
 
     asked = []
     axes = axes_of(args.axes)

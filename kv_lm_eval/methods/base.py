@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from typing_extensions import dataclass_transform
 
 from kv_lm_eval.cache.view import Pages as Pages
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 def setting(default: Any = dataclasses.MISSING, help: str = "", choices: tuple[Any, ...] = ()) -> Any:
     """One hyper-parameter: its default, what it means in a sentence (with its unit), and what it may be."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+ROUNDING = 2**-18  # relative, of float32 sums made in another order
 
 
 class Reading(NamedTuple):
@@ -289,3 +293,13 @@ def _only_method(module: Any, name: str, class_name: str | None) -> type[Method]
     method = next(iter(own.values()))
     method.name = method.__dict__.get("name") or name  # its own: a preset of another method must not take its name
     return method
+
+
+def levelled(scores: torch.Tensor) -> torch.Tensor:
+    """Scores [B, K, N], none negative, of which those of a head that differ by rounding only are the same, so that of
+    tokens that are worth the same the older ones stay, whatever their row is computed beside."""
+    value, order = scores.sort(dim=-1)
+    same = value[..., 1:] - value[..., :-1] <= ROUNDING * value[..., 1:]
+    group = F.pad((~same).cumsum(-1), (1, 0))
+    least = torch.full_like(value, float("inf")).scatter_reduce(2, group, value, "amin")
+    return torch.empty_like(scores).scatter_(2, order, least.gather(2, group))

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.base import View, setting
+from kv_lm_eval.methods.base import View, levelled, setting
 from kv_lm_eval.methods.snapkv import SnapKV, pooled
-
-ROUNDING = 2**-18  # relative, of float32 sums made in another order
 
 
 class DefensiveKV(SnapKV):
@@ -76,16 +73,6 @@ class DefensiveKV(SnapKV):
             2, order, torch.arange(order.shape[2], device=order.device).expand_as(order)
         )
         return rank < count.minimum(most)
-
-
-def levelled(scores: Tensor) -> Tensor:
-    """Scores [B, K, N] of which those of a head that differ by rounding only are the same: tokens of one value that
-    nobody looked at all have the least that counts times one norm, and the older ones stay."""
-    value, order = scores.sort(dim=-1)
-    same = value[..., 1:] - value[..., :-1] <= ROUNDING * value[..., 1:]
-    group = F.pad((~same).cumsum(-1), (1, 0))
-    least = torch.full_like(value, float("inf")).scatter_reduce(2, group, value, "amin")
-    return torch.empty_like(scores).scatter_(2, order, least.gather(2, group))
 
 
 def summed_over_heads(numbers: Tensor, pos: Tensor) -> Tensor:

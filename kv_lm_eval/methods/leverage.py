@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.base import Method, View, setting
+from kv_lm_eval.methods.base import Method, View, levelled, setting
 
 RIDGE = 1e-2  # added to the diagonal before it is inverted
 
@@ -59,4 +59,4 @@ def leverage(view: View, sketch_dimension: int, seed: int, counts: Tensor) -> Te
     gram = (x.transpose(2, 3) @ x).to(wide)
     gram = gram + RIDGE * torch.eye(gram.shape[-1], dtype=wide, device=x.device)
     lower = torch.linalg.cholesky(gram).to(x.dtype)
-    return torch.linalg.solve_triangular(lower, x.transpose(2, 3), upper=False).square().sum(2)
+    return levelled(torch.linalg.solve_triangular(lower, x.transpose(2, 3), upper=False).square().sum(2))

@@ -28,7 +28,7 @@ MAKERS = {
     "analysis/head_statistics.py",
     "engine/streaming.py",
     "cache/cache.py",
-} | {"analysis/kept.py"}
+} | {"analysis/kept.py", "bench/estimate.py", "bench/goals.py"}
 
 
 def classes() -> set[type[Segment]]:

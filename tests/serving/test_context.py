@@ -107,7 +107,7 @@ def test_a_context_that_is_read_again_is_read_in_the_words_of_its_tokenizer(mode
     with pytest.raises(UserError, match="needs a tokenizer: give it to kv_lm_eval.prefill"):
         prefill(model, models.tokens(40), method="kvzip", max_capacity_prompt=16)
     with (
-        pytest.raises(UserError, match=r"compressed_cache\(\): method=kvzip reads the prompt a second time"),
+        pytest.raises(UserError, match=r"compressed_cache\(\): method=kvzip reads a prompt twice"),
         compressed_cache(model, method="kvzip", max_capacity_prompt=16),
     ):
         pass

@@ -78,7 +78,7 @@ def budget(method: str, rng: random.Random) -> dict[str, Any]:
             {"compression_ratio": share},
             {"keep_ratio": share, "prune_after": rng.choice((0, 20, 60))},
         ]
-    return rng.choice(kinds)
+    return rng.choice(kinds) if kinds else {}  # by a threshold of its own
 
 
 def draw(rng: random.Random) -> str:

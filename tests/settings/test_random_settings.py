@@ -86,7 +86,9 @@ def run(args: dict[str, Any]) -> None:
 def taken(has: Any, value: Any) -> bool:
     """Whether a setting is what was written; what is switched off is not listed."""
     if has is None:
-        return str(value).lower() in ("none", "0")
+        return str(value).lower() in ("none", "0", "auto")
+    if str(value).startswith("fp8"):  # other names of the same form, whose own settings say the rest
+        return str(has).startswith("fp8")
     if has == ():
         return str(value) in ("", "[]", "()")
     return has == value or str(has) == str(value) or (isinstance(has, tuple) and [*has] == value)
