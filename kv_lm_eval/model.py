@@ -91,9 +91,8 @@ class KVCompressedLM(HFLM):
         method = self.compression.method
         windowed = method.recomputed_tokens is not None
         adapter.check(self.model, self.causal_lm, method.uses_cache or windowed, method.name)
-        self.facts, self._new_cache, self._decoder = served(
-            self.causal_lm, self.tokenizer, self.compression, self.engine
-        )
+        found = served(self.causal_lm, self.tokenizer, self.compression, self.engine)
+        self.facts, self._new_cache, self._decoder = found
         remarks.at_start(self._run())
 
     @property

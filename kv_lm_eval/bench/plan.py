@@ -100,6 +100,8 @@ def run(args: argparse.Namespace, lengths: Sequence[int], memory: int | None) ->
             raise UserError(
                 f"--methods {words}: it reads the prompt a second time, which is not planned; plan full with it"
             )
+        if compression.open and not compression.ranks_layers:
+            raise UserError(f"--methods {words}: how much a threshold keeps is known only when the prompt is read")
         if not compression.method.uses_cache:
             raise UserError(f"--methods {words}: it holds no cache, so that there is nothing to plan")
         asked[words] = (compression, engine.prefill_chunk)

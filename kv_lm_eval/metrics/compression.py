@@ -28,6 +28,7 @@ class RequestRecord:
 
     question_tokens were fed after the compression (question_in_prompt=False), and `compressed` is what happened before
     that; None: the whole prompt was compressed. kv_bytes_read: what the last token has read of what is held at the end.
+    answer_tokens: of what was generated, its stop included.
     over_budget: what the method always keeps was as much as the budget's share of the prompt, or more.
     """
 
@@ -48,6 +49,7 @@ class RequestRecord:
     question_tokens: int | None = None
     question_empty: bool = False
     over_budget: bool = False
+    answer_tokens: int | None = None
     timing: Timing | None = None
 
     def __post_init__(self) -> None:
@@ -66,7 +68,7 @@ class RequestRecord:
         return {**{name: getattr(self, name) for name in sizes}, **timing}
 
 
-OF_THE_MODEL = ("question_tokens", "question_empty", "timing")
+OF_THE_MODEL = ("question_tokens", "question_empty", "answer_tokens", "timing")
 
 
 def digest(what: Any) -> str:
@@ -200,7 +202,8 @@ def _summary(records: list[RequestRecord]) -> dict[str, Any]:
         out["empty_questions"] = sum(r.question_empty for r in records)
     if timings := [r.timing for r in records if r.timing is not None]:
         out["efficiency"] = latency.summary(timings)
-    if answers := [t.new_tokens for t in timings if t.new_tokens is not None]:
+    told = (r.answer_tokens if r.timing is None else r.timing.new_tokens for r in records)
+    if answers := [n for n in told if n is not None]:
         out["answer_tokens"] = {**_range(answers), "longest": answers.count(max(answers))}
         out["answer_tokens_mean"] = fmean(answers)
     return out

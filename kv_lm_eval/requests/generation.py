@@ -234,6 +234,7 @@ def _record(
     beams = cache.batch // len(prompts)
     end = _every_row(cache.snapshot([n for n in steps for _ in range(beams)]), beams)
     found = [p.boundary for p in prompts if p.boundary is not None]
+    end["answer_tokens"] = [n + 1 for n in steps]
     if timings is not None:
         end["timing"] = timings
     before = cache.prefill_end or ({**end, "compressed": [False] * len(prompts)} if found else end)
