@@ -12,7 +12,7 @@ import pytest
 from kv_lm_eval.experiments import sweep
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted((ROOT / "examples").glob("*.sh"))
+SCRIPTS = sorted((ROOT / "scripts" / "cluster").glob("*.sh"))
 
 
 def started(script: str, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +22,7 @@ def started(script: str, folder: Path, *arguments: str, **environment: str) -> s
         (folder / name).chmod(0o755)
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        ["bash", str(ROOT / "examples" / script), *arguments],
+        ["bash", str(ROOT / "scripts" / "cluster" / script), *arguments],
         env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 

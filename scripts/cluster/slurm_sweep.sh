@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A sweep as a SLURM array: one value of one axis a task, each with a folder of its own, since two sweeps may not share one.
 #
-#     sbatch --array=0-2 examples/slurm_sweep.sh                       # 64, 128, 256 pairs of the tiny sweep
-#     sbatch --export=ALL,CONFIG=my.yaml,AXIS=capacity,VALUES="512 1024" --array=0-1 examples/slurm_sweep.sh
+#     sbatch --array=0-2 scripts/cluster/slurm_sweep.sh                       # 64, 128, 256 pairs of the tiny sweep
+#     sbatch --export=ALL,CONFIG=my.yaml,AXIS=capacity,VALUES="512 1024" --array=0-1 scripts/cluster/slurm_sweep.sh
 #     kv-lm-eval report "$OUT"                                          # afterwards: all folders in one report
 #
 # A task that is stopped and started again (--requeue) goes on where it was. Further arguments go to `kv-lm-eval sweep`.
