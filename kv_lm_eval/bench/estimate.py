@@ -35,17 +35,15 @@ from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.cache.store import Kept, LayerStore
 from kv_lm_eval.cache.view import View
 from kv_lm_eval.engine import outputs
+from kv_lm_eval.engine.full import FULL
 from kv_lm_eval.engine.prefill import feed
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.budget import Everything, Heads
+from kv_lm_eval.methods.budget import Heads
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.methods.evicted import Drop
-from kv_lm_eval.methods.full import Full
-from kv_lm_eval.methods.schedule import Schedule
 from kv_lm_eval.methods.storage import Storage
 
 META = torch.device("meta")
-FULL = Compression(Full(), Everything(), Schedule(), Drop())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,7 @@ class DropKV(Method):
 
     def weights(self, view: View) -> Tensor:
         """[B, K, N]: attention of the window's queries, summed over these, mean over the query heads of a group."""
-        return view.attention(self.window_size).sum(3).mean(2)
+        return view.votes(self.window_size)
 
     def score(self, view: View) -> Tensor:
         """[B, K, N]: the window always, then the squared changes, pooled over neighbours."""

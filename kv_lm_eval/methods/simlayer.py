@@ -62,7 +62,7 @@ class SimLayer(Method):
 
     def weights(self, view: View) -> Tensor:
         """[B, K, N]: the last query's attention, mean over the query heads of a group."""
-        return view.attention(1).sum(3).mean(2)
+        return view.votes(1)
 
     def score(self, view: View) -> Tensor:
         """[B, 1, N]: 1 for what stays, 0 for what goes."""

@@ -34,6 +34,7 @@ def served(model: PreTrainedModel, tokenizer: Any, compression: Compression, eng
     chunk = evict or engine.prefill_chunk
     with as_found(model):
         facts = wrap(model, compression, Roads(chunk is not None, not engine.question_in_prompt, engine.compile))
-        facts.words = None if tokenizer is None else words_of(tokenizer)
+        if compression.method.reads_again and tokenizer is not None:  # a template may refuse to be asked
+            facts.words = words_of(tokenizer)
     new_cache = partial(make_cache, compression, facts, chunk, evict is not None)
     return Served(facts, new_cache, Decoder(model) if engine.compile else None)
