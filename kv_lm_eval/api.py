@@ -121,10 +121,8 @@ def _each(model_args: Sequence[dict[str, Any]], output_path: str | Path | None, 
     if not model_args:
         raise UserError("methods=[] asks for nothing: give names, or mappings of a method with its settings")
     sizes = {name: words[name] for name in SIZES if words.get(name) is not None}
-    folders = [
-        None if output_path is None else Path(output_path) / f"{i}_{Path(str(one.get('method'))).stem}"
-        for i, one in enumerate(model_args, 1)
-    ]
+    names = [Path(str(one.get("method") or one.get("preset") or "full")).stem for one in model_args]
+    folders = [None if output_path is None else Path(output_path) / f"{i}_{n}" for i, n in enumerate(names, 1)]
     harness.check_limit(words.get("limit"))
     from kv_lm_eval.metrics.compression import CompressionLog
     from kv_lm_eval.model import KVCompressedLM
@@ -134,7 +132,15 @@ def _each(model_args: Sequence[dict[str, Any]], output_path: str | Path | None, 
     with harness.task_manager(words["tasks"], words["include_path"], words["metadata"]) as manager:
         harness.check_tasks(words["tasks"], manager)
     lm = KVCompressedLM(**first, **sizes)
-    others = [under(lm, **one, **sizes) for one in rest]
+    others, apart = list[Any](), set[int]()
+    for i, one in enumerate(rest):
+        try:
+            others.append(under(lm, **one, **sizes))
+        except UserError:
+            raise
+        except ValueError:  # loaded otherwise: for itself, then
+            others.append(KVCompressedLM(**one, **sizes))
+            apart.add(i)
     with tempfile.TemporaryDirectory() as kept:
         answers = [words.get("use_cache") or f"{kept}/{i}" for i in range(len(model_args))]
 
@@ -144,8 +150,9 @@ def _each(model_args: Sequence[dict[str, Any]], output_path: str | Path | None, 
             return _results(named)
 
         with ExitStack() as ready:
-            for other, file in zip(others, answers[1:], strict=True):
-                ready.enter_context(answered_by(lm, other, str(file), CompressionLog()))
+            for i, (other, file) in enumerate(zip(others, answers[1:], strict=True)):
+                if i not in apart:
+                    ready.enter_context(answered_by(lm, other, str(file), CompressionLog()))
             results = [run(0, lm)]
         return results + [run(i, other) for i, other in enumerate(others, 1)]
 

@@ -48,3 +48,17 @@ def test_method_and_methods_are_two_ways_of_asking() -> None:
         evaluate("kv-tiny", method="full", methods=["full"], tasks="kv_quickstart")
     with pytest.raises(UserError, match="asks for nothing"):
         evaluate("kv-tiny", methods=[], tasks="kv_quickstart")
+
+
+def test_a_method_with_weights_loaded_otherwise_runs_for_itself(tmp_path: Path) -> None:
+    methods = [
+        "full",
+        {"method": "full", "dtype": "float32"},
+        {"preset": "leaderboard/knorm", "compression_ratio": 0.5},
+    ]
+    words = {**WORDS, "tasks": "kv_quickstart_needle"}
+    found = evaluate("kv-tiny", methods=methods, output_path=tmp_path, **words)
+    assert [str(one["config"]["model_dtype"]) for one in found] == ["torch.float64", "torch.float32", "torch.float64"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1_full", "2_full", "3_knorm"]
+    with pytest.raises(UserError, match="did you mean 'snapkv'"):
+        evaluate("kv-tiny", methods=["full", "snapkw"], **words)
