@@ -15,6 +15,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_configure() -> None:
+    if os.environ.get("KV_TEST_DEVICE"):
+        from on_device import TensorsOfTests
+
+        TensorsOfTests().__enter__()  # to the end of the process
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Counts that tests have recorded as a property, summed over them (and over the processes that ran them)."""
     totals: dict[str, Counter[str]] = defaultdict(Counter)

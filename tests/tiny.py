@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers as tf
+from on_device import DEVICE
 
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts, Words
@@ -39,7 +40,7 @@ def build(name: str, seed: int = 0, **overrides) -> tf.PreTrainedModel:
                 parameter.normal_(0, 0.25)
             else:  # biases are not all zero and norms not all one, so that key norms differ behind a key norm too
                 parameter.add_(torch.empty_like(parameter).uniform_(-0.4, 0.4))
-    return model.float().eval()
+    return model.float().eval().to(DEVICE)
 
 
 CONFIGS = {

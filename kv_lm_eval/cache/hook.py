@@ -138,7 +138,10 @@ def kv_attention(
     window = cache.facts.sliding_windows[layer]
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     pos = position_ids.expand(query.shape[0], -1)
-    step = Step(layer, query, key, value, pos, scaling, window, softcap, module.__dict__.pop(HIDDEN, None))
+    hidden = getattr(module, HIDDEN, None)
+    if hidden is not None:
+        delattr(module, HIDDEN)
+    step = Step(layer, query, key, value, pos, scaling, window, softcap, hidden)
     return cache.attend(step, attention_mask), None
 
 

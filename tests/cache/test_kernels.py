@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kv_lm_eval.cache import attention, kernels
 
@@ -21,19 +22,21 @@ def written_out(query, keys, values, scale, reach=None, softcap=None):
     logits = query @ keys.transpose(2, 3) * scale
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
-    behind = torch.arange(n - q, n)[:, None] - torch.arange(n)
+    behind = torch.arange(n - q, n, device=query.device)[:, None] - torch.arange(n, device=query.device)
     hidden = (behind < 0) | (behind >= (n if reach is None else reach))
     return logits.masked_fill(hidden, float("-inf")).softmax(-1) @ values
 
 
-def drawn(seed, dtype, value_size=None):
+def drawn(seed, dtype, value_size=None, device="cpu"):
     """Queries, keys, values, scale and reach of a random shape."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     rows, kv_heads, group, size = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, 3), draw.choice([4, 8, 24])
     q, old = draw.randint(1, 40), draw.choice([0, draw.randint(1, 60)])
-    query = torch.randn(rows, kv_heads * group, q, size).to(dtype)
-    room = torch.randn(2, rows, kv_heads, old + q + draw.randint(0, 9), size).to(dtype)  # as a store lends it
+    query = torch.randn(rows, kv_heads * group, q, size, device=device).to(dtype)
+    room = torch.randn(2, rows, kv_heads, old + q + draw.randint(0, 9), size, device=device).to(
+        dtype
+    )  # a store lends it
     keys, values = room[0, :, :, : old + q], room[1, :, :, : old + q]
     if value_size:
         values = values[..., :value_size]
@@ -76,6 +79,44 @@ def test_a_step_with_and_without_a_mask(softcap):
         expected = written_out(query, keys, values, scale, reach, softcap)
         for view in (seen, seen._replace(whole=False)):
             torch.testing.assert_close(attention.attend(step, view), expected, rtol=0, atol=1e-12)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@gpu
+@pytest.mark.parametrize("dtype", list(EXACT), ids=str)
+def test_kernels_of_a_gpu(dtype):
+    met = set()
+    for seed in range(150):
+        query, keys, values, scale, reach = drawn(seed, dtype, device="cuda")
+        kernel = kernels.choose(query, keys, values, reach)
+        met.add(kernel)
+        out = kernels.unmasked(query, keys, values, scale, reach)
+        assert (out is None) == (kernel == "masked")
+        if out is not None:
+            exact = written_out(query, keys, values, scale, reach)
+            torch.testing.assert_close(out.double(), exact, rtol=0, atol=EXACT[dtype])
+    half = dtype in (torch.bfloat16, torch.float16)
+    assert met == {"all", "causal", "lower_right", "varlen" if half else "masked"}
+
+
+@gpu
+@pytest.mark.parametrize("size", [64, 128])
+def test_flash_serves_what_is_said_of_it(size):
+    """No other kernel is allowed, so that a call that flash does not take would end in an error."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    for q, n, reach in ((1, 500, None), (1, 500, 100), (300, 300, None), (100, 500, None), (100, 500, 200)):
+        query, keys, values = (
+            torch.randn(2, h, t, size, device="cuda", generator=generator).bfloat16()
+            for h, t in ((8, q), (2, n), (2, n))
+        )
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = kernels.unmasked(query, keys, values, size**-0.5, reach)
+        exact = written_out(query, keys, values, size**-0.5, reach)
+        torch.testing.assert_close(out.double(), exact, rtol=0, atol=EXACT[torch.bfloat16])
 
 
 # --- what a GPU would be given --------------------------------------------------------------------------------------
