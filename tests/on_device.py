@@ -1,7 +1,7 @@
 """Where the tests' own models and tensors live: KV_TEST_DEVICE=cuda runs them on a GPU, `make test-cuda`.
 
-What a test makes goes to that device. What the code under test makes stays where the code puts it, so that a tensor that
-it leaves on the CPU meets one of the GPU, as it would at a user's.
+What a test makes goes to that device. What the code under test makes stays where the code puts it, so that a tensor
+that it leaves on the CPU meets one of the GPU, as it would at a user's.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from kv_lm_eval.bench import card
 from kv_lm_eval.bench.measure import Bench, in_chunks
-from kv_lm_eval.bench.timing import rounds
+from kv_lm_eval.bench.timing import rounds, synchronise
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.engine.compiled import Decoder
@@ -108,13 +108,15 @@ class Clock:
     """Sums the time spent inside."""
 
     def __init__(self, bench: Bench) -> None:
-        self.now = time.process_time if bench.clock == "cpu" else time.perf_counter
+        self.device, self.now = bench.device, time.process_time if bench.clock == "cpu" else time.perf_counter
         self.total = 0.0
 
     def __enter__(self) -> None:
+        synchronise(self.device)
         self.start = self.now()
 
     def __exit__(self, *args: Any) -> None:
+        synchronise(self.device)
         self.total += self.now() - self.start
 
     @contextmanager

@@ -100,7 +100,7 @@ def test_kernels_of_a_gpu(dtype):
             exact = written_out(query, keys, values, scale, reach)
             torch.testing.assert_close(out.double(), exact, rtol=0, atol=EXACT[dtype])
     half = dtype in (torch.bfloat16, torch.float16)
-    assert met == {"all", "causal", "lower_right", "varlen" if half else "masked"}
+    assert met == {"all", "causal", "lower_right", "masked"} | ({"varlen"} if half else set())  # size 4: no flash
 
 
 @gpu

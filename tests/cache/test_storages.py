@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from on_device import DEVICE
 from storage_loops import FLOATS, HEADS, SIZE, VALUE_SIZE, Twins, float8, lloyd_max, to_float8
 
 from kv_lm_eval.cache import coded
@@ -17,7 +18,7 @@ from kv_lm_eval.methods.storages.fp8 import FORMATS, Floats, Fp8
 from kv_lm_eval.methods.storages.kivi import Kivi
 from kv_lm_eval.methods.storages.turboquant import Rotated, TurboQuant, codebook, projection, rotation
 
-CPU = torch.device("cpu")
+HERE = torch.device(DEVICE)
 CASES = [
     (Fp8(calibration_tokens=1), 0, 0.8),
     (Fp8(fp8_format="e5m2", calibration_tokens=25, residual_length=3), 2, 0.7),
@@ -136,7 +137,7 @@ def test_a_heads_scale_comes_from_what_is_coded_first_and_stays() -> None:
     later = encode(Floats("e4m3", "head"), x.nan_to_num() * 100, torch.ones_like(real), first)
     for b, h in itertools.product(range(2), range(3)):
         largest = x[b, h][real[b, h]].abs().max() if (b, h) != (1, 2) else (x[1, 2] * 100).abs().max()
-        assert later.of_head["scale"][b, h] == np.float32(largest) / np.float32(448)
+        assert float(later.of_head["scale"][b, h]) == np.float32(float(largest)) / np.float32(448)
         assert later.decode()[b, h].abs().max() <= largest * 1.0001, "what is larger later is limited"
     assert first.of_head["scale"][1, 2] == 0 and first.decode()[1, 2].isfinite().all()
 
@@ -152,9 +153,9 @@ def test_a_tokens_scale_is_applied_as_vllm_does() -> None:
     x = np.stack([near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(9))], -1).reshape(400, -1)
     x = np.minimum(x, largest[:, None])
     times, over = x * (np.float32(1) / scale)[:, None], x / scale[:, None]
-    expected, other = (torch.from_numpy(v).clamp(-448, 448).to(FORMATS["e4m3"]).float() for v in (times, over))
+    expected, other = (torch.from_numpy(v).to(HERE).clamp(-448, 448).to(FORMATS["e4m3"]).float() for v in (times, over))
     assert (expected != other).any()
-    vectors = torch.from_numpy(np.concatenate([largest[:, None], x], 1))[None, None]
+    vectors = torch.from_numpy(np.concatenate([largest[:, None], x], 1))[None, None].to(HERE)
     got = encode(Floats("e4m3", "token"), vectors, torch.ones(1, 1, 400, dtype=torch.bool)).of_pair
     assert torch.equal(got["codes"][0, 0].view(FORMATS["e4m3"]).float()[:, 1:], expected)
 
@@ -187,20 +188,20 @@ def test_nothing_is_coded_before_the_scales_of_heads_can_be_known() -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_codewords_are_those_of_a_numeric_search(bits: int) -> None:
-    assert np.abs(codebook(bits, CPU).numpy() - lloyd_max(bits)).max() < 1e-5
+    assert np.abs(codebook(bits, HERE).cpu().numpy() - lloyd_max(bits)).max() < 1e-5
     generator = torch.Generator().manual_seed(bits)
     numbers = torch.randn(200_000, generator=generator, dtype=torch.float64)
-    words = codebook(bits, CPU).double()
+    words = codebook(bits, HERE).double()
     error = (numbers - words[(numbers[:, None] - words).abs().argmin(1)]).square().mean()
     assert abs(error - {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}[bits]) < 0.02 * error, "Max, 1960, table I"
 
 
 @pytest.mark.parametrize("size", [5, 16, 80, 128])
 def test_the_rotation_is_one(size: int) -> None:
-    turn = rotation(size, 0, CPU).double()
+    turn = rotation(size, 0, HERE).double()
     assert (turn @ turn.T - torch.eye(size)).abs().max() < 1e-5
-    assert not torch.equal(rotation(size, 0, CPU), rotation(size, 1, CPU))
-    assert (rotation(size, 0, CPU) * projection(size, 0, CPU)).sum().abs() < 6 * size**0.5, "of other draws"
+    assert not torch.equal(rotation(size, 0, HERE), rotation(size, 1, HERE))
+    assert (rotation(size, 0, HERE) * projection(size, 0, HERE)).sum().abs() < 6 * size**0.5, "of other draws"
 
 
 def distortion(codec: Rotated, size: int, pairs: int = 3000) -> tuple[float, torch.Tensor, torch.Tensor]:

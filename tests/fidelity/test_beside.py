@@ -100,11 +100,11 @@ def test_the_teachers_numbers_are_those_of_a_run_of_its_own() -> None:
         pair.model, lambda: pair.cache(method="full"), [document], streaming.Stream(PREFIX, 64)
     )
     (got,) = beside(pair, [document], 3, method="knorm", max_capacity_prompt=14)
-    assert (got.base_log_probs == alone.log_probs.numpy()).all()
+    assert (got.base_log_probs == alone.log_probs.cpu().numpy()).all()
     (scored,), _ = streaming.score_documents(
         pair.model, lambda: pair.cache(method="knorm", max_capacity_prompt=14), [document], streaming.Stream(PREFIX, 3)
     )
-    assert abs(got.log_probs - scored.log_probs.numpy()).max() < 1e-6
+    assert abs(got.log_probs - scored.log_probs.cpu().numpy()).max() < 1e-6
 
 
 def test_logits_that_were_read_are_let_go_of() -> None:

@@ -29,7 +29,7 @@ def test_the_likeliest_tokens_are_those_of_a_sort(monkeypatch: pytest.MonkeyPatc
         for side, logits in enumerate((base[i], ours[i])):
             order = sorted(range(50), key=lambda t, x=logits: -float(x[t]))[:5]
             assert found.top.ids[i, side].tolist() == order
-            assert found.top.probs[i, side] == pytest.approx(logits.softmax(-1)[order].numpy(), rel=1e-5)
+            assert found.top.probs[i, side] == pytest.approx(logits.softmax(-1)[order].cpu().numpy(), rel=1e-5)
     assert joined([parts[0], of_logits(base[4:], ours[4:], targets[4:])]).top is None
     few = of_logits(base[:2, :3], ours[:2, :3], targets[:2], True)
     assert few.top is not None and few.top.ids.shape == (2, 2, 3)

@@ -99,6 +99,11 @@ class Floats:
     def largest(self) -> float:
         return torch.finfo(FORMATS[self.format]).max
 
+    def _share(self, largest: torch.Tensor) -> torch.Tensor:
+        """The scale under which a number [...] is the format's largest; a GPU would multiply by a Python number's
+        inverse, whose rounding is another."""
+        return largest / largest.new_tensor(self.largest)
+
     def tables(self, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
         """None [...] are needed."""
         return ()
@@ -110,7 +115,7 @@ class Floats:
         but for those that have one."""
         if self.scale != "head":
             return {}
-        scale = x.abs().amax(-1).float().masked_fill(~real, 0.0).amax(-1) / self.largest
+        scale = self._share(x.abs().amax(-1).float().masked_fill(~real, 0.0).amax(-1))
         scale = torch.where(real.any(-1) & (scale == 0), 1.0, scale)  # all numbers are 0
         return {"scale": torch.where(before["scale"] > 0, before["scale"], scale) if before else scale}
 
@@ -118,7 +123,7 @@ class Floats:
         """A byte for each number of x [B, K, n, D], whether its pair is real [B, K, n] or not."""
         numbers, of_pair = x.float().masked_fill(~real.unsqueeze(-1), 0.0), {}
         if self.scale == "token":
-            scale = (numbers.abs().amax(-1) / self.largest).clamp_min(LEAST_SCALE)
+            scale = self._share(numbers.abs().amax(-1)).clamp_min(LEAST_SCALE)
             of_pair["scale"] = scale
             numbers = numbers * (1.0 / scale).unsqueeze(-1)
         elif self.scale == "head":
