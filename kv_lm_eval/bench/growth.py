@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from kv_lm_eval.bench.live_bytes import LiveBytes
 from kv_lm_eval.bench.measure import Bench, in_chunks, peak_bytes
-from kv_lm_eval.bench.timing import rounds
+from kv_lm_eval.bench.timing import rounds, synchronise
 from kv_lm_eval.engine.prefill import NewCache, prefill
 
 OFTEN = 4096  # tokens up to which a length is run `repeats` times; longer ones once, the best of them counts
@@ -47,26 +46,24 @@ def entries(bench: Bench, chunk: int) -> dict[str, NewCache]:
 def growth(bench: Bench, lengths: Sequence[int], chunk: int) -> dict[str, Any]:
     """Seconds and peak bytes above the weights of a prompt of each length, by method."""
     out: dict[str, Any] = {name: {} for name in entries(bench, chunk)}
-    known = [*bench.model.parameters(), *bench.model.buffers()]
     for n in sorted(lengths):
         row = bench.tokens(n)
         for name, new_cache in entries(bench, chunk).items():
             work = partial(prefill, bench.model, new_cache, [row])
-            seconds = []
-            if bench.clock == "cpu":  # nothing of any size is made twice
-                with LiveBytes(known) as live:
-                    start = time.process_time()
-                    work()
-                    seconds.append(time.process_time() - start)
-                peak = live.peak
-            else:
-                peak = peak_bytes(bench, new_cache, row)
-            if n <= OFTEN or not seconds:
+            start = _now(bench)
+            peak = peak_bytes(bench, new_cache, row)
+            seconds = [_now(bench) - start]
+            if n <= OFTEN:
                 again = rounds({name: work}, bench.device, repeats=2, warm_up=0)[name]
                 seconds += again.cpu_s if bench.clock == "cpu" else again.wall_s
             out[name][str(n)] = {"seconds": min(seconds), "bytes": peak}
     found = {name: {"at": at, "why": WHY[name], **slopes(at)} for name, at in out.items()}
     return {"chunk": chunk, "capacity": bench.capacity, "entries": found}
+
+
+def _now(bench: Bench) -> float:
+    synchronise(bench.device)
+    return time.process_time() if bench.clock == "cpu" else time.perf_counter()
 
 
 def slopes(at: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
