@@ -322,17 +322,16 @@ def probe_positions(model: PreTrainedModel, facts: ModelFacts) -> list[str]:
 
     Anything else is "other".
 
-    Probes a small shift and one beyond the trained context, where frequencies that depend on the length show.
+    Probes a small shift and one beyond the trained context, where frequencies that depend on the length show; only the
+    small one where nothing rotates: learned positions end somewhere, and a GPU does not forgive a look beyond.
     """
     assert facts.rope is not None
     model.set_attn_implementation(hook.NAME)
     base = _keys_at(model, facts, 0)
     kinds = ["rope"] * facts.num_layers
-    for shift in (37, _far(model, facts)):
-        try:
-            moved = _keys_at(model, facts, shift)
-        except (IndexError, RuntimeError):  # learned positions end at the maximum
-            return ["other"] * facts.num_layers
+    rotates = any(facts.rope.available(layer) for layer in facts.modules)
+    for shift in (37, _far(model, facts)) if rotates else (max(1, min(37, (facts.max_positions or 53) - 16)),):
+        moved = _keys_at(model, facts, shift)
         for layer, (a, b) in enumerate(zip(base, moved, strict=True)):
             if _close(a, b):
                 kind = "nope"
@@ -366,7 +365,7 @@ def _find_border(model: PreTrainedModel, facts: ModelFacts) -> tuple[int | None,
     rope = facts.rope
     assert rope is not None
     if not any(rope.available(layer) for layer in facts.modules):
-        return None, False  # learned positions end somewhere, and a GPU does not forgive a look beyond
+        return None, False
 
     def keys(last: int) -> Rotated:
         device = device_of(model)

@@ -270,3 +270,32 @@ def test_attention_within_chunks_is_refused() -> None:
     )
     with pytest.raises(UserError, match="Llama4ForCausalLM.*within chunks"):
         wrap(tf.AutoModelForCausalLM.from_config(config).float().eval(), FULL)
+
+
+@pytest.mark.parametrize("positions", [64, 512])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_no_table_is_asked_beyond_its_end(name: str, positions: int) -> None:
+    """A CPU says so and it can be caught; a GPU is lost to the process."""
+    if name == "opt":
+        sizes = {"ffn_dim": 48, "num_attention_heads": 4, "word_embed_proj_dim": 32, "pad_token_id": 1}
+        config = tf.OPTConfig(**{**tiny.COMMON, **sizes, "max_position_embeddings": positions})
+        model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    else:
+        model = tiny.build(name, **{"n_positions" if name == "gpt2" else "max_position_embeddings": positions})
+    asked = list[int]()
+
+    def look(module: torch.nn.Embedding, args: tuple[torch.Tensor, ...]) -> None:
+        asked.append(int(args[0].max()))
+        assert asked[-1] < module.num_embeddings
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.register_forward_pre_hook(look)
+    for compression in (IN_CACHE, ABSOLUTE, tiny.compression(**tiny.example("snapkv_comp", 16), key_space="pre_rope")):
+        moves = compression.moves_keys is not None
+        if moves and name != "llama":
+            with pytest.raises(UserError, match="its keys cannot be moved by a rotation"):
+                wrap(model, compression)
+        else:
+            wrap(model, compression)
+    assert asked
