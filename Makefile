@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-real check bench bench-goals docs clean
+.PHONY: help venv quickstart test test-real test-cuda check bench bench-goals docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -26,6 +26,9 @@ test: $(STAMP) ## Run the tests
 
 test-real: $(STAMP) ## Run the tests on real models, which KV_REAL_MODELS=DIR names (tests/real/README.md)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/real $(ARGS)
+
+test-cuda: $(STAMP) ## Run the tests of caches, engine and methods on a GPU
+	KV_TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 -m 'not slow' tests/cache tests/engine tests/methods $(ARGS)
 
 check: $(STAMP) ## Check style, format, types and the order of imports
 	$(BIN)/ruff check .

@@ -96,7 +96,7 @@ def by_hand(stock: Any) -> list[str]:
         new: list[int] = []
         for _ in range(6):
             with torch.inference_mode():
-                logits = stock.model(input_ids=torch.tensor([row + new]), use_cache=False).logits
+                logits = stock.model(input_ids=torch.tensor([row + new], device=stock.device), use_cache=False).logits
             new.append(int(logits[0, -1].argmax()))
         texts.append(stock.tok_decode(new))
     return texts
