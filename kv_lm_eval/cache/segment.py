@@ -89,6 +89,7 @@ class Segment:
         self.history: list[list[Numbers]] = []
         self.decoded = 0
         self.waiting: list[Step] = []
+        self._undefined: dict[int, torch.Tensor] = {}  # of each layer cut in this forward: whether a score is NaN
         self.branch: torch.Tensor | None = None
         self.part = 0, 0
         self._last_votes: torch.Tensor | None = None  # what the slots of the last layer received of a single new token
@@ -413,12 +414,26 @@ class Segment:
                     self._cut_if_due(step)
             for step in waiting:
                 self._leave(step.layer, q)
+        self._refuse_undefined()
         if self.mode == "decode":
             self.decoded += q
         if self.mode in ("prefill", "decode") and self.keeps_history:
             self.note()
         if self.mode == "prefill":
             self.prefill_end = self.snapshot()
+
+    def _refuse_undefined(self) -> None:
+        """Ends with the layers whose scores hold NaN, asked of all at once: a GPU is waited for a single time."""
+        found, self._undefined = self._undefined, {}
+        if not found:
+            return
+        device = next(iter(found.values())).device
+        said = torch.stack([flag.to(device) for flag in found.values()]).tolist()
+        if any(said):
+            raise UserError(
+                f"method={self.compression.method.name} scored a token NaN in layer {list(found)[said.index(True)]}, so "
+                "that which tokens stay would be chance"
+            )
 
     def _leave(self, layer: int, q: int) -> None:
         """After a layer's forward and its cut: frees what only a further one would ask for, quantises what is due."""
@@ -597,10 +612,9 @@ class Segment:
             _output_norms=partial(output_norms, self.facts, layer, store.values) if method.projects else None,
         )
         scores = self.compression.score(view)
-        if self.mode == "prefill" and (scores.isnan() & (store.pos >= 0)).any():  # scores of empty slots mean nothing
-            raise UserError(
-                f"method={method.name} scored a token NaN in layer {layer}, so that which tokens stay would be chance"
-            )
+        if self.mode == "prefill":
+            undefined = (scores.isnan() & (store.pos >= 0)).any()  # scores of empty slots mean nothing
+            self._undefined = {**self._undefined, layer: undefined}
         if in_sight is not None:
             view = dataclasses.replace(view, pos=store.pos.masked_fill(~in_sight, -1))
         return view, scores
