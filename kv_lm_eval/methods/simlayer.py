@@ -32,7 +32,7 @@ class SimLayer(Method):
 
     lazy_threshold: float = setting(0.9, "share of the last query's attention over which a layer is lazy")
     n_sink: int = setting(4, "first tokens that a lazy layer keeps")
-    window_size: int = setting(1024, "most recent tokens whose attention counts; a lazy layer keeps one less")
+    window_size: int = setting(1024, "tokens before the last one whose attention counts; a lazy layer keeps one less")
 
     @classmethod
     def example(cls, slots: int) -> dict[str, Any]:
@@ -66,9 +66,9 @@ class SimLayer(Method):
 
     def score(self, view: View) -> Tensor:
         """[B, 1, N]: 1 for what stays, 0 for what goes."""
-        near = view.first(self.n_sink)[:, :1] | view.recent(self.window_size)[:, :1]
-        given = (self.weights(view).mean(1, keepdim=True) * near).sum(-1, keepdim=True)  # [B, 1, 1]
-        long = to_device([n >= self.n_sink + self.window_size for n in view.seen], given.device).view(-1, 1, 1)
+        near = view.first(self.n_sink) | (view.recent(self.window_size + 1) & ~view.recent(1))
+        given = (self.weights(view).mean(1, keepdim=True) * near[:, :1]).sum(-1, keepdim=True)  # [B, 1, 1]
+        long = to_device([n > self.n_sink + self.window_size + 1 for n in view.seen], given.device).view(-1, 1, 1)
         stays = view.first(self.n_sink)[:, :1] | view.recent(self.window_size - 1)[:, :1]
         given = given.clamp_max(1.0)  # all of it is no more than all, whatever the rounding
         return torch.where((given > self.lazy_threshold) & long & ~stays, 0.0, 1.0)

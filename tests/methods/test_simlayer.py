@@ -11,18 +11,18 @@ from methods.test_kept_sets import held_by
 from kv_lm_eval.errors import UserError
 
 SINKS, WINDOW = 3, 9
-LENGTHS = (60, 41, 24, 12, 11)
+LENGTHS = (60, 41, 24, 14, 13, 12)
 
 
 def attention_near(layer: Layer, sinks: int = SINKS, window: int = WINDOW) -> float:
-    """Of the last query to the first and the newest tokens, mean over all query heads."""
-    near = [t for t in range(layer.n) if t < sinks or t >= layer.n - window]
+    """Of the last query to the first tokens and those right before its own, mean over all query heads."""
+    near = [t for t in range(layer.n) if t < sinks or layer.n - 1 - window <= t < layer.n - 1]
     return min(1.0, sum(heads[layer.n - 1][t] for heads in layer.weights for t in near) / len(layer.weights))
 
 
 def reference(layer: Layer, threshold: float, sinks: int = SINKS, window: int = WINDOW) -> list[set[int]]:
     kept = set(range(layer.n))
-    if layer.n >= sinks + window and attention_near(layer, sinks, window) > threshold:
+    if layer.n > sinks + window + 1 and attention_near(layer, sinks, window) > threshold:
         kept = set(range(sinks)) | set(range(layer.n - window + 1, layer.n))
     return [kept for _ in layer.kv_heads]
 
