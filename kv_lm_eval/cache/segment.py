@@ -430,9 +430,10 @@ class Segment:
         device = next(iter(found.values())).device
         said = torch.stack([flag.to(device) for flag in found.values()]).tolist()
         if any(said):
+            layer = list(found)[said.index(True)]
             raise UserError(
-                f"method={self.compression.method.name} scored a token NaN in layer {list(found)[said.index(True)]}, so "
-                "that which tokens stay would be chance"
+                f"method={self.compression.method.name} scored a token NaN in layer {layer}, so that which tokens stay "
+                "would be chance"
             )
 
     def _leave(self, layer: int, q: int) -> None:

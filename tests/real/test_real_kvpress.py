@@ -1,8 +1,8 @@
 """On real weights: kept sets beside kvpress itself, where it is installed; skipped with the reason where it is not.
 
-Tried with kvpress 0.5.5. A random matrix is ours on both sides, and prompts are so long that the last chunk is full. Both
-sides score in float32, in another order: a few sets differ by a token, and by
-those that occur several times under knorm, whose keys in layer 0 have one norm.
+Tried with kvpress 0.5.5. A random matrix is ours on both sides, and prompts are so long that the last chunk is full.
+Both sides score in float32, in another order: a few sets differ by a token, and under knorm by tokens that occur
+several times, whose keys in layer 0 have one norm.
 """
 
 from __future__ import annotations
