@@ -104,6 +104,11 @@ class Served:
         self.called, self.what, self.model = called, what, model_of(called, what)
         self.compression, self._engine = _parse(settings, what)
         method = self.compression.method
+        if method.reads_again and tokenizer is None and what != "compressed_cache()":
+            raise UserError(
+                f"{what}: method={method.name} asks the model to repeat the prompt, for which it needs a tokenizer: "
+                f"{what[:-2]}(model, ..., tokenizer=tokenizer, method={method.name!r})"
+            )
         adapter.check(called, self.model, method.uses_cache or method.recomputed_tokens is not None, method.name)
         engine = dataclasses.replace(self._engine, question_in_prompt=not question)
         self.facts, self._new_cache, _ = served(self.model, tokenizer, self.compression, engine)

@@ -6,7 +6,7 @@ import pytest
 import tiny as models
 import transformers as tf
 
-from kv_lm_eval import UserError, compressed_cache, prefill, tiny
+from kv_lm_eval import UserError, compress, compressed_cache, prefill, tiny
 from kv_lm_eval.engine.forward import generate_with
 from kv_lm_eval.engine.generate import by_rows
 from kv_lm_eval.engine.start import start
@@ -104,8 +104,17 @@ def test_a_context_that_is_read_again_is_read_in_the_words_of_its_tokenizer(mode
     net, tokenizer = tf.AutoModelForCausalLM.from_pretrained(tiny.path()), tf.AutoTokenizer.from_pretrained(tiny.path())
     context = prefill(net, "the quick brown fox " * 20, method="kvzip", max_capacity_prompt=16, tokenizer=tokenizer)
     assert context.report().kept_fraction < 0.5 and isinstance(context.ask(" jumps", max_new_tokens=3), str)
-    with pytest.raises(UserError, match="needs a tokenizer: give it to kv_lm_eval.prefill"):
+    with pytest.raises(
+        UserError, match=r"needs a tokenizer: prefill\(model, ..., tokenizer=tokenizer, method='kvzip'\)"
+    ):
         prefill(model, models.tokens(40), method="kvzip", max_capacity_prompt=16)
+    with (
+        pytest.raises(
+            UserError, match=r"needs a tokenizer: compress\(model, ..., tokenizer=tokenizer, method='kvzip'\)"
+        ),
+        compress(model, method="kvzip", max_capacity_prompt=16),
+    ):
+        pytest.fail("told on entering")
     with (
         pytest.raises(UserError, match=r"compressed_cache\(\): method=kvzip reads a prompt twice"),
         compressed_cache(model, method="kvzip", max_capacity_prompt=16),
