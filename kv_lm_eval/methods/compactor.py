@@ -9,7 +9,7 @@ from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View, setting
 from kv_lm_eval.methods.leverage import check_sketch, leverage
 from kv_lm_eval.methods.non_causal import NEIGHBOURS, weighted_attention
-from kv_lm_eval.methods.snapkv import pooled
+from kv_lm_eval.methods.voting import pooled
 
 
 class Compactor(Method):

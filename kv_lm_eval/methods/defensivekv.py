@@ -6,7 +6,8 @@ from torch import Tensor
 from kv_lm_eval.cache.transfer import to_device
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import View, levelled, setting
-from kv_lm_eval.methods.snapkv import SnapKV, pooled
+from kv_lm_eval.methods.snapkv import SnapKV
+from kv_lm_eval.methods.voting import pooled
 
 
 class DefensiveKV(SnapKV):

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from kv_lm_eval.cache.transfer import at_least_float32
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.base import Method, View, setting
-from kv_lm_eval.methods.snapkv import check_kernel, pooled
+from kv_lm_eval.methods.base import View, setting
+from kv_lm_eval.methods.voting import Voting, pooled
 
 
-class DropKV(Method):
+class DropKV(Voting):
     """Tokens without which the last queries would read something else stay: the exact effect of leaving out one pair.
 
     Without pair j query i would read o_i + p_ij / (1 - p_ij) * (o_i - v_j), with p its attention and o what it reads
@@ -23,32 +21,12 @@ class DropKV(Method):
 
     paper = "openreview:MqfNzH3TVH"
 
-    window_size: int = setting(32, "last queries whose reading counts, always kept")
-    kernel_size: int = setting(7, "width of the average over neighbouring tokens, odd")
     epsilon: float = setting(1e-6, "added to 1 - p, so that a token with all attention has a score")
 
-    @classmethod
-    def example(cls, slots: int) -> dict[str, Any]:
-        return {**super().example(slots), "window_size": min(16, slots // 2)}
-
     def validate(self) -> None:
-        if self.window_size < 1:
-            raise UserError(f"window_size={self.window_size}: DropKV needs at least one query that reads")
-        check_kernel(self.kernel_size)
+        super().validate()
         if self.epsilon <= 0:
             raise UserError(f"epsilon={self.epsilon:g} must be positive: 1 - p may be 0, by which is divided")
-
-    @property
-    def num_queries(self) -> int:
-        return self.window_size
-
-    @property
-    def protected(self) -> int:
-        return self.window_size
-
-    def weights(self, view: View) -> Tensor:
-        """[B, K, N]: attention of the window's queries, summed over these, mean over the query heads of a group."""
-        return view.votes(self.window_size)
 
     def score(self, view: View) -> Tensor:
         """[B, K, N]: the window always, then the squared changes, pooled over neighbours."""

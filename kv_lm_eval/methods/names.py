@@ -19,6 +19,7 @@ PARTS = {
     "compression",
     "head_profile",
     "names",
+    "voting",
 }
 
 

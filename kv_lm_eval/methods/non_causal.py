@@ -8,7 +8,7 @@ from torch import Tensor
 from kv_lm_eval.cache.transfer import at_least_float32, to_device
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import Method, View, setting
-from kv_lm_eval.methods.snapkv import pooled
+from kv_lm_eval.methods.voting import pooled
 
 NEIGHBOURS = 3  # over which scores are averaged
 

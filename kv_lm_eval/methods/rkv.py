@@ -1,20 +1,18 @@
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kv_lm_eval.cache.transfer import at_least_float32
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.base import Method, View, setting
-from kv_lm_eval.methods.snapkv import check_kernel, pooled
+from kv_lm_eval.methods.base import View, setting
+from kv_lm_eval.methods.voting import Voting, pooled
 
 ELEMENTS = 2**20  # similarities held at a time: few enough to stay in a processor's cache
 
 
-class RKV(Method):
+class RKV(Voting):
     """Tokens that the last queries attend to and whose keys are not said again by others stay: for long answers.
 
     Importance: logits of the window's queries, the largest of a group's query heads, softmaxed over the tokens before
@@ -31,31 +29,16 @@ class RKV(Method):
     paper = "arXiv:2505.24133"
     presets = {"compress_every": 128}
 
-    window_size: int = setting(8, "last queries that vote, always kept")
-    kernel_size: int = setting(7, "width of the max pooling over neighbouring tokens, odd")
+    window_size: int = setting(8, "observation window: last queries that vote, always kept")
     mix_lambda: float = setting(0.07, "weight of importance, the rest is redundancy's")
     similarity_threshold: float = setting(0.5, "cosine over which two keys say the same")
 
-    @classmethod
-    def example(cls, slots: int) -> dict[str, Any]:
-        return {**super().example(slots), "window_size": min(8, slots // 2)}
-
     def validate(self) -> None:
-        if self.window_size < 1:
-            raise UserError(f"window_size={self.window_size}: R-KV needs at least one query that votes")
-        check_kernel(self.kernel_size)
+        super().validate()
         if not 0 <= self.mix_lambda <= 1:
             raise UserError(f"mix_lambda={self.mix_lambda:g} is outside [0, 1]: it is the share of importance")
         if not -1 <= self.similarity_threshold <= 1:
             raise UserError(f"similarity_threshold={self.similarity_threshold:g} is outside [-1, 1]: it is a cosine")
-
-    @property
-    def num_queries(self) -> int:
-        return self.window_size
-
-    @property
-    def protected(self) -> int:
-        return self.window_size
 
     def score(self, view: View) -> Tensor:
         """[B, K, N]: the window always, then importance less redundancy."""
