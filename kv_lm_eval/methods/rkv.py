@@ -4,12 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kv_lm_eval.cache.transfer import at_least_float32
+from kv_lm_eval.cache.store import rows_of
+from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import View, setting
 from kv_lm_eval.methods.voting import Voting, pooled
 
-ELEMENTS = 2**20  # similarities held at a time: few enough to stay in a processor's cache
+BLOCK = 256  # keys that are asked at a time: their cosines with all others stay near a processor
 
 
 class RKV(Voting):
@@ -22,8 +23,9 @@ class RKV(Voting):
 
     Paper: arXiv:2505.24133 (R-KV), section 3. Reference: Zefan-Cai/R-KV, rkv/compression/r1_kv.py.
     Deviations: the prompt is cut at its end too, then every compress_every tokens of the answer, 128 as published. In a
-    row without a key over the threshold the first key's cosine is 0, as in the reference, though not in the paper. The
-    cosines of N tokens are N x N, computed in blocks: as much work as attention without a mask, in KV heads.
+    row without a key over the threshold the first key's cosine is 0, as in the reference, though not in the paper. Of
+    N x N cosines only those are computed that tell the newest over the threshold: few where most keys resemble a new
+    one, half of them where none does.
     """
 
     paper = "arXiv:2505.24133"
@@ -56,19 +58,53 @@ class RKV(Voting):
         return pooled(mean, self.kernel_size, "max")
 
     def _redundancy(self, view: View) -> Tensor:
-        """[B, K, N]: how much the other keys resemble each, as shares of 1."""
+        """[B, K, N]: how much the other keys resemble each, as shares of 1.
+
+        What all rows of cosines add up to is the product of each key with the sum of all; single cosines are needed
+        only where they do not count: of a key with itself, and of each row's newest over the threshold.
+        """
         b, k, n, _ = view.keys.shape
         real = (view.pos >= 0).expand(b, k, n)
         keys = F.normalize(at_least_float32(view.keys), dim=-1, eps=1e-8).masked_fill(~real.unsqueeze(-1), 0.0)
-        place = torch.arange(n, device=keys.device, dtype=torch.int32)
-        first = real.int().argmax(-1, keepdim=True).unsqueeze(-1)
-        total = keys.new_zeros(b, k, n)
-        block = max(1, ELEMENTS // (b * k * n))
-        for start in range(0, n, block):
-            rows = keys[:, :, start : start + block] @ keys.transpose(2, 3)  # [B, K, x, N]
-            rows.diagonal(start, 2, 3).zero_()
-            newest = torch.where(rows > self.similarity_threshold, place, -1).amax(-1, keepdim=True)
-            rows.scatter_(3, torch.where(newest < 0, first, newest.long()), 0.0)
-            total += rows.sum(2)
-        mean = total / real.sum(-1, keepdim=True).clamp_min(1)
+        newest = torch.stack([self._newest(own) for own in keys.flatten(0, 1)]).view(b, k, n)
+        newest = torch.where(newest < 0, real.int().argmax(-1, keepdim=True), newest)
+        wide = keys.to(sum_dtype(keys.device))
+        own = wide.square().sum(-1)
+        total = (wide @ wide.sum(2).unsqueeze(3)).squeeze(3) - own
+        itself = newest == torch.arange(n, device=keys.device)  # which is left out already
+        total.scatter_add_(2, newest, -(wide * rows_of(wide, newest)).sum(-1).masked_fill(itself, 0.0))
+        mean = (total / real.sum(-1, keepdim=True).clamp_min(1)).to(keys.dtype)
         return mean.masked_fill(~real, float("-inf")).softmax(-1)
+
+    def _newest(self, keys: Tensor) -> Tensor:
+        """[N]: for each of one head's unit keys [N, D] the newest other one over the threshold, -1 where none is.
+
+        The newest keys are asked first, by those that have found none yet. As long as these are most, one product
+        serves both sides of a pair.
+        """
+        n, device = len(keys), keys.device
+        found = torch.full((n,), -1, device=device)
+        block = BLOCK if device.type == "cpu" else 8 * BLOCK
+        for end in range(n, 0, -block):
+            start = max(0, end - block)
+            rows = (found[:end] < 0).nonzero().squeeze(1)
+            most = 2 * len(rows) > end
+            rows = torch.arange(end, device=device) if most else rows
+            cosines = (keys[rows] if len(rows) < end else keys[:end]) @ keys[start:end].T
+            new = (rows >= start).nonzero().squeeze(1)
+            cosines[new, rows[new] - start] = 0.0
+            self._note(found, rows, cosines, start)
+            if most:
+                self._note(found, torch.arange(start, end, device=device), cosines[:start].T, 0)
+            elif len(rows := start + (found[start:end] < 0).nonzero().squeeze(1)):
+                self._note(found, rows, keys[rows] @ keys[:start].T, 0)
+        return found
+
+    def _note(self, found: Tensor, rows: Tensor, cosines: Tensor, first: int) -> None:
+        """Where a row [x] has found no key yet: the newest over the threshold by its cosines [x, n] with those from
+        `first` on."""
+        if not cosines.numel():
+            return
+        over = ((cosines.amax(1) > self.similarity_threshold) & (found[rows] < 0)).nonzero().squeeze(1)
+        place = torch.arange(first, first + cosines.shape[1], device=found.device)
+        found[rows[over]] = torch.where(cosines[over] > self.similarity_threshold, place, -1).amax(1)

@@ -28,9 +28,10 @@ class Voting(Method):
         if self.window_size < 1:
             raise UserError(f"window_size={self.window_size}: there must be at least one query that votes")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            near = f"{max(1, self.kernel_size - 1)} or {max(1, self.kernel_size + 1)}"
             raise UserError(
                 f"kernel_size={self.kernel_size} must be odd and positive: an even kernel has no centre and would "
-                f"shift the votes by half a token; take {max(1, self.kernel_size - 1)} or {max(1, self.kernel_size + 1)}"
+                f"shift the votes by half a token; take {near}"
             )
 
     @property

@@ -71,10 +71,12 @@ def test_the_settings_show():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("elements", [1, 500])
-def test_blocks_of_cosines_are_all_of_them(name, elements, monkeypatch):
-    monkeypatch.setattr("kv_lm_eval.methods.rkv.ELEMENTS", elements)
-    compare(name, RKV, reference, (60, 31))
+@pytest.mark.parametrize("block", [1, 7, 16])
+@pytest.mark.parametrize("threshold", [-0.3, 0.2, 0.5, 0.8])
+def test_blocks_of_cosines_are_all_of_them(name, block, threshold, monkeypatch):
+    monkeypatch.setattr("kv_lm_eval.methods.rkv.BLOCK", block)
+    settings = {"similarity_threshold": threshold}
+    compare(name, {**RKV, **settings}, lambda layer: reference(layer, **settings), (60, 31))
 
 
 @pytest.mark.parametrize("name", NAMES)
