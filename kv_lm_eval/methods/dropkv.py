@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from kv_lm_eval.cache.transfer import at_least_float32
+from kv_lm_eval.cache.store import rows_of
+from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import View, setting
 from kv_lm_eval.methods.voting import Voting, pooled
@@ -30,11 +32,23 @@ class DropKV(Voting):
 
     def score(self, view: View) -> Tensor:
         """[B, K, N]: the window always, then the squared changes, pooled over neighbours."""
-        values = at_least_float32(view.values).unsqueeze(2)  # [B, K, 1, N, D]
+        there = (view.pos >= 0).unsqueeze(-1)
+        values = at_least_float32(view.values)
+        mean = values.masked_fill(~there, 0.0).sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp_min(1)
+        values = values - mean  # of what all have in common, a difference of values says nothing
         weights = view.attention(self.window_size)  # [B, K, G, W, N]
+        group, weights = weights.shape[2], weights.flatten(2, 3)
         read = weights @ values
-        share = (weights / (1 - weights + self.epsilon)).square()
-        apart = read.square().sum(-1, keepdim=True) - 2 * (read @ values.transpose(3, 4))  # |v - o|^2 - |v|^2
-        changes = share.mul_((apart + values.square().sum(-1).unsqueeze(3)).clamp_min(0.0)).sum(3)
-        mean = changes.mean(2).masked_fill(view.pos < 0, 0.0)
+        share = (1 + self.epsilon - weights).reciprocal_().mul_(weights).square_()
+        top = weights.argmax(
+            -1
+        )  # of each query the token that it reads most, perhaps alone: |v - o| is 0 then, or nearly
+        of_top = share.gather(3, top.unsqueeze(3)).squeeze(3) * (rows_of(values, top) - read).square().sum(-1)
+        share.scatter_(3, top.unsqueeze(3), 0.0)
+        squares = read.square().sum(-1, keepdim=True)
+        sums = share.transpose(2, 3) @ torch.cat([read, squares, torch.ones_like(squares)], dim=-1)  # [B, K, N, D + 2]
+        twice = 2 * (sums[..., :-2] * values).sum(-1)
+        changes = (sums[..., -2] - twice + sums[..., -1] * values.square().sum(-1)).clamp_min(0.0)
+        wide = changes.to(sum_dtype(changes.device)).scatter_add_(2, top, of_top.to(sum_dtype(changes.device)))
+        mean = (wide / group).to(changes.dtype).masked_fill(view.pos < 0, 0.0)
         return pooled(mean, self.kernel_size, "avg").masked_fill(view.recent(self.window_size), float("inf"))

@@ -47,16 +47,15 @@ def leverage(view: View, sketch_dimension: int, seed: int, counts: Tensor) -> Te
     """Leverage scores of the keys before their rotation among those that count ([B, 1 or K, N]): [B, K, N] float32."""
     back = -view.pos.clamp_min(0)
     keys = view.rotate(at_least_float32(view.keys), back[:, 0] if back.shape[1] == 1 else back)
-    there = counts.unsqueeze(-1)
-    mean = keys.masked_fill(~there, 0.0).sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp_min(1)
-    x = (keys - mean).masked_fill(~there, 0.0)
-    size = keys.shape[-1]
+    there, size = counts.unsqueeze(-1), keys.shape[-1]
     if sketch_dimension < size:
         random = torch.Generator().manual_seed(1_000_003 * seed + view.layer)
         sketch = torch.randn(size, sketch_dimension, generator=random) * sketch_dimension**-0.5
-        x = x @ sketch.to(x.device, x.dtype)
+        keys = keys @ sketch.to(keys.device, keys.dtype)
+    x = keys.masked_fill(~there, 0.0)
+    x = (x - x.sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp_min(1)).mul_(there)
     wide = sum_dtype(x.device)
-    gram = (x.transpose(2, 3) @ x).to(wide)
-    gram = gram + RIDGE * torch.eye(gram.shape[-1], dtype=wide, device=x.device)
-    lower = torch.linalg.cholesky(gram).to(x.dtype)
-    return levelled(torch.linalg.solve_triangular(lower, x.transpose(2, 3), upper=False).square().sum(2))
+    one = RIDGE * torch.eye(x.shape[-1], dtype=wide, device=x.device)
+    lower = torch.linalg.cholesky((x.transpose(2, 3) @ x).to(wide) + one)
+    inverse = torch.linalg.solve_triangular(lower, one / RIDGE, upper=False).to(x.dtype)
+    return levelled((x @ inverse.transpose(2, 3)).square().sum(3))

@@ -112,5 +112,5 @@ class QFilter(Method):
         queries = at_least_float32(view.queries()[0])  # [B, K, G, q, D]
         gram = (queries.transpose(3, 4) @ queries).to(sum_dtype(queries.device))
         strongest = torch.linalg.eigh(gram).eigenvectors[..., -1].to(queries.dtype)  # [B, K, G, D]
-        side = (queries @ strongest.unsqueeze(-1)).sum((3, 4)).sign().unsqueeze(-1)
+        side = (queries.sum(3) * strongest).sum(-1, keepdim=True).sign()
         return (strongest * side).mean(2)
