@@ -26,7 +26,7 @@ def output_norms(facts: ModelFacts, layer: int, values: torch.Tensor) -> torch.T
         part = values[:, :, first : first + block]
         for head in range(k):
             for own in matrix[head]:
-                out[:, head, first : first + block] += (part[:, head] @ own).abs().sum(-1, dtype=out.dtype)
+                out[:, head, first : first + block] += (part[:, head] @ own).abs_().sum(-1, dtype=out.dtype)
     return out / (heads // k)
 
 
