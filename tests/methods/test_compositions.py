@@ -39,6 +39,7 @@ PARTS |= {
     for name in evicted.available()
     if name != "drop"
 }
+PARTS["evicted=compensate, all alike"] = {**PARTS["evicted=compensate"], "weight": "uniform"}
 PARTS |= {
     f"held as {name}": {**storage.load(name).example(), "compress_every": 2}
     for name in storage.available()
@@ -121,9 +122,7 @@ def numbers(compression: Compression, scores: dict[int, Scores], seen: int) -> d
     if how == "global":
         places = [(-s, i, h, t) for i, heads in scores.items() for h, own in enumerate(heads) for t, s in own.items()]
         stays = sorted(places)[: mean * sum(map(len, scores.values()))]
-        return {
-            i: [sum(p[1:3] == (i, h) for p in stays) for h in range(len(heads))] for i, heads in scores.items()
-        }
+        return {i: [sum(p[1:3] == (i, h) for p in stays) for h in range(len(heads))] for i, heads in scores.items()}
     found = {}
     for i, heads in scores.items():
         keep = pyramid(mean, seen, i, protected) if how == "pyramid" else mean
@@ -237,7 +236,8 @@ def test_what_stays_is_what_the_loops_choose_and_the_rest_is_refused(method: str
                     sets[b] = got[b]
                     if (n + number, 0) in run.said and not compression.open:
                         mean = sum(held[b] for held in run.cache.held) / 2
-                        assert mean == min(max(SLOTS, compression.method.protected), n + number), where
+                        budget = int(compression.budget.asked([n + number], [n + number], 0)[0])
+                        assert mean == min(max(budget, compression.method.protected), n + number), where
     assert ran, "every method goes with something"
 
 
