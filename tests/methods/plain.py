@@ -124,3 +124,41 @@ def compare(
         got = held_by(cache, i)
         wide = [own * (len(want) // len(own)) for own, want in zip(got, expected, strict=True)]
         assert wide == expected, f"row of {len(row)} tokens"
+
+
+def later_cuts(
+    name: str,
+    settings: dict[str, object],
+    scores: Callable[[Layer, int, list[int]], Sequence[float]],
+    ada: bool = False,
+    every: int = 5,
+) -> None:
+    """Cuts that go on while 20 tokens are fed one by one, of what each head still holds.
+
+    Only the first layer is looked at, whose keys, values and queries do not depend on what was evicted.
+
+    Args:
+        scores: of one KV head's tokens at these positions. ada: the best of all heads stay, however many each has.
+    """
+    sharing = {"head_budget": "ada", "alpha": 0} if ada else {}
+    pair, row, slots = tiny.pair(name), tiny.tokens(60, seed=60), int(str(settings["max_capacity_prompt"]))
+    cache = pair.cache(**{**settings, **sharing}, compress_every=every)
+    tiny.forward(pair.model, cache, [row[:40]])
+    layer, uneven = layers(name, tuple(row))[0], False
+
+    def cut(held: list[list[int]]) -> list[set[int]]:
+        every_head = [scores(layer, head, at) for head, at in enumerate(held)]
+        if not ada:
+            return [{at[i] for i in choose(own, slots)} for at, own in zip(held, every_head, strict=True)]
+        ranked = sorted((-s, h, held[h][i]) for h, own in enumerate(every_head) for i, s in enumerate(own))
+        return [{t for _, h, t in ranked[: slots * len(held)] if h == head} for head in range(len(held))]
+
+    kept = cut([list(range(40)) for _ in layer.kv_heads])
+    for start in range(40, 60, every):
+        assert tiny.kept(cache, 0) == [sorted(head) for head in kept], f"{start} tokens seen"
+        for t in range(start, start + every):
+            tiny.forward(pair.model, cache, [[row[t]]], starts=[t])
+        kept = cut([sorted(head | set(range(start, start + every))) for head in kept])
+        uneven = uneven or len(set(map(len, kept))) > 1
+    assert tiny.kept(cache, 0) == [sorted(head) for head in kept]
+    assert uneven or not ada, "heads hold as many, and none has empty slots"

@@ -84,24 +84,6 @@ def test_the_settings_show():
     assert len({str([[sorted(h) for h in reference(x, **v)] for x in layers]) for v in variants}) == len(variants)
 
 
-def test_it_goes_with_ada_pyramids_later_cuts_and_treatments_of_the_rest():
-    pair = tiny.pair("llama")
-    for more in (
-        {"head_budget": "ada"},
-        {"layer_budget": "pyramid"},
-        {"compress_every": 3},
-        {"compress_every": 3, "evicted": "compensate", "weight": "uniform", "block_size": 5},
-        {"unit": "chunk", "unit_size": 5},
-    ):
-        cache = pair.cache(**COMPACTOR, **more)
-        tiny.forward(pair.model, cache, [tiny.tokens(n, seed=n) for n in LENGTHS])
-        for t in range(7):
-            logits = tiny.forward(pair.model, cache, [[3 + t]] * 3, starts=[n + t for n in LENGTHS])
-            assert logits.isfinite().all()
-        left = 7 % more.get("compress_every", 8)
-        assert [sum(held[row] for held in cache.held) / 2 for row in range(3)] == [CAPACITY + left] * 3, more
-
-
 def test_defaults_are_those_of_kvpress():
     method = tiny.compression(method="compactor", max_capacity_prompt=64).method
     got = (method.sink_size_start, method.sink_size_end, method.chunk_size, method.sketch_dimension, method.blending)

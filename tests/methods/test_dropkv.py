@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import tiny
+import torch
 from methods import plain
-from methods.plain import LENGTHS, NAMES, Layer, choose, compare, dot, pooled
+from methods.plain import LENGTHS, NAMES, Layer, choose, compare, dot, later_cuts, pooled, softmax
 
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods.base import View
 
 CAPACITY, WINDOW, KERNEL = 16, 4, 3
 DROPKV = {"method": "dropkv", "max_capacity_prompt": CAPACITY, "window_size": WINDOW, "kernel_size": KERNEL}
@@ -20,21 +24,23 @@ def reads(weights: list[float], values: list[list[float]], without: int | None =
     return [sum(weights[t] / total * values[t][d] for t in left) for d in range(len(values[0]))]
 
 
+def scores(layer: Layer, head: int, at: list[int], window: int = WINDOW, kernel: int = KERNEL) -> list[float]:
+    """Of a head's tokens at these positions, which are all that its last queries see."""
+    values, changes, group = [layer.values[head][t] for t in at], [0.0] * len(at), layer.group(head)
+    for own in group:
+        for place in range(len(at) - window, len(at)):
+            weights = softmax([layer.logit(own, at[place], t) for t in at[: place + 1]])
+            now = reads(weights, values[: place + 1])
+            for i in range(place + 1):
+                then = reads(weights, values[: place + 1], without=i)
+                moved = [a - b for a, b in zip(then, now, strict=True)]
+                changes[i] += dot(moved, moved) / len(group)
+    return pooled(changes, kernel, "avg")[:-window] + [float("inf")] * window
+
+
 def reference(layer: Layer, window: int = WINDOW, kernel: int = KERNEL) -> list[set[int]]:
-    out, n = [], layer.n
-    for head in layer.kv_heads:
-        scores, group = [0.0] * n, layer.group(head)
-        for own in group:
-            for query in range(n - window, n):
-                weights = layer.weights[own][query]
-                now = reads(weights, layer.values[head])
-                for t in range(query + 1):
-                    then = reads(weights, layer.values[head], without=t)
-                    moved = [a - b for a, b in zip(then, now, strict=True)]
-                    scores[t] += dot(moved, moved) / len(group)
-        means = pooled(scores, kernel, "avg")
-        out.append(choose(means[: n - window] + [float("inf")] * window, CAPACITY))
-    return out
+    at = list(range(layer.n))
+    return [choose(scores(layer, head, at, window, kernel), CAPACITY) for head in layer.kv_heads]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -42,6 +48,33 @@ def reference(layer: Layer, window: int = WINDOW, kernel: int = KERNEL) -> list[
 def test_kept_tokens_are_those_without_which_most_would_change(name, window, kernel):
     settings = {**DROPKV, "window_size": window, "kernel_size": kernel}
     compare(name, settings, lambda layer: reference(layer, window, kernel), LENGTHS[1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ada", [False, True])
+def test_later_cuts_ask_what_queries_read_of_what_is_left(name, ada):
+    later_cuts(name, DROPKV, scores, ada)
+
+
+def test_a_token_with_nearly_all_attention_is_told_from_one_that_queries_could_do_without():
+    """In float32: |v - o|^2 is next to nothing there, and counts ten thousand times and more."""
+    torch.manual_seed(0)
+    keys, last = torch.randn(1, 1, 12, 4), 3
+    keys[0, 0, 2], keys[0, 0, 5] = torch.tensor([9.0, 0, 0, 0]), torch.tensor([0, 9.5, 0, 0])
+    queries = torch.tensor([[2.0, 0, 0, 0], [0, 2.0, 0, 0], [1.7, 0.2, 0, 0]]).view(1, 1, 1, last, 4)
+    values = 20 + torch.randn(1, 1, 12, 4)  # much in common, as in real models
+    weights = (queries.double() @ keys.double().unsqueeze(2).transpose(3, 4)).softmax(-1)
+    assert weights.amax() > 0.9999
+    method = tiny.compression(method="dropkv", max_capacity_prompt=9, window_size=last, kernel_size=1).method
+    view = View(keys, values, torch.arange(12).view(1, 1, 12), [12], [9], 0, 1, None, lambda last: weights.float())
+    got = method.score(view)[0, 0, :-last]
+    for t, score in enumerate(got.tolist()):
+        wanted = 0.0
+        for p in weights[0, 0, 0].tolist():
+            read = [math.fsum(p[i] * values[0, 0, i, d].item() for i in range(12)) for d in range(4)]
+            apart = [values[0, 0, t, d].item() - read[d] for d in range(4)]
+            wanted += (p[t] / (1 - p[t] + 1e-6)) ** 2 * dot(apart, apart)
+        assert score == pytest.approx(wanted, rel=0.05), t
 
 
 def test_epsilon_bounds_what_a_token_with_all_attention_counts():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from methods.plain import NAMES, Layer, choose, compare
+from methods.plain import NAMES, Layer, choose, compare, later_cuts
 
 from kv_lm_eval.engine.check import wrap
 from kv_lm_eval.errors import UserError
@@ -57,40 +57,12 @@ def test_a_sketch_is_the_same_in_every_run_and_another_by_layer():
     )
 
 
-def test_it_goes_with_ada_pyramids_later_cuts_and_treatments_of_the_rest():
-    pair, lengths = tiny.pair("llama"), (60, 41, 24)
-    for more in (
-        {"head_budget": "ada"},
-        {"layer_budget": "pyramid"},
-        {"compress_every": 3},
-        {"compress_every": 3, "evicted": "compensate", "weight": "uniform", "block_size": 5},
-        {"unit": "chunk", "unit_size": 5},
-    ):
-        cache = pair.cache(**LEVERAGE, **more)
-        tiny.forward(pair.model, cache, [tiny.tokens(n, seed=n) for n in lengths])
-        for t in range(7):
-            logits = tiny.forward(pair.model, cache, [[3 + t]] * 3, starts=[n + t for n in lengths])
-            assert logits.isfinite().all()
-        left = 7 % more.get("compress_every", 8)
-        assert [sum(held[row] for held in cache.held) / 2 for row in range(3)] == [CAPACITY + left] * 3, more
-
-
-def test_a_later_cut_looks_at_what_is_left():
-    """The first layer, whose keys do not depend on what was evicted."""
-    from methods.plain import layers
-
-    pair, row = tiny.pair("llama"), tiny.tokens(60, seed=60)
-    cache = pair.cache(**LEVERAGE, compress_every=5)
-    tiny.forward(pair.model, cache, [row[:40]])
-    layer = layers("llama", tuple(row))[0]
-    kept = [choose(leverages(keys[:40], None), CAPACITY) for keys in layer.pre]
-    for start in range(40, 60, 5):
-        assert tiny.kept(cache, 0) == [sorted(head) for head in kept]
-        for t in range(start, start + 5):
-            tiny.forward(pair.model, cache, [[row[t]]], starts=[t])
-        for head in layer.kv_heads:
-            at = sorted(kept[head] | set(range(start, start + 5)))
-            kept[head] = {at[i] for i in choose(leverages([layer.pre[head][t] for t in at], None), CAPACITY)}
+@pytest.mark.parametrize("ada", [False, True])
+@pytest.mark.parametrize("columns", [48, 4])
+def test_a_later_cut_looks_at_what_is_left(columns, ada):
+    sketch = sketch_of(0, 8, columns)
+    wanted = {**LEVERAGE, "sketch_dimension": columns}
+    later_cuts("llama", wanted, lambda layer, head, at: leverages([layer.pre[head][t] for t in at], sketch), ada)
 
 
 def test_a_model_whose_keys_cannot_be_turned_back_is_refused():

@@ -80,20 +80,3 @@ def test_files_of_another_form_or_model_are_refused(tmp_path):
     save_file({"q_filters": torch.zeros(2, 2, 16)}, path)
     with pytest.raises(UserError, match="16 numbers a head"):
         tiny.forward(pair.model, pair.cache(**wanted), [tiny.tokens(30)])
-
-
-def test_it_goes_with_ada_pyramids_later_cuts_and_treatments_of_the_rest():
-    pair, lengths = tiny.pair("llama"), (60, 41, 24)
-    for more in (
-        {"head_budget": "ada"},
-        {"layer_budget": "pyramid"},
-        {"compress_every": 3},
-        {"compress_every": 3, "evicted": "compensate", "weight": "uniform", "block_size": 5},
-        {"unit": "chunk", "unit_size": 5},
-    ):
-        cache = pair.cache(**QFILTER, **more)
-        tiny.forward(pair.model, cache, [tiny.tokens(n, seed=n) for n in lengths])
-        for t in range(7):
-            assert tiny.forward(pair.model, cache, [[3 + t]] * 3, starts=[n + t for n in lengths]).isfinite().all()
-        left = 7 % more.get("compress_every", 8)
-        assert [sum(held[row] for held in cache.held) / 2 for row in range(3)] == [CAPACITY + left] * 3, more

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 from methods import plain
-from methods.plain import NAMES, Layer, choose, compare, dot, norm, pooled, softmax
+from methods.plain import NAMES, Layer, choose, compare, dot, later_cuts, norm, pooled, softmax
 
 from kv_lm_eval.errors import UserError
 
@@ -80,21 +80,9 @@ def test_blocks_of_cosines_are_all_of_them(name, block, threshold, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_goes_on_every_so_many_tokens_of_the_answer_with_what_is_left(name):
-    """Only the first layer, whose keys and queries do not depend on what was evicted."""
-    pair, row = tiny.pair(name), tiny.tokens(60, seed=60)
-    cache = pair.cache(**RKV, compress_every=5)
-    tiny.forward(pair.model, cache, [row[:40]])
-    layer = plain.layers(name, tuple(row))[0]
-    kept = [choose(scores(layer, head, list(range(40))), CAPACITY) for head in layer.kv_heads]
-    for start in range(40, 60, 5):
-        assert tiny.kept(cache, 0) == [sorted(head) for head in kept]
-        for t in range(start, start + 5):
-            tiny.forward(pair.model, cache, [[row[t]]], starts=[t])
-        for head in layer.kv_heads:
-            at = sorted(kept[head] | set(range(start, start + 5)))
-            kept[head] = {at[i] for i in choose(scores(layer, head, at), CAPACITY)}
-    assert tiny.kept(cache, 0) == [sorted(head) for head in kept]
+@pytest.mark.parametrize("ada", [False, True])
+def test_it_goes_on_every_so_many_tokens_of_the_answer_with_what_is_left(name, ada):
+    later_cuts(name, RKV, scores, ada)
 
 
 def test_by_default_it_cuts_every_128_tokens():
