@@ -57,14 +57,14 @@ def test_later_cuts_ask_what_queries_read_of_what_is_left(name, ada):
 
 
 def test_a_token_with_nearly_all_attention_is_told_from_one_that_queries_could_do_without():
-    """In float32: |v - o|^2 is next to nothing there, and counts ten thousand times and more."""
+    """In float32: |v - o|^2 is next to nothing there, and counts a million times."""
     torch.manual_seed(0)
     keys, last = torch.randn(1, 1, 12, 4), 3
-    keys[0, 0, 2], keys[0, 0, 5] = torch.tensor([9.0, 0, 0, 0]), torch.tensor([0, 9.5, 0, 0])
+    keys[0, 0, 2], keys[0, 0, 5] = torch.tensor([6.0, 0, 0, 0]), torch.tensor([0, 6.5, 0, 0])
     queries = torch.tensor([[2.0, 0, 0, 0], [0, 2.0, 0, 0], [1.7, 0.2, 0, 0]]).view(1, 1, 1, last, 4)
     values = 20 + torch.randn(1, 1, 12, 4)  # much in common, as in real models
     weights = (queries.double() @ keys.double().unsqueeze(2).transpose(3, 4)).softmax(-1)
-    assert weights.amax() > 0.9999
+    assert weights.amax() > 0.999
     method = tiny.compression(method="dropkv", max_capacity_prompt=9, window_size=last, kernel_size=1).method
     view = View(keys, values, torch.arange(12).view(1, 1, 12), [12], [9], 0, 1, None, lambda last: weights.float())
     got = method.score(view)[0, 0, :-last]
