@@ -93,7 +93,7 @@ def given(cache: tf.Cache) -> dict[str, tf.Cache]:
     return {cache_argument(tf.LlamaForCausalLM.forward): cache}
 
 
-WORDS = Words(lambda text: [1 + ord(c) % (VOCAB - 1) for c in text][:11])  # a tokenizer of letters
+WORDS = Words(lambda text: [1 + ord(c) % (VOCAB - 1) for c in text][-11:])  # a tokenizer of letters, of the last ones
 
 # --- a model under our attention, its untouched twin, and caches for it --------------------------------------------
 

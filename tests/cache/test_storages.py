@@ -146,6 +146,7 @@ def test_a_tokens_scale_is_applied_as_vllm_does() -> None:
     """Times the inverse, rounded to float32: where that and the quotient lie on two sides of a tie, codes differ."""
     generator = np.random.default_rng(0)
     largest = generator.uniform(1, 9, 400).astype(np.float32)
+    largest[:40] *= np.float32(1e-5)  # a scale is no smaller than 1e-6, so that these are held in few steps
     scale = np.maximum(largest / np.float32(448), np.float32(1e-6))
     numbers = np.array(sorted(FLOATS["e4m3"].values()), np.float32)
     ties = ((numbers[1:] + numbers[:-1]) / 2)[140:]
@@ -158,6 +159,7 @@ def test_a_tokens_scale_is_applied_as_vllm_does() -> None:
     vectors = torch.from_numpy(np.concatenate([largest[:, None], x], 1))[None, None].to(HERE)
     got = encode(Floats("e4m3", "token"), vectors, torch.ones(1, 1, 400, dtype=torch.bool)).of_pair
     assert torch.equal(got["codes"][0, 0].view(FORMATS["e4m3"]).float()[:, 1:], expected)
+    assert torch.equal(got["scale"][0, 0], torch.from_numpy(scale)) and (scale[:40] == np.float32(1e-6)).all()
 
 
 def test_a_scale_outlives_the_pairs_that_it_came_from() -> None:
