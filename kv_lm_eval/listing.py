@@ -41,9 +41,8 @@ def short_table() -> str:
     rows = []
     for name in base.available():
         cls = base.load(name)
-        parent = cls.__mro__[1]
-        of_parent = f"those of `{parent.__module__.rpartition('.')[2].rstrip('_')}`"
-        own = _settings(cls) if parent is base.Method else of_parent
+        parent = cls.__mro__[1].__module__.rpartition(".")[2].rstrip("_")
+        own = f"those of `{parent}`" if parent in base.available() else _settings(cls)
         names = {f.name for f in dataclasses.fields(cls)}
         sets = ", ".join(f"`{k}={v}`" for k, v in cls.presets.items() if k not in names)
         rows.append([f"`{name}`", _summary(cls), "; ".join(filter(None, (own, sets))) or "-"])

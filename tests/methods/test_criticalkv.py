@@ -12,6 +12,7 @@ from methods.test_kept_sets import held_by
 from kv_lm_eval.cache.output import matrix_of, output_norms
 from kv_lm_eval.engine import outputs, sharded
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods.base import View
 
 INF, WINDOW, CAPACITY = float("inf"), 4, 16
 CRITICAL = {"method": "criticalkv", "max_capacity_prompt": CAPACITY}
@@ -138,6 +139,15 @@ def test_a_later_cut_keeps_the_second_stage_of_what_is_left():
             ]
             assert {at[t] for t in choose(values, CAPACITY)} == kept
             assert again[0, head].isposinf().sum() >= CAPACITY // 2
+
+
+def test_what_the_scorer_protects_stays_though_its_value_is_made_nothing_by_the_projection():
+    scores, norms = torch.tensor([[[INF, 2.0, 1.0, INF]]]), torch.tensor([[[1.0, 1.0, 5.0, 0.0]]])
+    method = tiny.compression(**SNAPKV).method
+    x = torch.zeros(1, 1, 4, 2)
+    view = View(x, x, torch.arange(4).view(1, 1, 4), [4], [3], 0, 1, None, lambda last: x, _output_norms=lambda: norms)
+    got = method.rescore(view, scores, torch.tensor([[3]]))
+    assert got[0, 0].tolist() == [INF, pytest.approx(2.0001), pytest.approx(5.0005), INF]
 
 
 # --- values behind the projection -----------------------------------------------------------------------------------
