@@ -162,9 +162,9 @@ class Run:
         return found
 
     def note(self, view: base.View, scores: torch.Tensor) -> None:
-        """What each row's heads scored; rows are told apart by their lengths."""
-        pos = view.pos.expand(-1, self.heads, -1).tolist()
-        values = scores.double().expand(-1, self.heads, -1).tolist()
+        """What each row's heads scored, one entry where all are alike; rows are told apart by their lengths."""
+        heads = max(view.pos.shape[1], scores.shape[1])
+        pos, values = (x.expand(-1, heads, -1).tolist() for x in (view.pos, scores.double()))
         for b, seen in enumerate(view.seen):
             own = [{t: s for t, s in zip(*pair, strict=True) if t >= 0} for pair in zip(pos[b], values[b], strict=True)]
             self.said.setdefault((seen, view.layer), []).append(own)
@@ -196,12 +196,12 @@ def expected(run: Run, seen: int, before: list[list[set[int]]]) -> list[list[set
     first = {i: run.said[seen, i][0] for i in range(2) if (seen, i) in run.said}
     counts, after = numbers(compression, first, seen), [list(layer) for layer in before]
     for i, scores in first.items():
-        assert [set(own) for own in scores] == before[i], "it scores what is held"
+        alike = run.heads // len(scores)  # heads for which an entry stands
+        assert [set(own) for own in scores] * alike == before[i], "it scores what is held"
         last = run.said[seen, i][-1]
-        for h, (own, count) in enumerate(zip(last, counts[i], strict=True)):
-            after[i][h] = set(best(own, count))
+        after[i] = [set(best(own, count)) for own, count in zip(last, counts[i], strict=True)] * alike
         if compression.unit.whole:
-            after[i] = [whole_chunks(last, counts[i][0], compression.unit.unit_size)] * len(last)
+            after[i] = [whole_chunks(last, counts[i][0], compression.unit.unit_size)] * run.heads
     return after
 
 
