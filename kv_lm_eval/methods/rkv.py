@@ -10,7 +10,7 @@ from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.base import View, setting
 from kv_lm_eval.methods.voting import Voting, pooled
 
-BLOCK = 256  # keys that are asked at a time: their cosines with all others stay near a processor
+BLOCK = 256  # keys that are asked at a time, on a CPU: their cosines with all others stay near it
 
 
 class RKV(Voting):
@@ -68,11 +68,12 @@ class RKV(Voting):
         keys = F.normalize(at_least_float32(view.keys), dim=-1, eps=1e-8).masked_fill(~real.unsqueeze(-1), 0.0)
         newest = torch.stack([self._newest(own) for own in keys.flatten(0, 1)]).view(b, k, n)
         newest = torch.where(newest < 0, real.int().argmax(-1, keepdim=True), newest)
-        wide = keys.to(sum_dtype(keys.device))
-        own = wide.square().sum(-1)
-        total = (wide @ wide.sum(2).unsqueeze(3)).squeeze(3) - own
-        itself = newest == torch.arange(n, device=keys.device)  # which is left out already
-        total.scatter_add_(2, newest, -(wide * rows_of(wide, newest)).sum(-1).masked_fill(itself, 0.0))
+        wide = sum_dtype(keys.device)
+        own = keys.square().sum(-1)
+        total = ((keys @ keys.sum(2, dtype=wide).to(keys.dtype).unsqueeze(3)).squeeze(3) - own).to(wide)
+        left_out = rows_of(keys, newest).mul_(keys).sum(-1)
+        left_out.masked_fill_(newest == torch.arange(n, device=keys.device), 0.0)  # itself, which is left out already
+        total.scatter_add_(2, newest, -left_out.to(wide))
         mean = (total / real.sum(-1, keepdim=True).clamp_min(1)).to(keys.dtype)
         return mean.masked_fill(~real, float("-inf")).softmax(-1)
 
@@ -84,13 +85,13 @@ class RKV(Voting):
         """
         n, device = len(keys), keys.device
         found = torch.full((n,), -1, device=device)
-        block = BLOCK if device.type == "cpu" else 8 * BLOCK
+        block = min(BLOCK if device.type == "cpu" else 8 * BLOCK, max(32, n // 8))
         for end in range(n, 0, -block):
             start = max(0, end - block)
             rows = (found[:end] < 0).nonzero().squeeze(1)
             most = 2 * len(rows) > end
             rows = torch.arange(end, device=device) if most else rows
-            cosines = (keys[rows] if len(rows) < end else keys[:end]) @ keys[start:end].T
+            cosines = (keys[:end] if most else keys[rows]) @ keys[start:end].T
             new = (rows >= start).nonzero().squeeze(1)
             cosines[new, rows[new] - start] = 0.0
             self._note(found, rows, cosines, start)
@@ -106,5 +107,6 @@ class RKV(Voting):
         if not cosines.numel():
             return
         over = ((cosines.amax(1) > self.similarity_threshold) & (found[rows] < 0)).nonzero().squeeze(1)
-        place = torch.arange(first, first + cosines.shape[1], device=found.device)
-        found[rows[over]] = torch.where(cosines[over] > self.similarity_threshold, place, -1).amax(1)
+        place = torch.arange(first, first + cosines.shape[1], device=found.device, dtype=torch.int32)
+        newest = torch.where(cosines[over] > self.similarity_threshold, place, -1).amax(1)
+        found[rows[over]] = newest.to(found.dtype)

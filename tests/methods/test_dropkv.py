@@ -61,7 +61,7 @@ def test_a_token_with_nearly_all_attention_is_told_from_one_that_queries_could_d
     torch.manual_seed(0)
     keys, last = torch.randn(1, 1, 12, 4), 3
     keys[0, 0, 2], keys[0, 0, 5] = torch.tensor([6.0, 0, 0, 0]), torch.tensor([0, 6.5, 0, 0])
-    queries = torch.tensor([[2.0, 0, 0, 0], [0, 2.0, 0, 0], [1.7, 0.2, 0, 0]]).view(1, 1, 1, last, 4)
+    queries = torch.tensor([[2.0, 0, 0, 0], [0, 2.0, 0, 0], [1.7, 0.2, 0, 0]]).repeat(2, 1).view(1, 1, 2, last, 4)
     values = 1000 + torch.randn(1, 1, 12, 4)  # much in common
     weights = (queries.double() @ keys.double().unsqueeze(2).transpose(3, 4)).softmax(-1)
     assert weights.amax() > 0.999

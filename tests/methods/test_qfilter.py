@@ -7,7 +7,7 @@ import math
 import pytest
 import tiny
 import torch
-from methods.plain import NAMES, Layer, choose, compare, dot
+from methods.plain import NAMES, Layer, choose, compare, dot, later_cuts
 from safetensors.torch import save_file
 
 from kv_lm_eval.errors import UserError
@@ -27,17 +27,28 @@ def strongest(vectors: list[list[float]]) -> list[float]:
     return u if sum(dot(u, v) for v in vectors) > 0 else [-x for x in u]
 
 
+def scores(layer: Layer, head: int, at: list[int], first: int = 0) -> list[float]:
+    """Of a head's tokens at these positions, by the queries from `first` up to the last of them."""
+    found = [strongest(layer.queries[own][first : at[-1] + 1]) for own in layer.group(head)]
+    mean = [sum(x) / len(found) for x in zip(*found, strict=True)]
+    return [dot(mean, layer.keys[head][t]) for t in at]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_without_a_file_directions_are_those_of_the_prompts_queries(name):
     def reference(layer: Layer) -> list[set[int]]:
-        out = []
-        for head in layer.kv_heads:
-            found = [strongest(layer.queries[own]) for own in layer.group(head)]
-            mean = [sum(x) / len(found) for x in zip(*found, strict=True)]
-            out.append(choose([dot(mean, key) for key in layer.keys[head]], CAPACITY))
-        return out
+        return [choose(scores(layer, head, list(range(layer.n))), CAPACITY) for head in layer.kv_heads]
 
     compare(name, QFILTER, reference, (60, 24))
+
+
+@pytest.mark.parametrize("window", [1, 6])
+@pytest.mark.parametrize("ada", [False, True])
+def test_later_cuts_go_by_the_queries_since_the_last_one_and_some_before(window, ada):
+    def own(layer: Layer, head: int, at: list[int]) -> list[float]:
+        return scores(layer, head, at, 0 if at[-1] < 40 else at[-1] + 1 - 5 - window)
+
+    later_cuts("llama", {**QFILTER, "window_size": window}, own, ada)
 
 
 @pytest.mark.parametrize("name", NAMES)
