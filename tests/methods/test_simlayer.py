@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import tiny
+import torch
 from methods import plain
 from methods.plain import NAMES, Layer, compare
 from methods.test_kept_sets import held_by
 
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.methods.base import View
 
 SINKS, WINDOW = 3, 9
 LENGTHS = (60, 41, 24, 14, 13, 12)
@@ -47,6 +49,17 @@ def test_it_is_decided_at_the_very_share(name):
             cache = tiny.pair(name).cache(**wanted(threshold))
             tiny.forward(tiny.pair(name).model, cache, [row])
             assert len(held_by(cache)[i][0]) == (SINKS + WINDOW - 1 if lazy else 60)
+
+
+def test_a_layer_with_no_more_than_the_threshold_is_not_lazy():
+    """Half of the attention, to the token, lies on the first one."""
+    n, x = 12, torch.zeros(1, 1, 12, 2)
+    weights = torch.zeros(1, 1, 1, 1, n)
+    weights[..., 0] = weights[..., 5] = 0.5
+    view = View(x, x, torch.arange(n).view(1, 1, n), [n], [n], 0, 1, None, lambda last: weights)
+    for threshold, goes in ((0.5, False), (0.49, True)):
+        method = tiny.compression(method="simlayer", n_sink=1, window_size=3, lazy_threshold=threshold).method
+        assert bool((method.score(view) == 0).any()) == goes
 
 
 def test_bytes_are_those_of_what_each_prompt_keeps_and_later_cuts_go_on():
