@@ -40,7 +40,7 @@ class Page:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
         command = [find(), *flags, f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"]
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh", *command],
+            ["bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "bash", *command],
             pass_fds=(to_browser, from_browser),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -95,19 +95,24 @@ class Page:
         message, _, self._read = self._read.partition(b"\0")
         return dict(json.loads(message))
 
-    def _wait_for(self, event: str) -> None:
-        while not any(said.get("method") == event for said in self._events):
+    def _wait_for_load(self) -> None:
+        while not any(said.get("method") == "Page.loadEventFired" for said in self._events):
             self._events.append(self._next())
+        self._events = [said for said in self._events if said.get("method") != "Page.loadEventFired"]
 
     # ------------------------------------------------------------------------------------------ what a person does
 
-    def open(self, page: Path | str, fragment: str = "") -> None:
-        """Loads a page, anew where it is open already, and waits until it is drawn."""
-        url = (page.as_uri() if isinstance(page, Path) else page) + fragment
+    def load(self, page: Path, fragment: str = "") -> None:
+        """Loads a page, anew where it is open already."""
         self.tell("Page.navigate", url="about:blank")
+        self._wait_for_load()
+        self.tell("Page.navigate", url=page.as_uri() + fragment)
+        self._wait_for_load()
+
+    def open(self, page: Path, fragment: str = "") -> None:
+        """Loads it and waits until it is drawn."""
         self._events.clear()
-        self.tell("Page.navigate", url=url)
-        self._wait_for("Page.loadEventFired")
+        self.load(page, fragment)
         self.settle()
 
     def settle(self) -> None:

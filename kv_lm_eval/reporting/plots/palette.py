@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 INK, PAPER, GRID = "#1B1F24", "#FFFFFF", "#E3E6EA"
-AXIS, FAINT, BAND = "#9AA1A9", "#6B7480", "#F4F6F8"  # lines of axes; words beside the matter; every other row
+AXIS, FAINT, BAND = "#9AA1A9", "#656E7A", "#F4F6F8"  # lines of axes; words beside the matter; every other row
 GOOD, BAD = "#0B5CAD", "#A33A00"
 COLOURS = ("#1644C2", "#B83607", "#10A48F", "#8C4F7B", "#CD7A00", "#9770D7")
 MARKERS = "osD^vPX*<>hpd"
