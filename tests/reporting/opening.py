@@ -3,8 +3,8 @@
     PYTHONPATH=. python tests/reporting/opening.py [POINTS]
 
 500 points (the default) have 20,000 answers: 24 of a needle grid, 10 of questions and 6 texts each. Prints the size of
-the page, and milliseconds to the first paint, to the end of loading and until it answers, medians of five, wide and on a
-phone.
+the page, and milliseconds to the first paint, to the end of loading and until it answers: medians of five, on a screen
+and on a phone.
 """
 
 from __future__ import annotations
