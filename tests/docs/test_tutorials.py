@@ -71,5 +71,5 @@ def test_the_page_of_the_api_has_every_public_name_and_each_is_there_with_words_
     for module, name in asked:  # where mkdocstrings reads it, which imports nothing
         source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
         found = [one for one in ast.parse(source).body if getattr(one, "name", "") == name]
-        assert len(found) == 1 and ast.get_docstring(found[0]), name
+        assert found and ast.get_docstring(found[-1]), name
     assert {name for _, name in asked} >= set(kv_lm_eval.__all__) - {"__version__"}
