@@ -13,7 +13,7 @@ import select
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -215,3 +215,14 @@ class Page:
 
 def _size(size: dict[str, Any]) -> dict[str, Any]:
     return {"width": size["width"], "height": size["height"]}
+
+
+def contrast(a: Sequence[float], b: Sequence[float]) -> float:
+    """WCAG's, of two colours as red, green, blue up to 255."""
+
+    def luminance(colour: Sequence[float]) -> float:
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in (c / 255 for c in colour)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)

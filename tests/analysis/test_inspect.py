@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import browser
 import pytest
 import tiny as models
 import torch
@@ -143,3 +144,20 @@ def test_the_page_in_the_dark_and_on_a_phone(out, tab):
         tab.open(out / "inspect.html")
         assert tab.js("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
         assert max(tab.colour("body", "backgroundColor")) < 60 and min(tab.colour("body", "color")) > 180
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_words_are_read_on_their_colour(out, tab, dark):
+    """4.5 to 1 on what every head kept and on the largest divergence."""
+    with tab.seen(dark=dark):
+        tab.open(out / "inspect.html")
+        last = tab.js("document.querySelectorAll('#prompt span').length")
+        worst = 1 + tab.js("D.kl.indexOf(Math.max(...D.kl))")
+        ink, paper = tab.colour("#prompt", "color"), tab.colour("#prompt", "backgroundColor")
+        for token in (f"#prompt span:nth-child({last})", f"#full span:nth-child({worst})"):
+            under = tab.js(f"getComputedStyle(document.querySelector('{token}')).backgroundColor")
+            *colour, share = (float(x) for x in re.findall(r"[\d.]+", under))
+            assert share >= 0.4  # and the colour is seen
+            assert (
+                browser.contrast(ink, [share * c + (1 - share) * p for c, p in zip(colour, paper, strict=True)]) >= 4.5
+            )

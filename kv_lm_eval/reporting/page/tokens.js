@@ -36,7 +36,7 @@ function drawView() {
   byId("view-text").replaceChildren(...view.tokens.map((token) => {
     const node = make("span", token.top_base.length && token.top.length && token.top_base[0][0] !== token.top[0][0] ? "other" : "", token.text);
     const s = strength(token.kl);
-    if (s > 0) node.style.backgroundColor = "color-mix(in srgb, #e4572e " + Math.round(8 + 72 * s) + "%, transparent)";
+    if (s > 0) node.style.backgroundColor = "rgba(228, 87, 46, calc(var(--strong) * " + (0.1 + 0.9 * s).toFixed(3) + "))";
     node.tabIndex = 0;
     for (const event of ["mouseenter", "focus"]) node.addEventListener(event, () => tip(token, node));
     for (const event of ["mouseleave", "blur"]) node.addEventListener(event, hide);
