@@ -204,7 +204,7 @@ def test_in_the_dark_the_page_and_its_pictures_are_dark(tab, report):
 def test_on_paper_there_are_no_controls_and_no_dark(tab, report):
     with tab.seen(dark=True, media="print"):
         tab.open(report)
-        assert not tab.texts(".bar, nav, .address, #samples") and tab.texts("#scores tbody th")
+        assert not tab.texts(".tools, nav, .address, #samples") and tab.texts("#scores tbody th")
         assert tab.colour("body", "backgroundColor") == (255, 255, 255)
     assert base64.b64decode(tab.tell("Page.printToPDF", printBackground=True)["data"]).startswith(b"%PDF")
 

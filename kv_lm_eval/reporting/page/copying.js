@@ -65,7 +65,7 @@ for (const button of document.querySelectorAll("[data-as]")) {
   button.addEventListener("click", async () => {
     const table = shownRows(button.closest(".grid"));
     await copy(forms[button.dataset.as](table));
-    button.closest(".bar").querySelector(".said").textContent = table.rows.length + (table.rows.length === 1 ? " row" : " rows") + " copied as " + button.textContent;
+    button.closest(".tools").querySelector(".said").textContent = table.rows.length + (table.rows.length === 1 ? " row" : " rows") + " copied as " + button.textContent;
   });
 }
 

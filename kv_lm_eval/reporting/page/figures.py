@@ -26,7 +26,7 @@ def section(picture: Picture, folder: Path) -> str:
         f'<figure id="{name}"><h3>{escape(picture.title)}</h3>'
         f'<div class="wide" tabindex="0"><img alt="{escape(picture.title)}"{given} loading="lazy" decoding="async" '
         f'src="data:image/svg+xml;base64,{source}"></div><figcaption>{escape(picture.caption)}</figcaption>'
-        f'<div class="bar js"><button type="button" data-save="svg">Save as SVG</button>'
+        f'<div class="tools js"><button type="button" data-save="svg">Save as SVG</button>'
         f'<button type="button" data-save="csv">Save its numbers as CSV</button></div>'
         f"<details><summary>Its numbers</summary><pre>\n{escape(picture.csv)}</pre></details></figure>"
     )

@@ -10,7 +10,7 @@ from kv_lm_eval.reporting.table import Table, Value
 
 MAIN = "scores"  # the addresses of its rows are #row-LABEL
 TALL = 30  # rows: more scroll in a box of their own, under their heads
-BAR = """<div class="bar js">
+BAR = """<div class="tools js">
 <label>Filter <input type="search" placeholder="words, -words, kept&lt;30" size="22"></label>
 <span class="count soft" role="status"></span>
 <span>Copy as <button type="button" data-as="latex">LaTeX</button>
