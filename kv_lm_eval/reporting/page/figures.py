@@ -21,10 +21,10 @@ def section(picture: Picture, folder: Path) -> str:
         "" if size is None else ' width="{:.0f}" height="{:.0f}"'.format(*(PIXELS * float(n) for n in size.groups()))
     )
     source = base64.b64encode(palette.for_either_paper(svg).encode()).decode("ascii")
-    name = escape(picture.name)
+    name, title = escape(picture.name), escape(picture.title)
     return (
-        f'<figure id="{name}"><h3>{escape(picture.title)}</h3>'
-        f'<div class="wide" tabindex="0"><img alt="{escape(picture.title)}"{given} loading="lazy" decoding="async" '
+        f'<figure id="{name}"><h3>{title}</h3><div class="wide" tabindex="0" role="region" aria-label="{title}">'
+        f'<img alt="{title}"{given} loading="lazy" decoding="async" '
         f'src="data:image/svg+xml;base64,{source}"></div><figcaption>{escape(picture.caption)}</figcaption>'
         f'<div class="tools js"><button type="button" data-save="svg">Save as SVG</button>'
         f'<button type="button" data-save="csv">Save its numbers as CSV</button></div>'

@@ -10,7 +10,7 @@ from kv_lm_eval.reporting.table import Table, Value
 
 MAIN = "scores"  # the addresses of its rows are #row-LABEL
 TALL = 30  # rows: more scroll in a box of their own, under their heads
-BAR = """<div class="tools js">
+TOOLS = """<div class="tools js">
 <label>Filter <input type="search" placeholder="words, -words, kept&lt;30" size="22"></label>
 <span class="count soft" role="status"></span>
 <span>Copy as <button type="button" data-as="latex">LaTeX</button>
@@ -19,16 +19,17 @@ BAR = """<div class="tools js">
 
 
 def section(table: Table) -> str:
-    """With its bar, its legend and its notes."""
+    """With its tools, its legend and its notes."""
     below = "".join(f'<p class="legend">{escape(text)}</p>' for text in [table.legend] if text)
     below += "".join(f'<p class="legend note">{escape(text)}</p>' for text in table.notes)
     names = addresses(table)
     rows = "\n".join(_row(row, name) for row, name in zip(table.rows, names, strict=True))
     tall = " tall" if len(table.rows) > TALL else ""
+    title = escape(table.title)
     return (
-        f'<div class="grid" data-name="{escape(table.name)}" data-title="{escape(table.title)}">{BAR}\n'
-        f'<div class="wide{tall}" tabindex="0"><table><thead>{_heads(table)}</thead><tbody>\n{rows}\n</tbody></table>'
-        f"</div>\n{below}</div>"
+        f'<div class="grid" data-name="{escape(table.name)}" data-title="{title}">{TOOLS}\n'
+        f'<div class="wide{tall}" tabindex="0" role="region" aria-label="{title}"><table><thead>{_heads(table)}</thead>'
+        f"<tbody>\n{rows}\n</tbody></table></div>\n{below}</div>"
     )
 
 
