@@ -24,10 +24,11 @@ from results import FULL, efficiency, mean_task, perplexity_task, plan, point, r
 from kv_lm_eval.reporting import build
 
 METHODS = "snapkv h2o tova knorm keydiff streaming_llm expected_attention pyramidkv adakv lagkv".split()
-TIMES = """new Promise((done) => requestAnimationFrame(() => setTimeout(() => {
-  const paint = performance.getEntriesByName('first-contentful-paint')[0];
-  done([paint.startTime, performance.getEntriesByType('navigation')[0].loadEventEnd, performance.now()]);
-}, 0)))"""
+TIMES = """new Promise((done) => new PerformanceObserver((seen) => {
+  const paint = seen.getEntriesByName('first-contentful-paint')[0];
+  if (paint) requestAnimationFrame(() => setTimeout(() =>
+    done([paint.startTime, performance.getEntriesByType('navigation')[0].loadEventEnd, performance.now()]), 0));
+}).observe({ type: 'paint', buffered: true }))"""
 
 
 def sweep(folder: Path, count: int) -> None:
