@@ -139,9 +139,9 @@ def test_the_address_of_a_row_shows_it_whatever_the_filter_says(tab, report):
 
 
 def test_addresses_are_of_labels_and_no_two_are_one():
-    labels = ["a b", "a  b!", "a-b", "é", "x=1,y=2"]
+    labels = ["a b", "a  b!", "a-b", "a b 2", "é", "x=1,y=2"]
     made = grids.addresses(build.tables.Table("scores", "", [("", "")], [[build.tables.Value(x)] for x in labels]))
-    assert made == ["row-a-b", "row-a-b-2", "row-a-b-3", "row-", "row-x-1-y-2"]
+    assert made == ["row-a-b", "row-a-b-2", "row-a-b-3", "row-a-b-2-2", "row-", "row-x-1-y-2"]
 
 
 def test_what_was_run_says_how_far_what_failed_and_how_to_run_it_again(page, report):

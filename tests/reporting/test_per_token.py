@@ -7,7 +7,8 @@ from pathlib import Path
 
 from results import FULL, mean_task, run, snapkv
 
-from kv_lm_eval.reporting import build
+from kv_lm_eval.reporting import build, load, rows
+from kv_lm_eval.reporting.page import tokens
 
 
 def view(kl: float | None) -> dict:
@@ -37,6 +38,15 @@ def test_a_token_is_coloured_by_its_divergence_and_tells_both_likeliest_five(tmp
     cells = tab.texts("#view-tip td")
     assert cells == ["␣good<b>", "0.5", "␣bad", "0.25", "␣bad", "0.25", "␣good<b>", "0.5"]
     assert "document 0, tokens 3 to 4, mean KL 0" in tab.texts("#view-said")[0]
+
+
+def test_rows_for_which_there_is_no_room_are_counted(tmp_path: Path, monkeypatch) -> None:
+    report = rows.report(*load.read(folder_of(tmp_path, view(0.0), view(0.5), view(1.0))))
+    (whole,) = tokens.views(report)
+    assert len(whole["rows"]) == len(whole["views"]) == 3 and whole["left_out"] == 0
+    monkeypatch.setattr(tokens, "MAX_BYTES", 2 * len(json.dumps(view(0.5))) + 10)
+    (cut,) = tokens.views(report)
+    assert cut["rows"] == whole["rows"][:2] and len(cut["views"]) == 2 and cut["left_out"] == 1
 
 
 def test_what_is_not_such_a_view_is_a_damaged_file_and_no_view_is_no_section(tmp_path: Path) -> None:

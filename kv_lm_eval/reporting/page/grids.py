@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from html import escape
@@ -36,13 +37,12 @@ def section(table: Table) -> str:
 def addresses(table: Table) -> list[str]:
     """Of each row, the same as long as its label is; numbered where two are alike."""
     start = "row" if table.name == MAIN else f"{table.name}-row"
-    seen: dict[str, int] = {}
-    out = []
+    out: dict[str, None] = {}
     for row in table.rows:
         name = f"{start}-{re.sub(r'[^A-Za-z0-9_.]+', '-', row[0].text).strip('-')}"
-        seen[name] = seen.get(name, 0) + 1
-        out.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
-    return out
+        numbered = (f"{name}-{i}" for i in itertools.count(2))
+        out[name if name not in out else next(other for other in numbered if other not in out)] = None
+    return list(out)
 
 
 def _heads(table: Table) -> str:
