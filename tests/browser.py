@@ -182,11 +182,13 @@ class Page:
     # ------------------------------------------------------------------------------------------ how it is looked at
 
     @contextmanager
-    def seen(self, width: int = 1280, dark: bool = False, media: str = "", script: bool = True) -> Iterator[None]:
+    def seen(
+        self, width: int = 1280, dark: bool = False, media: str = "", script: bool = True, height: int = 900
+    ) -> Iterator[None]:
         """A window so wide, in light or dark, on paper (media="print"), without scripts."""
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.tell(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         self.tell("Emulation.setEmulatedMedia", media=media, features=features)
         self.tell("Emulation.setScriptExecutionDisabled", value=not script)
