@@ -44,7 +44,7 @@ bench-goals: $(STAMP) ## The ratios that were promised of the speed, each beside
 	$(BENCH) --parts one_prefill,goals $(ARGS)
 
 docs: $(STAMP) ## Build the documentation site into build/site, which opens from disk
-	$(BIN)/python -m pip install -q -c constraints.txt mkdocs-material
+	$(BIN)/python -m pip install -q -c constraints.txt mkdocs-material 'mkdocstrings[python]'
 	$(BIN)/python scripts/docs_site.py
 	$(BIN)/mkdocs build --quiet --strict
 

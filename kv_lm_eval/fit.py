@@ -51,7 +51,7 @@ def _parts(line: str, width: float, size: float, bold: bool) -> list[str]:
     return [part for part in parts if part]
 
 
-def legend_below(figure: Any, handles: Mapping[str, Any], size: float = 8) -> None:
+def legend_below(figure: Any, handles: Mapping[str, Any], size: float = 8, colour: str = "#1B1F24") -> None:
     """A legend under all axes, with as many columns as the figure is wide; a long one makes the figure higher, so that
     it takes no room from the axes."""
     width = figure.get_size_inches()[0] - 0.3
@@ -62,4 +62,5 @@ def legend_below(figure: Any, handles: Mapping[str, Any], size: float = 8) -> No
     lines = sum(name.count("\n") + 1 for name in names) / columns
     if (more := 1.55 * size / POINTS * lines - LEGEND_ROOM) > 0:
         figure.set_size_inches(figure.get_size_inches()[0], figure.get_size_inches()[1] + more)
-    figure.legend(handles.values(), names, loc="outside lower center", ncols=columns, fontsize=size, frameon=False)
+    look = {"ncols": columns, "fontsize": size, "frameon": False, "labelcolor": colour}
+    figure.legend(handles.values(), names, loc="outside lower center", **look)

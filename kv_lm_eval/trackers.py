@@ -1,16 +1,25 @@
-"""lm-eval's experiment trackers hear of the cache too: kv_stats as metrics, pictures beside the results as artefacts.
+"""Experiment trackers hear of the cache too: kv_stats as metrics, pictures beside the results as artefacts.
 
 `--wandb_args`, `--trackio_args` and `--hf_hub_log_args` are lm-eval's own and log scores, samples and, within the
 config, our numbers as one text. Here its loggers' methods are wrapped for runs of our model: metrics are logged with
 the scores, under names that begin with kv/, and pictures before the run is finished, since they are drawn of its
 results file. On the hub, where the results file holds the numbers already, the pictures go beside it.
+
+For MLflow lm-eval has neither an option nor a logger. Where a run of MLflow is active, or its own MLFLOW_RUN_ID or
+MLFLOW_EXPERIMENT_NAME asks for one, scores, numbers, settings, the results file and pictures are logged when lm-eval
+saves its results.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +34,12 @@ def install() -> None:
     from lm_eval import loggers
 
     _wrap(loggers.WandbLogger, "log_eval_result", after=_log_to_wandb)
+    _complete(loggers.WandbLogger)
     if (trackio := getattr(loggers, "TrackioLogger", None)) is not None:  # from lm-eval 0.4.13 on
         _wrap(trackio, "log_eval_result", after=_log_to_trackio)
         _wrap(trackio, "finish", before=_pictures_to_trackio)
     _wrap(loggers.EvaluationTracker, "recreate_metadata_card", before=_push_pictures)
+    _wrap(loggers.EvaluationTracker, "save_results_aggregated", after=_log_to_mlflow)
 
 
 def metrics_of(results: dict[str, Any]) -> dict[str, float]:
@@ -63,26 +74,58 @@ def _wrap(owner: Any, name: str, before: Any = None, after: Any = None) -> None:
     if ours in known:
         return
 
-    def safely(self: Any) -> None:
+    def safely(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
-            ours(self)
+            ours(self, *args, **kwargs)
         except Exception as error:
             log.warning("%s: kv_stats or pictures were not logged: %r", type(self).__name__, error)
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if before is not None:
-            safely(self)
+            safely(self, *args, **kwargs)
         out = original(self, *args, **kwargs)
         if after is not None:
-            safely(self)
+            safely(self, *args, **kwargs)
         return out
 
     method.has_of_kv_lm_eval = (*known, ours)  # type: ignore[attr-defined]
     setattr(owner, name, method)
 
 
-# ---------------------------------------------------------------------------------------------------- ours
+# ---------------------------------------------------------------------------------------------------- wandb
+
+
+def _complete(owner: Any) -> None:
+    """lm-eval's table of samples wants every score of a task in every sample, and stops at the first that lacks one: of
+    a request that ran out of memory, or of an answer without its needle, which counts for one score alone."""
+    original = owner._generate_dataset
+    if getattr(original, "has_of_kv_lm_eval", False):
+        return
+
+    @functools.wraps(original)
+    def _generate_dataset(self: Any, data: Sequence[dict[str, Any]], config: dict[str, Any]) -> Any:
+        return original(self, *(with_every_score(data, config) if metrics_of(self.results) else (data, config)))
+
+    _generate_dataset.has_of_kv_lm_eval = True  # type: ignore[attr-defined]
+    owner._generate_dataset = _generate_dataset
+
+
+def with_every_score(
+    samples: Sequence[dict[str, Any]], config: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Samples with NaN for a score that they lack, and a task's config without scores that no sample has, or that are
+    no numbers (a needle's cell)."""
+    examples: dict[str, Any] = {}
+    for sample in reversed(samples):
+        examples |= {m["metric"]: sample[m["metric"]] for m in config["metric_list"] if m["metric"] in sample}
+    blanks = {
+        name: type(one)([math.nan] * len(one)) if isinstance(one, (list, tuple)) else math.nan
+        for name, one in examples.items()
+        if not isinstance(one, dict)
+    }
+    listed = [m for m in config["metric_list"] if m["metric"] in blanks]
+    return [{**blanks, **sample} for sample in samples], {**config, "metric_list": listed}
 
 
 def _log_to_wandb(logger: Any) -> None:
@@ -147,3 +190,39 @@ def _push_pictures(tracker: Any) -> None:
             path_in_repo=f"{tracker.general_config_tracker.model_name}/{file.name}",
             commit_message=f"Adding pictures for {tracker.general_config_tracker.model_name}",
         )
+
+
+# ---------------------------------------------------------------------------------------------------- mlflow
+
+
+def _log_to_mlflow(tracker: Any, results: dict[str, Any], samples: Any = None) -> None:
+    """Into the active run, else the one that MLflow's own variables name, which is ended here."""
+    asked = any(os.environ.get(name) for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"))
+    if not (asked or "mlflow" in sys.modules) or not (metrics := metrics_of(results)):
+        return
+    import mlflow
+
+    if mlflow.active_run() is None and not asked:
+        return
+    with nullcontext() if mlflow.active_run() is not None else mlflow.start_run():
+        mlflow.log_params({f"{PREFIX}{k}": v for k, v in results["config"].get("kv_compression", {}).items()})
+        mlflow.log_metrics({_plain(name): value for name, value in {**scores_of(results), **metrics}.items()})
+        written = saving.written_last()
+        for file in [*(file for file in written if file.suffix == ".json"), *pictures_of(written)]:
+            mlflow.log_artifact(str(file), "kv_pictures" if file.suffix == ".png" else None)
+
+
+def scores_of(results: dict[str, Any]) -> dict[str, float]:
+    """Every score by task, name and filter, as kv_needle/contains; standard errors too."""
+    found = {}
+    for task, numbers in results["results"].items():
+        for key, value in numbers.items():
+            name, _, filter_ = key.partition(",")
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                found["/".join([task, name, *([filter_] if filter_ not in ("", "none") else [])])] = float(value)
+    return found
+
+
+def _plain(name: str) -> str:
+    """A name that MLflow takes."""
+    return re.sub(r"[^\w\-. /]", "_", name)

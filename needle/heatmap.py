@@ -30,6 +30,8 @@ CLASSIC = ("#F0496E", "#EBB839", "#0CD79F")
 COLOURS = ("classic", "viridis")
 UNCOMPRESSED = ("full", "no_cache", "hf")
 GREY, DARK = "#D9D9D9", "#404040"
+INK, PAPER = "#1B1F24", "#FFFFFF"  # of what stands beside the panels
+BLACK, WHITE = "#111418", "#FEFEFE"  # of words on a cell
 MAX_WIDTH_INCHES = 18.0
 MAX_PANEL_INCHES = 2.4  # of the words above a panel, then they are wrapped
 MORE = ConfigDict(extra="allow")
@@ -365,7 +367,9 @@ def draw(panels: Sequence[Panel], title: str = "", colours: str = "classic", num
     whole = per_row * width + 1.6
     over = fit.wrap(title or _title(panels), whole - 0.4, 11)
     height = max(1.5, 0.38 * rows + 0.4) + 0.5 + 0.17 * max(text.count("\n") + 1 for text in heads)
-    figure = Figure(figsize=(whole, lines * height + 0.5 + 0.2 * (over.count("\n") + 1)), layout="constrained")
+    figure = Figure(
+        figsize=(whole, lines * height + 0.5 + 0.2 * (over.count("\n") + 1)), layout="constrained", facecolor=PAPER
+    )
     axes = figure.subplots(lines, per_row, squeeze=False)
     image: Any = None
     for i, axis in enumerate(axes.flat):
@@ -374,14 +378,16 @@ def draw(panels: Sequence[Panel], title: str = "", colours: str = "classic", num
             continue
         image = _draw_panel(axis, panels[i], heads[i], cmap, Normalize(0, 1), numbers and columns <= 15)
         if i % per_row == 0:
-            axis.set_ylabel("depth, % of the text")
+            axis.set_ylabel("depth, % of the text", color=INK)
         if i + per_row >= len(panels):
-            axis.set_xlabel("context length, tokens")
-    figure.colorbar(image, ax=axes, label=panels[0].metric, shrink=0.9, pad=0.02)
-    figure.suptitle(over, fontsize=11)
+            axis.set_xlabel("context length, tokens", color=INK)
+    scale = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
+    scale.set_label(panels[0].metric, color=INK)
+    scale.ax.tick_params(colors=INK)
+    figure.suptitle(over, fontsize=11, color=INK)
     if any(c["state"] == "not compressed" for p in panels for c in p.cells):
         told = "hatched grey: the prompt fits the budget, nothing was compressed"
-        figure.supxlabel(fit.wrap(told, whole - 0.4, 8), fontsize=8, color=DARK)
+        figure.supxlabel(fit.wrap(told, whole - 0.4, 8), fontsize=8, color=INK)
     return figure
 
 
@@ -402,14 +408,15 @@ def _draw_panel(axis: Any, panel: Panel, head: str, cmap: Any, norm: Any, number
             text = "" if cell is None else _number(cell).rstrip("*")
             if numbers or (cell and cell["score"] is None):
                 bright = state not in ("scored", "not compressed") or _is_dark(cmap, norm, cell, state)
-                axis.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if bright else "black")
+                axis.text(x, y, text, ha="center", va="center", fontsize=8, color=WHITE if bright else BLACK)
     axis.set_xticks(range(len(panel.lengths)), [f"{n:,}" for n in panel.lengths], rotation=45, fontsize=8)
     axis.set_yticks(range(len(panel.depths)), ["all" if d is None else f"{d:g}" for d in panel.depths], fontsize=8)
     axis.set_xticks([x - 0.5 for x in range(1, len(panel.lengths))], minor=True)
     axis.set_yticks([y - 0.5 for y in range(1, len(panel.depths))], minor=True)
     axis.grid(which="minor", color="white", linewidth=1)
     axis.tick_params(which="both", length=0)
-    axis.set_title(head, fontsize=9)
+    axis.set_title(head, fontsize=9, color=INK)
+    axis.tick_params(labelcolor=INK)
     for side in axis.spines.values():
         side.set_visible(False)
     return image

@@ -1,32 +1,69 @@
 """Puts the pages of the documentation site together for `make docs`: docs/, the README as its first page, the API.
 
 Links of the README into docs/ are made to fit, those of pages to files outside of docs/ are left out of the link check.
+The API's page names what is public; its words are those of the docstrings, which mkdocstrings reads.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 import shutil
 from pathlib import Path
 
-import kv_lm_eval
-from kv_lm_eval.metrics.report import Report
-from kv_lm_eval.serving.compress import Compressing
-from kv_lm_eval.serving.context import Context
-
 ROOT = Path(__file__).parents[1]
+NOTHING, OWN = ("members: false",), ("inherited_members: false",)
+
+# Heading, a sentence, and names with options of mkdocstrings.
+API: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...] = (
+    (
+        "Around a model of transformers",
+        "See also [From Python](python.md).",
+        (
+            ("kv_lm_eval.serving.compress.compress", ()),
+            ("kv_lm_eval.serving.compress.Compressing", OWN),
+            ("kv_lm_eval.serving.compress.compressed_cache", ()),
+            ("kv_lm_eval.metrics.report.Report", OWN),
+        ),
+    ),
+    (
+        "One context, many questions",
+        "",
+        (("kv_lm_eval.serving.context.prefill", ()), ("kv_lm_eval.serving.context.Context", OWN)),
+    ),
+    (
+        "Evaluations and reports",
+        "See also [Reports](reporting.md).",
+        (
+            ("kv_lm_eval.api.evaluate", ()),
+            ("kv_lm_eval.model.KVCompressedLM", NOTHING),
+            ("kv_lm_eval.reporting.build.write", ()),
+            ("kv_lm_eval.reporting.build.Written", ()),
+            ("kv_lm_eval.errors.UserError", NOTHING),
+        ),
+    ),
+    (
+        "A method of one's own",
+        "See also [My own method](tutorials/my-method.md) and [Methods](methods.md).",
+        (
+            ("kv_lm_eval.methods.base.Method", ()),
+            ("kv_lm_eval.methods.base.setting", ()),
+            ("kv_lm_eval.cache.view.View", ()),
+            ("kv_lm_eval.cache.view.Sight", ()),
+            ("kv_lm_eval.cache.view.Pages", ()),
+        ),
+    ),
+)
 
 
 def api() -> str:
-    """The public names with their signatures and docstrings."""
-    named = {name: getattr(kv_lm_eval, name) for name in ("compress", "compressed_cache", "prefill", "evaluate")}
-    named |= {"Compressing.report": Compressing.report, "Context.ask": Context.ask, "Context.report": Context.report}
-    parts = ["# API\n\nSee also [From Python](python.md).\n"]
-    for name, one in {**named, "Report": Report}.items():
-        text = inspect.getdoc(one) or ""
-        parts.append(f"## {name}\n\n```python\n{name}{inspect.signature(one)}\n```\n\n```text\n{text}\n```\n")
-    return "\n".join(parts)
+    """The page with the public names, as mkdocstrings is asked for them."""
+    parts = ["# API"]
+    for heading, sentence, names in API:
+        parts += [f"## {heading}", sentence]
+        for name, options in names:
+            asked = "".join(f"\n        {option}" for option in options)
+            parts.append(f"::: {name}" + (f"\n    options:{asked}" if asked else ""))
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def main() -> None:

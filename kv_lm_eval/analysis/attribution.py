@@ -315,13 +315,13 @@ def _grid(figure: Any, axis: Any, parts: Sequence[dict[str, Any]], name: str) ->
 
 def _bars(figure: Any, axis: Any, parts: Sequence[dict[str, Any]], name: str) -> None:
     """One a part; of KL with its interval."""
-    from kv_lm_eval.reporting.plots import drawing
+    from kv_lm_eval.reporting.plots import palette
 
     places = range(len(parts))
-    colour = drawing.COLOURS[0] if name == "kl" else "#8A929B"
+    colour = palette.COLOURS[0] if name == "kl" else palette.FAINT
     axis.barh(places, [one[name] or 0 for one in parts], color=colour)
     for y, one in zip(places, parts, strict=True):
         if name == "kl" and one["low"] is not None:
-            axis.plot([one["low"], one["high"]], [y, y], color=drawing.INK, lw=1)
+            axis.plot([one["low"], one["high"]], [y, y], color=palette.INK, lw=1)
     axis.set_yticks(places, [one["part"] for one in parts])
     axis.invert_yaxis()

@@ -27,6 +27,7 @@ import torch
 from kv_lm_eval import config, console, files
 from kv_lm_eval.analysis.kept import Kept, look
 from kv_lm_eval.errors import WHICH_MODEL, UserError
+from kv_lm_eval.reporting import page
 from kv_lm_eval.serving.served import Served
 
 NEW_TOKENS = 32
@@ -171,9 +172,8 @@ def _page(numbers: dict[str, Any], found: Kept, pieces: Sequence[str]) -> str:
         for kept, share in zip(found.kept, found.shares, strict=True)
     ]
     text = json.dumps({**numbers, "pieces": list(pieces), "layers": layers}, separators=(",", ":"))
-    reporting = resources("kv_lm_eval.reporting")
     return Template(resources("kv_lm_eval.analysis").joinpath("inspect.html").read_text(encoding="utf-8")).substitute(
-        css=reporting.joinpath("page.css").read_text(encoding="utf-8"), data=text.replace("<", "\\u003c")
+        css=page.style(), data=text.replace("<", "\\u003c")
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kv_lm_eval import files
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.reporting import fidelity, html, load, plots, rows, tables
+from kv_lm_eval.reporting import fidelity, load, page, plots, rows, tables
 from kv_lm_eval.reporting.cells import Report
 from kv_lm_eval.reporting.table import as_csv, as_latex, as_markdown
 
@@ -47,8 +47,7 @@ def write(folder: Path, out: Path, title: str = "", metrics: Sequence[str] = ())
         shown = [*shown, progress] if all(sweep.is_done for sweep in said.sweeps) else [progress, *shown]
     written: list[Path] = []
     for table in shown:
-        comma = tables.scores_csv(report) if table.name == "scores" else as_csv(table)
-        for ending, text in (("md", as_markdown(table)), ("csv", comma), ("tex", as_latex(table))):
+        for ending, text in (("md", as_markdown(table)), ("csv", as_csv(table)), ("tex", as_latex(table))):
             written.append(_write(out / "tables" / f"{table.name}.{ending}", text))
     written.append(_write(out / "tables" / "all_numbers.csv", as_csv(tables.every_number(report))))
     panels = plots.needles.panels_of(report)
@@ -56,8 +55,8 @@ def write(folder: Path, out: Path, title: str = "", metrics: Sequence[str] = ())
     for picture in pictures:
         written += plots.write(picture, out / "plots")
     title = title or f"KV-cache compression: {load.name_of(folder, said)}"
-    page = _write(out / "report.html", html.page(report, shown, pictures, out / "plots", title))
-    return Written(page, [page, *written], report)
+    html = _write(out / "report.html", page.page(report, shown, pictures, out / "plots", title))
+    return Written(html, [html, *written], report)
 
 
 def _write(file: Path, text: str) -> Path:

@@ -4,8 +4,8 @@
 
 DIR holds results of runs with --output_path (and --log_samples, for intervals and answers), at any depth; runs of the
 same model are compared with its full cache (method=full, or --model hf). Writes OUT/report.html, OUT/tables/ (markdown,
-CSV, LaTeX) and OUT/plots/ (PNG, SVG); OUT is DIR/report unless it is given. Prints the scores and the differences; the
-last line is a JSON document with the files and the numbers.
+CSV, LaTeX) and OUT/plots/ (PNG, SVG, CSV); OUT is DIR/report unless it is given. Prints the scores and the differences;
+the last line is a JSON document with the files and the numbers.
 
 A file that is damaged is named on the page and on stderr and left out. Exit status: 0 the report is written, 2 nothing
 could be read or the report could not be written.

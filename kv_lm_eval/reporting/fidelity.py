@@ -87,6 +87,8 @@ def table(report: Report) -> Table | None:
     answers = any("answers" in one.numbers for one in found)
     flips = any(one.numbers.get("flips") for one in found)
     evidence = any(one.numbers.get("by_evidence") for one in found)
+    groups = [("", 2), ("cache", 1), ("KL to the full cache", 4), ("tokens", 3)]
+    groups += [("KL by evidence", 2)] * evidence + [("answers", 2 * answers + flips)] * bool(answers or flips)
     head = [("method", ""), ("task", ""), ("KV", "KiB"), ("KL", "nats"), ("median", ""), ("99 %", ""), ("largest", "")]
     head += [("same top", "%"), ("Δp RMS", "%"), ("PPL ratio", "")]
     head += [("evidence kept", "KL"), ("evicted", "KL")] * evidence
@@ -107,7 +109,7 @@ def table(report: Report) -> Table | None:
         if flips:
             cells.append(_flips(one.numbers.get("flips") or {}))
         rows.append(cells)
-    return Table("fidelity", "Fidelity to the full cache", head, rows, LEGEND, _floors(found))
+    return Table("fidelity", "Fidelity to the full cache", head, rows, LEGEND, _floors(found), groups)
 
 
 def _floors(found: list[Measured]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.reporting import compare, grouping, notes
+from kv_lm_eval.reporting import compare, families, grouping, notes
 from kv_lm_eval.reporting.answers import Sample, SampleKey
 from kv_lm_eval.reporting.believed import Said
 from kv_lm_eval.reporting.cells import Cell, Column, Report, Row, every_score
@@ -61,7 +61,8 @@ def _columns(rows: Sequence[Row], metrics: Sequence[str], below: dict[str, list[
     tasks = [c for columns in found.values() for c in columns if not c.leaves]
     groups = [c for columns in found.values() for c in columns if c.leaves]
     ahead = {t: None for row in rows for run in row.runs if run.state != "scored" for t in run.tasks if t not in below}
-    return tasks + [Column(task, "no score yet", "", None) for task in ahead if task not in found] + groups
+    unknown = [Column(task, "no score yet", "", None) for task in ahead if task not in found]
+    return families.in_order(tasks + unknown + groups)
 
 
 def chosen(run: Run, task: str, numbers: dict[str, Any], metrics: Sequence[str]) -> list[Column]:

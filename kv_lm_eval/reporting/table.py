@@ -17,11 +17,17 @@ class Value:
     tone: str = ""
     title: str = ""
     lines: str = ""  # the same on two lines, for a page
+    error: float | None = None  # the number's standard error
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: the head of a column is (name, what it is in a word); the first column holds the labels."""
+    """A table: the head of a column is (name, what it is in a word); the first column holds the labels.
+
+    Attributes:
+        groups: titles over neighbouring columns, each with how many it is over; "" over those that need none.
+        errors_from: from which column on a CSV has a column beside each with the standard errors.
+    """
 
     name: str
     title: str
@@ -29,6 +35,13 @@ class Table:
     rows: list[list[Value]]
     legend: str = ""
     notes: list[str] = field(default_factory=list)
+    groups: list[tuple[str, int]] = field(default_factory=list)
+    errors_from: int | None = None
+
+    @property
+    def with_errors(self) -> list[bool]:
+        """Of each column, whether a CSV has its standard errors."""
+        return [self.errors_from is not None and i >= self.errors_from for i in range(len(self.head))]
 
 
 def full_head(head: tuple[str, str]) -> str:
@@ -54,14 +67,21 @@ def as_markdown(table: Table) -> str:
     )
 
 
-def as_csv(table: Table, exact: bool = True) -> str:
+def as_csv(table: Table) -> str:
     """Full precision where an entry is one number."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([full_head(h) for h in table.head])
+    heads = [full_head(h) for h in table.head]
+    writer.writerow(_beside(table, heads, [f"{head} stderr" for head in heads]))
     for row in table.rows:
-        writer.writerow([repr(v.number) if exact and v.number is not None else v.text for v in row])
+        texts = [v.text if v.number is None else repr(v.number) for v in row]
+        writer.writerow(_beside(table, texts, ["" if v.error is None else repr(v.error) for v in row]))
     return out.getvalue()
+
+
+def _beside(table: Table, texts: list[str], errors: list[str]) -> list[str]:
+    columns = zip(texts, errors, table.with_errors, strict=True)
+    return [text for one, error, has in columns for text in ([one, error] if has else [one])]
 
 
 LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}"}
@@ -87,6 +107,19 @@ def as_latex(table: Table) -> str:
         rf"\caption{{{escape_latex(table.title)}. {escape_latex(table.legend)}}}",
     ]
     lines += [rf"\label{{tab:{table.name}}}", rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}", r"\toprule"]
+    lines += _latex_groups(table)
     lines += [line([name for name, _ in table.head]), line([unit for _, unit in table.head]), r"\midrule"]
     lines += [line([value.text for value in row]) for row in table.rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+
+
+def _latex_groups(table: Table) -> list[str]:
+    """Titles over neighbouring columns, with a rule below each."""
+    if not any(title for title, _ in table.groups):
+        return []
+    heads, rules, column = [], [], 1
+    for title, count in table.groups:
+        heads.append(rf"\multicolumn{{{count}}}{{c}}{{{escape_latex(title)}}}")
+        rules += [rf"\cmidrule(lr){{{column}-{column + count - 1}}}"] if title else []
+        column += count
+    return [" & ".join(heads) + r" \\", " ".join(rules)]

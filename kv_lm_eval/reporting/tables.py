@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from kv_lm_eval.reporting.cells import Cell, Column, Report, Row, every_score
+from kv_lm_eval.reporting.families import titles
 from kv_lm_eval.reporting.run import is_number
-from kv_lm_eval.reporting.table import Table, Value, full_head
+from kv_lm_eval.reporting.table import Table, Value
 from kv_lm_eval.stats.paired import LEVEL, Comparison
 
 MISSING, UNTOUCHED = "-", "°"
@@ -47,7 +46,8 @@ def scores(report: Report) -> Table:
             Value(MISSING) if kv is None else Value(f"{kv / 1024:,.0f}", kv / 1024),
         ]
         rows.append(start + [_score(row.cells[c], c) for c in report.columns])
-    return Table("scores", "Scores", head, rows, SCORE_LEGEND, _unfinished(report))
+    groups = [("", 1), ("cache", 2), *titles(report.columns)]
+    return Table("scores", "Scores", head, rows, SCORE_LEGEND, _unfinished(report), groups, errors_from=3)
 
 
 TONES = {"missing": "", "scored": "", "planned": "noise", "running": "noise"}  # of states; of others "bad"
@@ -92,6 +92,7 @@ def differences(report: Report) -> Table:
         rows,
         DIFFERENCE_LEGEND,
         notes,
+        [("", 1), *titles(report.columns)],
     )
 
 
@@ -104,12 +105,13 @@ class Measure:
     names: tuple[str, ...]
     factor: float
     higher_is_better: bool = False
+    kind: str = "memory"
 
 
 MEASURES = (
-    Measure("TTFT", "ms", ("ttft_s",), 1e3),
-    Measure("TPOT", "ms", ("tpot_s",), 1e3),
-    Measure("throughput", "tokens/s", ("tokens_per_s",), 1, True),
+    Measure("TTFT", "ms", ("ttft_s",), 1e3, kind="time"),
+    Measure("TPOT", "ms", ("tpot_s",), 1e3, kind="time"),
+    Measure("throughput", "tokens/s", ("tokens_per_s",), 1, True, "time"),
     Measure("peak of prefill", "MiB", ("prefill_peak_bytes",), 2**-20),
     Measure("peak of decode", "MiB", ("decode_peak_bytes",), 2**-20),
     Measure("KV after prefill", "KiB", ("kv_bytes_prefill_mean",), 2**-10),
@@ -117,7 +119,7 @@ MEASURES = (
     Measure("KV read by the last token", "KiB", ("kv_bytes_read_mean",), 2**-10),
     Measure("KV allocated", "KiB", ("kv_bytes_allocated_mean",), 2**-10),
     Measure("overhead", "KiB", ("overhead_bytes_mean",), 2**-10),
-    Measure("answer", "tokens", ("answer_tokens_mean",), 1),
+    Measure("answer", "tokens", ("answer_tokens_mean",), 1, kind="answers"),
 )
 
 
@@ -127,6 +129,8 @@ def speed(report: Report) -> Table:
     inflation = {row.label: _inflation(report, row) for row in report.rows}
     inflated = any(value is not None for value in inflation.values())
     head = [("method", ""), *((m.title, m.unit) for m in measured), *[("answer", "of full")] * inflated, ("run", "s")]
+    kinds = [m.kind for m in measured] + ["answers"] * inflated
+    groups = [("", 1), *((kind, kinds.count(kind)) for kind in dict.fromkeys(kinds)), ("", 1)]
     notes = _unfinished(report)
     if nowhere := [m.title for m in MEASURES if m not in measured]:
         notes.append(f"Not measured in any run, and left out: {', '.join(nowhere)}.")
@@ -146,7 +150,7 @@ def speed(report: Report) -> Table:
         seconds = _seconds(row)
         values.append(Value("N/A") if seconds is None else Value(f"{seconds:,.1f}", seconds))
         rows.append(values)
-    return Table("speed", "Time and memory", head, rows, SPEED_LEGEND, notes)
+    return Table("speed", "Time and memory", head, rows, SPEED_LEGEND, notes, groups)
 
 
 def _inflation(report: Report, row: Row) -> float | None:
@@ -243,7 +247,7 @@ def _score(cell: Cell, column: Column) -> Value:
         about.append("no request was compressed")
     if cell.unscored:
         about.append(f"{cell.unscored} documents without this score")
-    return Value(text, cell.value, tone(cell, column), "; ".join(about))
+    return Value(text, cell.value, tone(cell, column), "; ".join(about), error=cell.stderr)
 
 
 def tone(cell: Cell, column: Column) -> str:
@@ -304,20 +308,3 @@ def _measured(found: dict[str, float], measure: Measure) -> Value:
 def _seconds(row: Row) -> float | None:
     found = [float(s) for run in row.runs if (s := run.results.get("total_evaluation_time_seconds")) is not None]
     return math.fsum(found) if found else None
-
-
-def scores_csv(report: Report) -> str:
-    """The table of scores with full precision, the standard error in a column of its own."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    heads = [full_head(h) for h in _heads(report)]
-    writer.writerow(["method", "kept (%)", "KV (KiB)", *(x for h in heads for x in (h, f"{h} stderr"))])
-    table = scores(report)
-    for row, values in zip(report.rows, table.rows, strict=True):
-        cells: list[Any] = []
-        for column in report.columns:
-            cell = row.cells[column]
-            state = MISSING if cell.state == "missing" else cell.state
-            cells += [state if cell.value is None else cell.value, "" if cell.stderr is None else cell.stderr]
-        writer.writerow([values[0].text, *(v.text if v.number is None else v.number for v in values[1:3]), *cells])
-    return out.getvalue()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
+import browser
 import pytest
 import tiny as models
 import torch
@@ -17,7 +16,6 @@ from kv_lm_eval.analysis import inspect
 from kv_lm_eval.analysis.kept import look
 from kv_lm_eval.serving.served import Served
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 PROMPT = "The ferry is late. " * 8 + "The pass code is 4817. " + "Gulls cried over the water. " * 8 + "The pass code is"
 SNAPKV = "method=snapkv,max_capacity_prompt=32,window_size=8"
 
@@ -110,30 +108,56 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, model_args, text, words
     assert words in said[-1] and not (tmp_path / "out" / "inspect.html").exists()
 
 
-@pytest.mark.skipif(not BROWSER, reason="needs a Chromium")
-def test_a_browser_shows_the_numbers_and_a_token(out, tmp_path):
+def test_a_browser_shows_the_numbers_and_what_was_kept(out, tab):
     numbers = json.loads((out / "inspect.json").read_text(encoding="utf-8"))
-    words = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path}",
-        "--virtual-time-budget=5000",
-    ]
-    done = subprocess.run(
-        [BROWSER, *words, "--dump-dom", f"{(out / 'inspect.html').as_uri()}#token=3"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    shown = dict(re.findall(r'<b id="(n-\w+)">([^<]*)</b>', done.stdout))
-    assert shown["n-tokens"] == str(numbers["prompt_tokens"])
-    assert shown["n-kept"] == f"{100 * numbers['kept_share']:.1f} %"
-    assert shown["n-mass"] == f"{100 * numbers['mass_kept']:.1f} %"
-    prompt = done.stdout.partition('id="prompt"')[2].partition("</div>")[0]
-    assert len(re.findall("<span", prompt)) == numbers["prompt_tokens"]
-    about = re.search(r'id="about"[^>]*>([^<]*)<', done.stdout)
-    assert about is not None and about[1].startswith(f"Token 3 of {numbers['prompt_tokens']}")
-    cells = re.findall(r'title="(\d+) of \d+ tokens"', done.stdout)
-    assert cells == ["32"] * 12
+    tab.open(out / "inspect.html", "#token=3")
+    assert tab.texts("#n-tokens") == [str(numbers["prompt_tokens"])]
+    assert tab.texts("#n-kept") == [f"{100 * numbers['kept_share']:.1f} %"]
+    assert tab.texts("#n-mass") == [f"{100 * numbers['mass_kept']:.1f} %"]
+    assert tab.js("document.querySelectorAll('#prompt span').length") == numbers["prompt_tokens"]
+    assert tab.texts("#about")[0].startswith(f"Token 3 of {numbers['prompt_tokens']}")
+    titles = tab.js("[...document.querySelectorAll('#mass td[title]')].map((cell) => cell.title)")
+    assert [title.split()[0] for title in titles] == ["32"] * 12
+
+
+def test_pointing_at_a_token_and_at_the_map_tells_their_scores(out, tab):
+    """The last window of snapkv is kept by every head; the arrow keys walk; a row of the map is a layer."""
+    numbers = json.loads((out / "inspect.json").read_text(encoding="utf-8"))
+    last = numbers["prompt_tokens"] - 1
+    tab.open(out / "inspect.html")
+    tab.point(f"#prompt span:nth-child({last + 1})")
+    (about,) = tab.texts("#about")
+    assert about.startswith(f"Token {last} of") and "kept by 100.0 % of the heads, attention " in about
+    assert float(re.search(r"attention ([\d.]+) %", about)[1]) > 0
+    shares = [float(x) for x in re.findall(r"\d+: (\d+) %", about.partition("By layer")[2])]
+    assert shares == [100] * len(numbers["kept_by_head"])
+    tab.js("document.querySelector('#prompt').focus()")
+    tab.key("ArrowLeft")
+    assert tab.texts("#about")[0].startswith(f"Token {last - 1} of")
+    tab.point("#map")
+    assert re.search(r"Layer \d+: head 0 (kept|gone) \([\d.]+ %\)", tab.texts("#about")[0])
+    assert "KL " in tab.js("document.querySelector('#full span').title")
+
+
+def test_the_page_in_the_dark_and_on_a_phone(out, tab):
+    with tab.seen(width=390, dark=True):
+        tab.open(out / "inspect.html")
+        assert tab.js("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+        assert max(tab.colour("body", "backgroundColor")) < 60 and min(tab.colour("body", "color")) > 180
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_words_are_read_on_their_colour(out, tab, dark):
+    """4.5 to 1 on what every head kept and on the largest divergence."""
+    with tab.seen(dark=dark):
+        tab.open(out / "inspect.html")
+        last = tab.js("document.querySelectorAll('#prompt span').length")
+        worst = 1 + tab.js("D.kl.indexOf(Math.max(...D.kl))")
+        ink, paper = tab.colour("#prompt", "color"), tab.colour("#prompt", "backgroundColor")
+        for token in (f"#prompt span:nth-child({last})", f"#full span:nth-child({worst})"):
+            under = tab.js(f"getComputedStyle(document.querySelector('{token}')).backgroundColor")
+            *colour, share = (float(x) for x in re.findall(r"[\d.]+", under))
+            assert share >= 0.4  # and the colour is seen
+            assert (
+                browser.contrast(ink, [share * c + (1 - share) * p for c, p in zip(colour, paper, strict=True)]) >= 4.5
+            )

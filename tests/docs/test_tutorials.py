@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -56,3 +58,18 @@ def test_the_site_has_every_page_and_every_link_between_them_leads_somewhere() -
     for page in PAGES:
         links = re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text(encoding="utf-8"))
         assert links and not [link for link in links if not (page.parent / link).exists()], page.name
+
+
+def test_the_page_of_the_api_has_every_public_name_and_each_is_there_with_words_of_its_own() -> None:
+    import kv_lm_eval
+
+    spec = importlib.util.spec_from_file_location("docs_site", ROOT / "scripts" / "docs_site.py")
+    assert spec is not None and spec.loader is not None
+    site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(site)
+    asked = re.findall(r"^::: ([\w.]+)\.(\w+)$", site.api(), re.M)
+    for module, name in asked:  # where mkdocstrings reads it, which imports nothing
+        source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+        found = [one for one in ast.parse(source).body if getattr(one, "name", "") == name]
+        assert found and ast.get_docstring(found[-1]), name
+    assert {name for _, name in asked} >= set(kv_lm_eval.__all__) - {"__version__"}

@@ -6,6 +6,7 @@ offline.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -43,6 +44,9 @@ class Table(_Said):
 Trace = lambda **kwargs: "trace"
 run, config = None, _Said("config")
 def init(**kwargs): return _Said("run")
+def active_run(): return None
+def start_run(): return _Said("started")
+log_params, log_metrics, log_artifact = _Said("log_params"), _Said("log_metrics"), _Said("log_artifact")
 log, finish = _Said("run", "log"), _Said("run", "finish")
 """
 ASKED = ["--model", "kvcompressed", "--tasks", "kv_needle_magic", "--model_args"]
@@ -51,9 +55,14 @@ METADATA = '{"lengths": [256], "depths": [0, 100], "samples_per_cell": 1}'
 
 def evaluate(folder: Path, *more: str, stubs: bool = True) -> str:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "SAID": str(folder / "said"), "WANDB_MODE": "offline"}
-    places = [str(ROOT)]
+    environment |= {
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+        "MLFLOW_TRACKING_URI": (folder / "mlruns").as_uri(),
+        "MLFLOW_EXPERIMENT_NAME": "needles",
+    }
+    places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     if stubs:
-        for name in ("wandb", "trackio"):
+        for name in ("wandb", "trackio", "mlflow"):
             (folder / "stubs" / name / "sdk" / "lib").mkdir(parents=True)
             for inner in ("", "sdk", "sdk/lib"):
                 (folder / "stubs" / name / inner / "__init__.py").write_text("")
@@ -73,7 +82,7 @@ def evaluate(folder: Path, *more: str, stubs: bool = True) -> str:
 
 @pytest.mark.slow
 def test_metrics_and_pictures_reach_wandb_and_trackio_before_the_run_is_finished(tmp_path):
-    said = evaluate(tmp_path, "--wandb_args", "project=a", "--trackio_args", "project=b")
+    said = evaluate(tmp_path, "--wandb_args", "project=a", "--trackio_args", "project=b", "--log_samples")
     for library in ("wandb", "trackio"):
         lines = [line for line in said.splitlines() if line.startswith(f'["{library}", "run')]
         (metrics,) = [line for line in lines if "kv/kept_fraction_mean" in line]
@@ -81,12 +90,27 @@ def test_metrics_and_pictures_reach_wandb_and_trackio_before_the_run_is_finished
         (images,) = [i for i, line in enumerate(lines) if "kv/pictures/" in line]
         assert "Image(kv_needle_magic_" in lines[images] and '"run.finish"' in lines[-1] and images < len(lines) - 1
     assert "Artifact(kv_pictures: ['kv_needle_magic_" in said
+    assert "kv_needle_magic_eval_results" in said  # the table of samples, whose answers have no `floor`
+    lines = [line for line in said.splitlines() if line.startswith('["mlflow", "log_')]
+    assert "kv/kept_fraction_mean" in said and "kv_needle_magic/contains" in "".join(lines)
+    assert "kv/max_capacity_prompt" in lines[0] and "log_params" in lines[0]
+    assert [("results_" in line, ".png" in line) for line in lines[2:]] == [(True, False), (False, True)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("mlflow") is None, reason="needs mlflow")
+def test_mlflow_itself_takes_them_into_a_folder(tmp_path):
+    evaluate(tmp_path, stubs=False)
+    (run,) = (tmp_path / "mlruns").glob("*/*/metrics")
+    assert (run / "kv" / "kept_fraction_mean").is_file() and (run / "kv_needle_magic" / "contains").is_file()
+    assert (run.parent / "params" / "kv" / "max_capacity_prompt").read_text() == "64"
+    assert list(run.parent.glob("artifacts/results_*.json")) and list(run.parent.glob("artifacts/kv_pictures/*.png"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("wandb") is None, reason="needs wandb")
 def test_wandb_itself_takes_them_offline(tmp_path):
-    evaluate(tmp_path, "--wandb_args", "project=a", stubs=False)
+    evaluate(tmp_path, "--wandb_args", "project=a", "--log_samples", stubs=False)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
@@ -122,3 +146,15 @@ def test_other_models_have_no_metrics_of_ours():
     stats = {"requests": 2, "by_task": {"a": {"peak_slots": 3, "name": "x", "ttft_s": {"median": None}}}}
     found = trackers.metrics_of({"config": {"kv_stats": stats}})
     assert found == {"kv/requests": 2.0, "kv/by_task/a/peak_slots": 3.0}
+
+
+def test_samples_that_lack_a_score_have_none_in_the_table_of_samples():
+    config = {"task": "a", "metric_list": [{"metric": m} for m in ("hit", "floor", "cells", "nats", "never")]}
+    samples = [{"cells": {"x": 1}}, {"hit": 1.0, "cells": {}, "nats": (-3.0, 4)}, {"floor": 0.0, "cells": {}}]
+    found, listed = trackers.with_every_score(samples, config)
+    assert [m["metric"] for m in listed["metric_list"]] == ["hit", "floor", "nats"] and listed["task"] == "a"
+    for sample, given in zip(found, samples, strict=True):
+        for name in ("hit", "floor"):
+            assert sample[name] == given[name] if name in given else math.isnan(sample[name])
+        assert sample["nats"] == given["nats"] if "nats" in given else all(map(math.isnan, sample["nats"]))
+    assert samples[0] == {"cells": {"x": 1}}

@@ -9,13 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 
 import pytest
 from results import FULL, efficiency, mean_task, perplexity_task, plan, planned, point, run, snapkv
 
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.reporting import html, load, plots, rows, tables
+from kv_lm_eval.reporting import load, page, plots, rows, tables
 from kv_lm_eval.reporting.table import as_csv, as_latex, as_markdown
 from kv_lm_eval.stats import paired
 
@@ -70,18 +71,18 @@ def page_of(folder: Path) -> tuple[str, list[list[str]]]:
     report = rows.report(*load.read(folder))
     shown = [tables.scores(report), tables.differences(report), tables.speed(report), tables.progress(report)]
     plots.needles.panels_of(report)
-    page = html.page(report, [table for table in shown if table], [], folder, "t")
+    text = page.page(report, [table for table in shown if table], [], folder, "t")
     for table in filter(None, shown):
         assert as_markdown(table) and as_latex(table) and as_csv(table)
     long = tables.every_number(report)
     names = {i for i, (name, _) in enumerate(long.head) if name in ("label", "settings", "method", "model")}
     numbers = [[v.text for i, v in enumerate(row) if i not in names] for row in long.rows]
     numbers += [[v.text for v in row[1:]] for row in tables.speed(report).rows]
-    return page, sorted(numbers)
+    return text, sorted(numbers)
 
 
 def named(page: str, file: Path) -> bool:
-    return html.escape(str(file)) in page
+    return escape(str(file)) in page
 
 
 def places(value, path=()):

@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import pytest
 from results import FULL, efficiency, mean_task, perplexity_task, run, snapkv
 
-from kv_lm_eval.reporting import build, html, load, plots, rows, tables
-from kv_lm_eval.reporting.table import as_latex, as_markdown
+from kv_lm_eval.reporting import build, load, page, plots, rows, tables
+from kv_lm_eval.reporting.table import as_csv, as_latex, as_markdown
 
 NAME = "</script><script>alert(1)</script><img src=x onerror=alert(2)> $x_$ & \u2028"
 EVIL = NAME + "\ud83d"  # half of a surrogate pair, as some answers end
@@ -76,9 +76,9 @@ def written(folder):
 def test_the_page_stands_alone_and_shows_texts_as_texts(written):
     text = written.page.read_text(encoding="utf-8")
     page = Page(text)
-    assert page.tags.count("script") == 2 and "onerror" not in {name for _, name, _ in page.attributes}
+    assert page.tags.count("script") == 4 and "onerror" not in {name for _, name, _ in page.attributes}
     links = [value for _, name, value in page.attributes if name in ("src", "href", "action", "data")]
-    assert links and all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+    assert links and all(link.startswith(("#", "data:image/svg+xml;base64,")) for link in links)
     assert not re.findall(r"https?://|@import|url\(", text)
     data = json.loads(page.data)
     assert {"needle, found", "ppl, word_perplexity"} == {task["name"] for task in data["tasks"]}
@@ -87,7 +87,7 @@ def test_the_page_stands_alone_and_shows_texts_as_texts(written):
     first = needle["docs"][0]
     assert first["cut"] and first["prompt"].startswith("x") and len(first["prompt"]) == 700
     assert first["answers"][0][0].startswith("</script>") and first["where"].startswith("256 tokens")
-    assert all(picture.name.endswith((".png", ".svg")) for picture in (written.page.parent / "plots").iterdir())
+    assert all(picture.name.endswith((".png", ".svg", ".csv")) for picture in (written.page.parent / "plots").iterdir())
 
 
 def test_the_pictures_that_the_numbers_allow(written, tmp_path):
@@ -115,11 +115,11 @@ def test_many_long_answers_are_left_out_and_those_that_differ_stay(tmp_path):
         answers = ["long " * 1000 if i else f"short {n}" for n in range(200)]
         run(tmp_path / str(i), compression, {"one": mean_task(values, answers=answers)}, date=i + 1)
     report = rows.report(*load.read(tmp_path))
-    data, said = html.samples(report)
+    data, said = page.samples.samples(report)
     assert data["tasks"][0]["left_out"] == 160 and "one 160" in said
     assert data["tasks"][0]["docs"][0]["id"] == 150
     assert max(len(answer[0]) for doc in data["tasks"][0]["docs"] for answer in doc["answers"]) == 1500
-    small, _ = html.samples(report, max_bytes=20_000)
+    small, _ = page.samples.samples(report, max_bytes=20_000)
     assert len(json.dumps(small)) < 25_000 and small["tasks"][0]["docs"]
 
 
@@ -135,9 +135,11 @@ def test_tables_are_valid_in_every_form(folder):
         markdown = [line for line in as_markdown(table).splitlines() if line.startswith("|")]
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in markdown}) == 1
         latex = as_latex(table)
-        assert len({line.count(" & ") for line in latex.splitlines() if line.endswith(r"\\")}) == 1
+        lines = [line for line in latex.splitlines() if line.endswith(r"\\")]
+        spans = [[int(n) for n in re.findall(r"\\multicolumn\{(\d+)\}", line)] for line in lines]
+        assert {sum(n) or line.count(" & ") + 1 for n, line in zip(spans, lines, strict=True)} == {len(table.head)}
         assert not re.search(r"(?<!\\)[_#%]", latex.split(r"\begin{tabular}")[1])
-    lines = tables.scores_csv(report).splitlines()
+    lines = as_csv(tables.scores(report)).splitlines()
     assert lines[1].startswith("full,100.0,100.0,1.0,0.01,")
 
 

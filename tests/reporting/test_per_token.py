@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 from pathlib import Path
 
-import pytest
 from results import FULL, mean_task, run, snapkv
-from test_narrow import BROWSER
 
-from kv_lm_eval.reporting import build
-
-POINT = """<script>addEventListener("load", () => {
-  document.querySelectorAll("#view-text span")[1].dispatchEvent(new Event("mouseenter"));
-});</script></body>"""
+from kv_lm_eval.reporting import build, load, rows
+from kv_lm_eval.reporting.page import tokens
 
 
 def view(kl: float | None) -> dict:
@@ -34,25 +27,26 @@ def folder_of(tmp_path: Path, *views: dict) -> Path:
     return tmp_path / "runs"
 
 
-@pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
-def test_a_token_is_coloured_by_its_divergence_and_tells_both_likeliest_five(tmp_path: Path) -> None:
-    page = build.write(folder_of(tmp_path, view(0.0), view(None)), tmp_path / "report").page
-    page.write_text(page.read_text(encoding="utf-8").replace("</body>", POINT), encoding="utf-8")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run(
-        [*command, "--virtual-time-budget=4000", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    text = re.search(r'<div id="view-text".*?</div>', done.stdout, re.S)
-    assert text, done.stderr[-2000:]
-    spans = re.findall(r"<span.*?</span>", text[0], re.S)
-    assert len(spans) == 2 and "&lt;i&gt;" in spans[1] and "background-color" in spans[1]
-    assert "background-color" not in spans[0] and 'class="other"' in spans[1]
-    tip = re.search(r'<div id="view-tip".*?</table>', done.stdout, re.S)
-    assert tip and "KL ∞ nats, probability 0.5 under the full cache, 0.125 here" in tip[0]
-    cells = re.findall(r"<td.*?>(.*?)</td>", tip[0])
-    assert cells == ["␣good&lt;b&gt;", "0.5", "␣bad", "0.25", "␣bad", "0.25", "␣good&lt;b&gt;", "0.5"]
-    assert "document 0, tokens 3 to 4, mean KL 0" in done.stdout
+def test_a_token_is_coloured_by_its_divergence_and_tells_both_likeliest_five(tmp_path: Path, tab) -> None:
+    tab.open(build.write(folder_of(tmp_path, view(0.0), view(None)), tmp_path / "report").page)
+    tab.point("#view-text")  # which draws it: it is drawn when it is scrolled to
+    assert tab.texts("#view-text span") == ["How", "<i>"]
+    tab.point("#view-text span:nth-child(2)")
+    styles = tab.js("[...document.querySelectorAll('#view-text span')].map((e) => e.style.backgroundColor)")
+    assert styles[0] == "" and styles[1] and tab.texts("#view-text .other") == ["<i>"]
+    assert "KL ∞ nats, probability 0.5 under the full cache, 0.125 here" in tab.texts("#view-tip")[0]
+    cells = tab.texts("#view-tip td")
+    assert cells == ["␣good<b>", "0.5", "␣bad", "0.25", "␣bad", "0.25", "␣good<b>", "0.5"]
+    assert "document 0, tokens 3 to 4, mean KL 0" in tab.texts("#view-said")[0]
+
+
+def test_rows_for_which_there_is_no_room_are_counted(tmp_path: Path, monkeypatch) -> None:
+    report = rows.report(*load.read(folder_of(tmp_path, view(0.0), view(0.5), view(1.0))))
+    (whole,) = tokens.views(report)
+    assert len(whole["rows"]) == len(whole["views"]) == 3 and whole["left_out"] == 0
+    monkeypatch.setattr(tokens, "MAX_BYTES", 2 * len(json.dumps(view(0.5))) + 10)
+    (cut,) = tokens.views(report)
+    assert cut["rows"] == whole["rows"][:2] and len(cut["views"]) == 2 and cut["left_out"] == 1
 
 
 def test_what_is_not_such_a_view_is_a_damaged_file_and_no_view_is_no_section(tmp_path: Path) -> None:

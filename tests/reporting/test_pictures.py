@@ -132,3 +132,17 @@ def test_wrapped_lines_are_as_wide_as_there_is_room_and_lose_nothing(text):
     wrapped = fit.wrap(text, 1.5, 9)
     assert all(fit.inches(line, 9) <= 1.5 for line in wrapped.split("\n"))
     assert "".join(wrapped.split()) == "".join(text.split())
+
+
+def test_pictures_of_many_rows_draw_the_first_and_have_the_numbers_of_all(tmp_path, monkeypatch):
+    for module in (plots.summary, plots.table):
+        monkeypatch.setattr(module, "MAX_ROWS", 5)
+    monkeypatch.setattr(plots.needles, "MAX_PANELS", 5)
+    report = rows.report(*load.read(folder_of(tmp_path, [FULL, *(snapkv(n) for n in range(8))], {"a": "needle"})))
+    found = {picture.name: picture for picture in plots.all_of(report, plots.needles.panels_of(report))}
+    for name in ("summary", "table", "needle_a"):
+        drawn = {" ".join(text.get_text().split()) for text, _ in texts_of(found[name].figure)[1]}
+        labels = [row.label for row in report.rows]
+        assert sum(any(text.startswith(label) for text in drawn) for label in labels) == 5, name
+        assert {line[0] for line in found[name].numbers[1:]} == set(labels), name
+        assert "The first 5 of 9" in found[name].caption

@@ -15,7 +15,7 @@ import pytest
 from results import FULL, mean_task, planned, point, run, snapkv
 
 from kv_lm_eval import cli
-from kv_lm_eval.reporting import html, load, rerun, rows
+from kv_lm_eval.reporting import load, page, rerun, rows
 from kv_lm_eval.reporting.cells import Row
 from kv_lm_eval.reporting.run import Run
 
@@ -183,8 +183,8 @@ def test_the_command_on_the_page_gives_the_same_numbers(tmp_path, monkeypatch):
     first, again = tmp_path / "first", tmp_path / "again"
     monkeypatch.setattr(sys, "argv", ["kv-lm-eval"])
     assert cli.main(["run", *FIRST, f"--output_path={first}"]) == 0
-    page = html.page(rows.report(*load.read(first)), [], [], first, "t")
-    line = escapes.unescape(re.search(r"<pre>(kv-lm-eval .*?)</pre>", page, re.S)[1])
+    text = page.page(rows.report(*load.read(first)), [], [], first, "t")
+    line = escapes.unescape(re.search(r"<pre>\n(kv-lm-eval .*?)</pre>", text, re.S)[1])
     program = tmp_path / "kv-lm-eval"
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m kv_lm_eval "$@"\n')
     program.chmod(0o755)

@@ -42,7 +42,7 @@ def all_of(report: Report, needle_panels: Sequence[Any] = ()) -> list[Picture]:
 
 
 def write(picture: Picture, folder: Path) -> list[Path]:
-    """NAME.png and NAME.svg, the same bytes for the same numbers."""
+    """NAME.png, NAME.svg and NAME.csv, the same bytes for the same numbers."""
     import matplotlib
 
     written = [folder / f"{picture.name}.png", folder / f"{picture.name}.svg"]
@@ -50,6 +50,8 @@ def write(picture: Picture, folder: Path) -> list[Path]:
         files.write_whole(written[0], _image(picture.figure, "png", dpi=130, metadata={"Software": None}))
         picture.figure.set_layout_engine("none")  # it is laid out, and that is most of the time
         files.write_whole(written[1], _image(picture.figure, "svg", metadata={"Date": None}))
+    written.append(folder / f"{picture.name}.csv")
+    files.write_whole(written[2], picture.csv)
     return written
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from kv_lm_eval import fit
 from kv_lm_eval.reporting import tables
 from kv_lm_eval.reporting.cells import Report
 from kv_lm_eval.reporting.plots import drawing, relative
-from kv_lm_eval.reporting.plots.drawing import GRID, INK, MAX_BARS, Picture
+from kv_lm_eval.reporting.plots.drawing import MAX_BARS, Picture
+from kv_lm_eval.reporting.plots.palette import FAINT, GRID, INK
 
 
 def draw(report: Report) -> Picture | None:
@@ -49,9 +53,7 @@ def draw(report: Report) -> Picture | None:
         widest = max((abs(v[2]) for v in bars.values()), default=1) or 1
         for y, row in enumerate(rows):
             if row.label not in bars:
-                axis.text(
-                    0.02, y, "N/A", va="center", fontsize=7.5, color="#8A929B", transform=axis.get_yaxis_transform()
-                )
+                axis.text(0.02, y, "N/A", va="center", fontsize=7.5, color=FAINT, transform=axis.get_yaxis_transform())
                 continue
             value, low, high = bars[row.label]
             colour = looks[row.label][0]
@@ -72,9 +74,10 @@ def draw(report: Report) -> Picture | None:
     caption = (
         "Medians, with lines from the 10th to the 90th percentile where there are several requests. N/A: not measured."
     )
-    if len(report.rows) > MAX_BARS:
-        caption += f" The first {MAX_BARS} of {len(report.rows)} rows."
-    return Picture("comparison", "Time, memory and perplexity", caption, figure)
+    caption += drawing.first_rows(report, MAX_BARS)
+    numbers: list[Sequence[Any]] = [("method", "measure", "value", "low", "high")]
+    numbers += [(label, " ".join(name.split()), *bar) for name, bars in panels for label, bar in bars.items()]
+    return Picture("comparison", "Time, memory and perplexity", caption, figure, numbers)
 
 
 def _digits(value: float, widest: float) -> str:

@@ -8,9 +8,12 @@ from typing import Any
 
 from kv_lm_eval import fit
 from kv_lm_eval.reporting.cells import Column, Report
-from kv_lm_eval.reporting.plots import drawing
-from kv_lm_eval.reporting.plots.drawing import COLOURS, GRID, INK, MARKERS, Picture
+from kv_lm_eval.reporting.plots import drawing, palette
+from kv_lm_eval.reporting.plots.drawing import Picture
+from kv_lm_eval.reporting.plots.palette import GRID, INK
 from kv_lm_eval.reporting.run import is_number
+
+MAX_LINES = 12  # with a name each
 
 
 def draw(report: Report) -> Picture | None:
@@ -37,11 +40,12 @@ def draw(report: Report) -> Picture | None:
     everything = [key for _, lines in found for key in lines]
     names = _line_names(list(dict.fromkeys(everything)))
     for axis, (column, lines) in zip(axes.flat, found, strict=False):
-        for i, (key, points) in enumerate(lines.items()):
+        for i, (key, points) in enumerate(list(lines.items())[:MAX_LINES]):
+            colour, marker = palette.look(i)
             axis.plot(
                 *zip(*points, strict=True),
-                marker=MARKERS[i % len(MARKERS)],
-                color=COLOURS[i % len(COLOURS)],
+                marker=marker,
+                color=colour,
                 lw=1.5,
                 label=fit.wrap(names[key], 3.2, 7.5),
             )
@@ -58,11 +62,16 @@ def draw(report: Report) -> Picture | None:
         )
         axis.set_xlabel("compress_every, tokens", fontsize=8.5)
         axis.set_ylabel(f"{column.metric} ↓", fontsize=8.5)
-        axis.legend(fontsize=7.5, frameon=False)
+        axis.legend(fontsize=7.5, frameon=False, labelcolor=INK)
     for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
     caption = "Everything else equal along a line. Dashed: the full cache."
-    return Picture("compress_every", "Perplexity against compress_every", caption, figure)
+    if (most := max(len(lines) for _, lines in found)) > MAX_LINES:
+        caption += f" The first {MAX_LINES} of {most} lines; the numbers are of all."
+    numbers: list[Sequence[Any]] = [("settings", "task", "metric", "compress_every", "value")]
+    for column, lines in found:
+        numbers += [(names[key], column.task, column.metric, *point) for key, line in lines.items() for point in line]
+    return Picture("compress_every", "Perplexity against compress_every", caption, figure, numbers)
 
 
 def _every(settings: dict[str, Any]) -> float:

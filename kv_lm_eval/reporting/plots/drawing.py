@@ -1,31 +1,37 @@
-"""What all pictures share: paper and ink, one colour a method, which tasks have room, text that fits."""
+"""What all pictures share: which rows and tasks have room, one colour a method, figures, and the numbers drawn."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from kv_lm_eval.reporting.cells import Column, Report
+from kv_lm_eval.reporting.plots import palette
+from kv_lm_eval.reporting.plots.palette import AXIS, INK, PAPER
 
-# Okabe and Ito's colours, told apart by colour-blind readers; then their darker kin.
-COLOURS = (
-    "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #7F3C8D #8C6D31 #3B528B #A0522D #5F9E6E #B22222 #708090 #B8860B"
-).split()
-MARKERS = "osD^vPX*<>hpd8"
-INK, PAPER, GRID = "#1B1F24", "#FFFFFF", "#E3E6EA"
-GOOD, BAD = "#1A7F5A", "#C23B32"
-MAX_BARS = 24
+MAX_BARS = 24  # rows of a picture that has a line for each
 MAX_PANELS = 12
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, its name as a file, and what it shows in a sentence."""
+    """A figure, its name as a file, what it shows in a sentence, and the numbers drawn, below their names."""
 
     name: str
     title: str
     caption: str
     figure: Any
+    numbers: list[Sequence[Any]] = field(default_factory=list)
+
+    @property
+    def csv(self) -> str:
+        """The numbers, an empty field for what there is none of."""
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows(self.numbers)
+        return out.getvalue()
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
@@ -38,8 +44,11 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
         for side in ("left", "bottom"):
-            axis.spines[side].set_color("#9AA1A9")
-        axis.tick_params(colors=INK, labelsize=8, color="#9AA1A9")
+            axis.spines[side].set_color(AXIS)
+        axis.set_facecolor(PAPER)
+        axis.tick_params(colors=INK, labelsize=8, color=AXIS)
+        axis.xaxis.label.set_color(INK)
+        axis.yaxis.label.set_color(INK)
         axis.set_axisbelow(True)
     return figure, axes
 
@@ -50,7 +59,7 @@ def looks(report: Report) -> dict[str, tuple[str, str]]:
     out = {}
     for row in report.rows:
         i = methods.index(row.first.method) if row.first.method in methods else -1
-        out[row.label] = (INK, "s") if i < 0 else (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
+        out[row.label] = (INK, "s") if i < 0 else palette.look(i)
     return out
 
 
@@ -64,3 +73,9 @@ def left_out(report: Report) -> str:
     """A sentence on tasks that have no room."""
     tasks, shown = len({c.task for c in report.columns}), len({c.task for c in shown_tasks(report)})
     return f" {shown} of {tasks} tasks and groups, groups first." if shown < tasks and shown == MAX_PANELS else ""
+
+
+def first_rows(report: Report, count: int) -> str:
+    """A sentence on rows that have no room."""
+    rows = len(report.rows)
+    return f" The first {count} of {rows} rows; the numbers are of all." if rows > count else ""

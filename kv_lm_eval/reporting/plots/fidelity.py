@@ -10,7 +10,8 @@ from kv_lm_eval.reporting import fidelity
 from kv_lm_eval.reporting.cells import Report
 from kv_lm_eval.reporting.fidelity import Measured
 from kv_lm_eval.reporting.plots import drawing
-from kv_lm_eval.reporting.plots.drawing import GRID, INK, Picture
+from kv_lm_eval.reporting.plots.drawing import MAX_BARS, Picture
+from kv_lm_eval.reporting.plots.palette import FAINT, GRID, INK
 from kv_lm_eval.reporting.run import is_number
 
 LEAST = 1e-12  # nats that are still drawn on a logarithmic axis
@@ -44,11 +45,11 @@ def _against_bytes(report: Report, by_task: dict[str, list[Measured]]) -> Pictur
             if is_number(low) and is_number(high):
                 axis.plot([one.bytes / 1024] * 2, [max(low, LEAST), high], color=colour, lw=1, alpha=0.6)
             face = (colour, FILLS[place[one.row.label] % len(FILLS)])
-            handles[one.row.label] = axis.scatter(
+            handles[_name(report, one)] = axis.scatter(
                 one.bytes / 1024, one.kl, s=45, facecolor=face, edgecolor=colour, marker=marker, zorder=3
             )
         front = _front([(one.bytes or 0.0, one.kl or 0.0) for one in ones])
-        axis.step([x / 1024 for x, _ in front], [y for _, y in front], where="post", color="#8A929B", lw=1, zorder=1)
+        axis.step([x / 1024 for x, _ in front], [y for _, y in front], where="post", color=FAINT, lw=1, zorder=1)
         axis.set_xscale("log", base=2)
         _finish(axis, task, "KV, KiB a request (less is better)", by_task[task], [one.kl or 0 for one in ones], handles)
     _hide(axes, len(points))
@@ -58,7 +59,10 @@ def _against_bytes(report: Report, by_task: dict[str, list[Measured]]) -> Pictur
         "few bytes is below. Lines across: the full cache against itself, the noise floor, where it is not "
         "far below."
     )
-    return Picture("kl_against_bytes", "KL against bytes", caption, figure)
+    numbers: list[Sequence[Any]] = [("method", "task", "bytes", "KL (nats)", "low", "high")]
+    for task, ones in points.items():
+        numbers += [(o.row.label, task, o.bytes, o.kl, o.along.get("kl_low"), o.along.get("kl_high")) for o in ones]
+    return Picture("kl_against_bytes", "KL against bytes", caption, figure, numbers)
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -78,7 +82,7 @@ def _by_distance(report: Report, by_task: dict[str, list[Measured]]) -> Picture 
     figure, axes = _panels(len(lines))
     looks, handles, place = drawing.looks(report), dict[str, Any](), _places(report)
     for axis, (task, ones) in zip(axes.flat, lines.items(), strict=False):
-        for one, curve in ones:
+        for one, curve in ones[:MAX_BARS]:
             colour, marker = looks[one.row.label]
             x = [1 + (stretch["from"] + stretch["to"]) / 2 for stretch in curve]
             (handles[one.row.label],) = axis.plot(
@@ -105,7 +109,18 @@ def _by_distance(report: Report, by_task: dict[str, list[Measured]]) -> Picture 
         "Mean KL to the full cache by the distance from the first eviction, of texts, or by the place in the answer, "
         "whose prompt was cut before it. Shaded: 95 % interval, where there are tokens enough."
     )
-    return Picture("kl_by_distance", "KL by distance since the eviction", caption, figure)
+    if (most := max(map(len, lines.values()))) > MAX_BARS:
+        caption += f" The first {MAX_BARS} of {most} methods; the numbers are of all."
+    numbers: list[Sequence[Any]] = [("method", "task", "from", "to", "KL (nats)", "low", "high")]
+    for task, drawn in lines.items():
+        of_one = [(one.row.label, s) for one, curve in drawn for s in curve]
+        numbers += [(label, task, s["from"], s["to"], s["mean"], s["low"], s["high"]) for label, s in of_one]
+    return Picture("kl_by_distance", "KL by distance since the eviction", caption, figure, numbers)
+
+
+def _name(report: Report, one: Measured) -> str:
+    """In the legend: of the row, or of its method where there are many rows."""
+    return one.row.label if len(report.rows) <= MAX_BARS else one.row.first.method
 
 
 def _curve(one: Measured) -> list[dict[str, Any]]:

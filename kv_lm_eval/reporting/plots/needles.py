@@ -11,6 +11,8 @@ from kv_lm_eval.reporting.cells import Column, Report, Row
 from kv_lm_eval.reporting.plots.drawing import Picture
 from kv_lm_eval.reporting.run import is_number
 
+MAX_PANELS = 24  # of one picture
+
 
 def panels_of(report: Report) -> list[Any]:
     """Grids of every task whose documents have a context length and a depth, in the heat-map's own form."""
@@ -67,6 +69,13 @@ def draw(panels: Sequence[Any]) -> list[Picture]:
     out = []
     for task in dict.fromkeys(panel.task for panel in panels):
         of_task = heatmap.in_order([panel for panel in panels if panel.task == task])
-        caption = "Depth of the needle down, length of the context across; green is found, red is lost."
-        out.append(Picture(f"needle_{task}", f"Needle: {task}", caption, heatmap.draw(of_task)))
+        caption = "Depth of the needle down, length of the context across; yellow is found, dark blue is lost."
+        if len(of_task) > MAX_PANELS:
+            caption += f" The first {MAX_PANELS} of {len(of_task)} methods; the numbers are of all."
+        numbers: list[Sequence[Any]] = [("method", "context length", "depth (%)", "samples", "score", "state")]
+        for panel in of_task:
+            places = ("context_length", "document_depth_percent", "samples", "score", "state")
+            numbers += [(" ".join(panel.label.split()), *(cell[k] for k in places)) for cell in panel.cells]
+        figure = heatmap.draw(of_task[:MAX_PANELS], colours="viridis")
+        out.append(Picture(f"needle_{task}", f"Needle: {task}", caption, figure, numbers))
     return out

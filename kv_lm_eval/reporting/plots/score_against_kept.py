@@ -8,7 +8,8 @@ from typing import Any
 from kv_lm_eval import fit
 from kv_lm_eval.reporting.cells import Report
 from kv_lm_eval.reporting.plots import drawing
-from kv_lm_eval.reporting.plots.drawing import GRID, INK, PAPER, Picture
+from kv_lm_eval.reporting.plots.drawing import Picture
+from kv_lm_eval.reporting.plots.palette import FAINT, GRID, INK, PAPER
 
 
 def pareto(points: Sequence[tuple[float, float]], higher_is_better: bool = True) -> list[tuple[float, float]]:
@@ -35,6 +36,7 @@ def draw(report: Report) -> Picture | None:
     figure, axes = drawing.new_figure(4.1 * across + 0.2, 3.3 * down + 0.9, down, across)
     looks = drawing.looks(report)
     handles: dict[str, Any] = {}
+    numbers: list[Sequence[Any]] = [("method", "task", "metric", "pairs kept (%)", "score", "stderr")]
     for axis, column in zip(axes.flat, columns, strict=False):
         better = column.higher_is_better is not False
         points = []
@@ -45,6 +47,7 @@ def draw(report: Report) -> Picture | None:
             colour, marker = looks[row.label]
             hollow = cell.untouched
             points.append((100 * kept, cell.value))
+            numbers.append((row.label, column.task, column.metric, 100 * kept, cell.value, cell.stderr))
             if cell.stderr:
                 axis.errorbar(100 * kept, cell.value, cell.stderr, color=colour, lw=1, alpha=0.45, capsize=2, zorder=2)
             style = {"facecolors": PAPER if hollow else colour, "edgecolors": colour, "linewidths": 1.4}
@@ -52,7 +55,7 @@ def draw(report: Report) -> Picture | None:
             handles.setdefault("full cache" if row.first.is_full_cache else row.first.method, handle)
         front = pareto(points, better)
         if len(front) > 1:
-            (line,) = axis.step(*zip(*front, strict=True), where="post", color="#8A929B", lw=1.2, ls="--", zorder=1)
+            (line,) = axis.step(*zip(*front, strict=True), where="post", color=FAINT, lw=1.2, ls="--", zorder=1)
             handles["no run is smaller and better"] = line
         axis.set_title(
             fit.wrap(column.task, 3.2, 9.5, bold=True), fontsize=9.5, color=INK, loc="left", fontweight="bold"
@@ -70,4 +73,5 @@ def draw(report: Report) -> Picture | None:
         "Up and left is better (axes of scores where less is better are turned over). Bars: standard error. Hollow: "
         "nothing was compressed. Dashed: the Pareto front."
     )
-    return Picture("score_against_kept", "Score against pairs kept", caption + drawing.left_out(report), figure)
+    caption += drawing.left_out(report)
+    return Picture("score_against_kept", "Score against pairs kept", caption, figure, numbers)

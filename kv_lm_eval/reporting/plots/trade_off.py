@@ -9,7 +9,8 @@ from kv_lm_eval import fit
 from kv_lm_eval.reporting import configuration
 from kv_lm_eval.reporting.cells import Column, Report, Row
 from kv_lm_eval.reporting.plots import drawing, relative
-from kv_lm_eval.reporting.plots.drawing import GRID, Picture
+from kv_lm_eval.reporting.plots.drawing import Picture
+from kv_lm_eval.reporting.plots.palette import FAINT, GRID
 
 MAX_NAMED = 24  # points of a panel with their settings beside them
 # Where a name may stand: points to the right and up of its place, and which of its corners is there; nearest first.
@@ -28,7 +29,7 @@ SIDES = [
 
 def draw(report: Report) -> Picture | None:
     """What is saved against what is lost: memory, and TTFT where it was measured, against scores."""
-    panels = []
+    panels: list[tuple[dict[str, tuple[float, float]], str, str, bool]] = []
     scores = [c for c in drawing.shown_tasks(report) if c.higher_is_better is not False and not c.leaves]
     losses = [c for c in drawing.shown_tasks(report) if c.higher_is_better is False and not c.leaves]
     memory = relative.measured_ratios(report, ("kv_bytes_prefill_mean",))
@@ -53,8 +54,8 @@ def draw(report: Report) -> Picture | None:
             row = methods[label]
             handle = axis.scatter(x, y, s=55, color=colour, marker=marker, zorder=3, alpha=0.9)
             handles.setdefault("full cache" if row.first.is_full_cache else row.first.method, handle)
-        axis.axhline(0, color="#8A929B", lw=1, zorder=1)
-        axis.axvline(0, color="#8A929B", lw=1, zorder=1)
+        axis.axhline(0, color=FAINT, lw=1, zorder=1)
+        axis.axvline(0, color=FAINT, lw=1, zorder=1)
         axis.grid(color=GRID, lw=0.8)
         axis.set_xlabel(f"{across_name} (more is better)", fontsize=8.5)
         better = "less" if less_is_better else "more"
@@ -71,7 +72,9 @@ def draw(report: Report) -> Picture | None:
         if len(points) <= MAX_NAMED:
             _write_names(axis, points, names, looks)
     caption = "Both relative to the full cache, which is where the lines cross. Up and right is better."
-    return Picture("trade_off", "Trade-off", caption, figure)
+    numbers: list[Sequence[Any]] = [("method", "saved", "saved (%)", "score", "change (%)")]
+    numbers += [(label, what, x, name, y) for points, what, name, _ in panels for label, (x, y) in points.items()]
+    return Picture("trade_off", "Trade-off", caption, figure, numbers)
 
 
 def _names_of_points(rows: Sequence[Row]) -> dict[str, str]:

@@ -1,11 +1,13 @@
-"""One sample of each task, its text coloured by the divergence from the full cache: what page.js draws of it."""
+"""One sample of each task, its text coloured by the divergence from the full cache: what tokens.js draws of it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from kv_lm_eval.reporting.cells import Report
+from kv_lm_eval.reporting.page.samples import size_of
 
+MAX_BYTES = 1_500_000  # of all tasks together
 TOLD = (
     "One sample of each task, coloured by KL(full cache || method): light from 0.001 nats on, full from 1. Of texts "
     "the stretch with the largest divergence, of questions the full cache's own answer. Point at a token, or go to it "
@@ -14,8 +16,12 @@ TOLD = (
 
 
 def views(report: Report) -> list[dict[str, Any]]:
-    """By task, the rows that have a sample to show and what they have; each row's is of the same document."""
+    """By task, the rows that have a sample to show and what they have; each row's is of the same document.
+
+    Rows for which there is no more room are counted.
+    """
     out: list[dict[str, Any]] = []
+    room = MAX_BYTES
     for column in report.columns:
         if column.leaves or any(one["name"] == column.task for one in out):
             continue
@@ -24,9 +30,15 @@ def views(report: Report) -> list[dict[str, Any]]:
         if not keys:
             continue
         having = [(row, samples[keys[0]]) for row, samples in found if keys[0] in samples and samples[keys[0]].view]
-        document = having[0][1].doc_id
-        shown = [sample.view for _, sample in having]
-        out.append({"name": column.task, "document": document, "rows": [r.label for r, _ in having], "views": shown})
+        shown: list[Any] = []
+        for _, sample in having:
+            room -= size_of(sample.view)
+            if room < 0 and shown:
+                break
+            shown.append(sample.view)
+        labels = [row.label for row, _ in having[: len(shown)]]
+        about = {"name": column.task, "document": having[0][1].doc_id, "left_out": len(having) - len(shown)}
+        out.append({**about, "rows": labels, "views": shown})
     return out
 
 
@@ -36,7 +48,7 @@ def section(found: list[dict[str, Any]]) -> str:
         return ""
     return (
         f'<p class="soft">{TOLD}</p>'
-        '<div class="controls"><label>Task <select id="view-task"></select></label>'
+        '<div class="controls js"><label>Task <select id="view-task"></select></label>'
         '<label>method <select id="view-row"></select></label><span id="view-said" class="soft"></span></div>'
         '<div id="view-text" class="tokens"></div><div id="view-tip" role="status" hidden></div>'
     )
