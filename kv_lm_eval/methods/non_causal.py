@@ -22,9 +22,9 @@ class NonCausal(Method):
 
     Paper: arXiv:2507.08143 (Compactor). Reference: NVIDIA/kvpress, presses/non_causal_attention_press.py.
     Deviations: none in the order of the scores (kvpress also centres and scales them over the layer) but for the last
-    chunk where it is not full, which kvpress fills with tokens that take part. Later cuts, which
-    the reference has not, leave the numbers of older chunks as they were and score the newest with what is left. The
-    queries of the whole prompt are held until the cut, of one layer at a time; with prefill_chunk of all layers.
+    chunk where it is not full: kvpress fills it with tokens that take part. Later cuts, which the reference has not,
+    leave the numbers of older chunks as they were and score the newest with what is left. The queries of the whole
+    prompt are held until the cut, of one layer at a time; with prefill_chunk of all layers.
     """
 
     paper = "arXiv:2507.08143"

@@ -75,7 +75,9 @@ def compress(model: Any, method: str | None = None, *, tokenizer: Any = None, **
             twenty short forwards, so put one block around many calls.
     """
     with in_use(model_of(model, "compress()"), "compress()"):
-        block = Compressing(Served(model, "compress()", {"method": method, **settings}, tokenizer=tokenizer))
+        served = Served(model, "compress()", {"method": method, **settings}, tokenizer=tokenizer)
+        served.check_words(tokenizer)
+        block = Compressing(served)
         hook = model_of(model, "compress()").register_forward_pre_hook(block.check_forward, with_kwargs=True)
         try:
             with replaced(model, "generate", block.generate):

@@ -129,6 +129,7 @@ def prefill(
         raise UserError("the context is empty: there is nothing to hold; ask with model.generate()")
     with in_use(below, "prefill()"):
         served = Served(model, "prefill()", {"method": method, **settings}, question=True, tokenizer=tokenizer)
+        served.check_words(tokenizer)
         if served.facts is None:
             raise UserError(f"prefill(): method={served.compression.method.name} has no cache that could be held")
         return Context(served, ids, tokenizer, end)

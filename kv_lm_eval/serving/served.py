@@ -104,16 +104,20 @@ class Served:
         self.called, self.what, self.model = called, what, model_of(called, what)
         self.compression, self._engine = _parse(settings, what)
         method = self.compression.method
-        if method.reads_again and tokenizer is None and what != "compressed_cache()":
-            raise UserError(
-                f"{what}: method={method.name} asks the model to repeat the prompt, for which it needs a tokenizer: "
-                f"{what[:-2]}(model, ..., tokenizer=tokenizer, method={method.name!r})"
-            )
         adapter.check(called, self.model, method.uses_cache or method.recomputed_tokens is not None, method.name)
         engine = dataclasses.replace(self._engine, question_in_prompt=not question)
         self.facts, self._new_cache, _ = served(self.model, tokenizer, self.compression, engine)
         self._memory = PeakMemory({p.device for p in self.model.parameters()})
         self.calls: list[Report] = []
+
+    def check_words(self, tokenizer: Any) -> None:
+        """Raises UserError where the method speaks to the model and no tokenizer is there."""
+        name, call = self.compression.method.name, self.what.removesuffix("()")
+        if self.compression.method.reads_again and tokenizer is None:
+            raise UserError(
+                f"{self.what}: method={name} asks the model to repeat the prompt, for which it needs a tokenizer: "
+                f"{call}(model, ..., tokenizer=tokenizer, method={name!r})"
+            )
 
     def new_cache(self, kind: type[CompressedCache] = CompressedCache) -> CompressedCache:
         assert self._new_cache is not None
