@@ -77,9 +77,8 @@ def examples() -> dict[str, Callable[[int], dict[str, Any]]]:
             with_snapkv[f"evicted={name}"] = {"evicted": name}
     forms = [storage.load(name).example() for name in storage.available()[1:]]
     with_snapkv |= {_first_setting(form): form for form in forms}
-    out: dict[str, Callable[[int], dict[str, Any]]] = {
-        name: partial(base.example, name) for name in sorted(base.available())
-    }
+    names = [name for name in sorted(base.available()) if not base.load(name).needs_training]
+    out: dict[str, Callable[[int], dict[str, Any]]] = {name: partial(base.example, name) for name in names}
     for words, more in sorted(with_snapkv.items()):
         out[f"snapkv, {words}"] = partial(_with, "snapkv", more)
     out["random, question_in_prompt=False"] = partial(_with, "random", {"question_in_prompt": False})
@@ -104,19 +103,25 @@ def points(names: Sequence[str], budgets: Sequence[int]) -> list[tuple[str, str,
         few, many = known[name](64), known[name](128)
         if few != many:
             out += [(name, str(budget), known[name](budget)) for budget in budgets]
-        elif "nbits" in few:
-            out += [(name, f"{bits} bit", {**few, "nbits": bits}) for bits in _bits(few)]
-            forms = [storage.load(form).example() for form in storage.available()[1:]]
-            out += [(name, _first_setting(form), {"method": name, **form}) for form in forms if "nbits" not in form]
+        elif shown := _shown(few):
+            out += [(name, budget, {**few, **settings}) for budget, settings in shown]
+            if "nbits" in few:
+                forms = [storage.load(form).example() for form in storage.available()[1:] if form not in known]
+                out += [(name, _first_setting(form), {"method": name, **form}) for form in forms if "nbits" not in form]
         else:
             out.append((name, "-", few))
     return out
 
 
-def _bits(settings: dict[str, Any]) -> list[int]:
-    """All that nbits may be with these settings, but for 0."""
-    (field,) = (f for f in dataclasses.fields(storage.chosen(settings)[0]) if f.name == "nbits")
-    return [bits for bits in field.metadata["choices"] if bits]
+def _shown(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What the tables show of the form of storage that these settings ask for: in words, and as settings."""
+    out: list[tuple[str, dict[str, Any]]] = []
+    for field in dataclasses.fields(storage.chosen(settings)[0]):
+        if field.name in settings:
+            for value in field.metadata.get("shown", ()):
+                words = f"{value} bit" if field.name == "nbits" else f"{field.name}={value}"
+                out.append((words, {field.name: value}))
+    return out
 
 
 def measured(names: Sequence[str], budgets: Sequence[int], limit: int | None) -> list[Row]:
@@ -177,6 +182,9 @@ def _measured_part(old: Sequence[Row], new: Sequence[Row]) -> str:
     rows = [row for row in by_point.values() if row["method"] in names]
     rows.sort(key=lambda row: (names.index(row["method"]), len(row["budget"]), row["budget"]))
     text = listing.table(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
+    if trained := sorted(set(base.available()) - set(names)):
+        listed = ", ".join(f"`{name}`" for name in trained)
+        text += f"\n\nNot measured here, since it needs weights that were trained for the model: {listed}."
     if missing := [name for name in names if name not in {row["method"] for row in rows}]:
         listed = ", ".join(f"`{name}`" for name in missing)
         text += f"\n\nNot measured yet: {listed} (`{COMMAND} --measure --methods {shlex.quote(missing[0])}`)."
