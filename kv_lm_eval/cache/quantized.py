@@ -83,7 +83,6 @@ class QuantizedStore(LayerStore):
         b, k, q, _ = keys.shape
         super().append(keys[..., :0], values[..., :0], pos)
         if self._exact_keys is None or self._exact_values is None:
-            self.storage.check(keys.shape[3])
             self._exact_keys, self._exact_values = _own_storage(keys), _own_storage(values)
             self.exact, self.coded, self._saved = [[q] * k for _ in range(b)], [[0] * k for _ in range(b)], [0] * b
             return

@@ -360,9 +360,6 @@ class AskedOfStorage(Protocol):
     def values(self) -> Codec:
         """How values are coded."""
 
-    def check(self, size: int) -> None:
-        """Raises UserError where keys of so many numbers cannot be held so."""
-
     @property
     def watches(self) -> int:
         """It codes keys by what so many last queries ask of them; 0: by themselves."""

@@ -78,7 +78,7 @@ class Storage:
         raise NotImplementedError(f"{KEY}={self.name} codes nothing")
 
     def check(self, size: int) -> None:
-        """Raises UserError where keys of so many numbers cannot be held so."""
+        """Raises UserError where keys of so many numbers each cannot be held so."""
 
     @property
     def watches(self) -> int:
