@@ -24,6 +24,12 @@ def residual(default: int) -> int:
     return field(default=default, metadata={"help": f"{KEY} or nbits: {about}"})
 
 
+def coding(default: int) -> int:
+    """The field of forms in which every pair is coded for itself."""
+    about = "pairs that wait until so many tokens more have been seen, and are coded together"
+    return field(default=default, metadata={"help": f"{KEY}: {about}"})
+
+
 @dataclass(frozen=True)
 class Storage:
     """All pairs are in the model's own number format.
@@ -110,10 +116,7 @@ class Storage:
 class PairByPair(Storage):
     """A form in which every pair is coded for itself."""
 
-    code_every: int = field(
-        default=1,
-        metadata={"help": f"{KEY}: pairs that wait until so many tokens more have been seen, and are coded together"},
-    )
+    code_every: int = coding(1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

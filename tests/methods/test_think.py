@@ -24,6 +24,7 @@ THINK = {
     "residual_length": RECENT,
     "channel_queries": QUERIES,
     "calibration_tokens": 12,
+    "code_every": 1,
 }
 ALONE = {k: v for k, v in THINK.items() if k != "method"}
 SNAPKV = {"method": "snapkv", "window_size": 4, "max_capacity_prompt": 16}
@@ -85,7 +86,7 @@ def test_channels_that_the_last_queries_ask_for_stay(name: str, ratio: float) ->
 def test_answers_are_those_of_a_stock_model_whose_cache_has_zeros_in_these_channels(name: str) -> None:
     model, rows = net(name)[0], [tiny.tokens(n, seed=n) for n in LENGTHS]
     stock = tiny.build(name).double()
-    cache = after_prompt(name, rows, **THINK, code_every=100)
+    cache = after_prompt(name, rows, **{**THINK, "code_every": 100})
     got = feed(model, cache, [[7]] * 3, keep=1)
     for i, row in enumerate(rows):
         theirs = tf.DynamicCache(config=stock.config)
@@ -103,7 +104,7 @@ def test_answers_are_those_of_a_stock_model_whose_cache_has_zeros_in_these_chann
 def test_what_a_method_keeps_loses_channels_and_answers_as_with_zeros(name: str, more: dict[str, object]) -> None:
     """The same method without it, whose keys are set to zero by hand."""
     model, rows = net(name)[0], [tiny.tokens(n, seed=n) for n in LENGTHS]
-    thin = after_prompt(name, rows, **SNAPKV, **more, **ALONE, code_every=100)
+    thin = after_prompt(name, rows, **SNAPKV, **more, **{**ALONE, "code_every": 100})
     plain = after_prompt(name, rows, **SNAPKV, **more)
     for i, row in enumerate(rows):
         (mine, at), (theirs, there) = thin.of_row(i), plain.of_row(i)
@@ -142,7 +143,7 @@ def test_fewer_bytes_are_held_and_the_list_of_channels_is_counted() -> None:
 
 def test_pairs_of_an_answer_lose_the_same_channels_as_they_age() -> None:
     model, row = net("llama")[0], tiny.tokens(30)
-    cache = after_prompt("llama", [row], **THINK, code_every=3)
+    cache = after_prompt("llama", [row], **{**THINK, "code_every": 3})
     before = [channels(store) for store in cache.stores]
     for t in range(7):
         feed(model, cache, [[t + 1]], keep=1)

@@ -13,7 +13,7 @@ import torch
 from kv_lm_eval.cache.coded import BLOCK_SLOTS, Coded
 from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.storage import Calibrated, residual
+from kv_lm_eval.methods.storage import Calibrated, coding, residual
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Think(Calibrated):
     channels that are worth least are removed, of equal ones the later: a key is then held as the numbers of the other
     channels, and each head has a list of these, of a byte a channel. The newest residual_length pairs are whole. Which
     channels stay is chosen once for each head, after the cut that follows a prompt, or when the row has seen
-    calibration_tokens; pairs that leave the newest ones later lose the same channels. A removed channel counts as 0, so
-    that a query's product with such a key is the one of the channels that stay.
+    calibration_tokens; pairs that leave the newest ones later lose the same channels, every code_every tokens. What is
+    removed counts as 0, so that a query's product with such a key is the one of the channels that stay.
 
     Paper: arXiv:2407.21018 (ThinK), section 3. Reference: SalesforceAIResearch/ThinK, kv_pruning_utils.py;
     NVIDIA/kvpress, think_press.py (which zeroes them, in the newest pairs too).
@@ -39,6 +39,7 @@ class Think(Calibrated):
     does = "removes channels of keys"
 
     residual_length: int = residual(32)
+    code_every: int = coding(32)
     key_channel_ratio: float = field(
         default=0.4, metadata={"help": "think: share of a key's channels that is removed", "shown": (0.25, 0.5, 0.75)}
     )
