@@ -1,9 +1,10 @@
-"""The tables of methods in README.md and docs/methods.md, written from the method files and measured on kv-tiny.
+"""The tables of methods in README.md and docs/, written from the method files and measured on kv-tiny.
 
 A list kept by hand is wrong after the next method, and a method without a number beside the full cache and a random
 choice says nothing. The tables stand between <!-- methods --> and <!-- /methods -->, <!-- measured --> and
-<!-- /measured --> of the pages. Without an option the pages are only compared with the method files (status 1: they are
-not what these say). Measuring all takes 10 to 20 minutes on two cores; rows of other methods stay as they are.
+<!-- /measured --> of the pages; the one of docs/which.md is made of both. Without an option the pages are only compared
+with the method files (status 1: they are not what these say). Measuring all takes half an hour on a core; rows of other
+methods stay as they are.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 
 from kv_lm_eval import console, files, listing, quickstart
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.experiments import which_table
 from kv_lm_eval.methods import base, evicted, storage
 
 COMMAND = "python scripts/methods_doc.py"
-LIST, MEASURED = Path("docs/methods.md"), "measured"
+LIST, WHICH, MEASURED = Path("docs/methods.md"), Path("docs/which.md"), "measured"
 BUDGETS = (64, 128, 256)
 Row = dict[str, str]
 
@@ -69,7 +71,6 @@ def examples() -> dict[str, Callable[[int], dict[str, Any]]]:
     """By its name in the table, the --model_args of every method, and of what the parts make together, at a budget."""
     with_snapkv: dict[str, dict[str, Any]] = {
         "compress_every=16": {"compress_every": 16},
-        "question_in_prompt=False": {"question_in_prompt": False},
     }
     of_methods = [base.load(name).presets.get("evicted", "drop") for name in base.available()]
     for name in evicted.available():
@@ -81,7 +82,9 @@ def examples() -> dict[str, Callable[[int], dict[str, Any]]]:
     out: dict[str, Callable[[int], dict[str, Any]]] = {name: partial(base.example, name) for name in names}
     for words, more in sorted(with_snapkv.items()):
         out[f"snapkv, {words}"] = partial(_with, "snapkv", more)
-    out["random, question_in_prompt=False"] = partial(_with, "random", {"question_in_prompt": False})
+    for name in names:
+        if name == "snapkv" or which_table.needs_no_question(name):
+            out[f"{name}, {which_table.UNSEEN}"] = partial(_with, name, {"question_in_prompt": False})
     return out
 
 
@@ -145,14 +148,16 @@ def pages(folder: Path, new: Sequence[Row] = ()) -> dict[Path, str]:
     Args:
         folder: of README.md and docs/. new: rows measured just now, which replace those of the same method and budget.
     """
-    readme, page = folder / "README.md", folder / LIST
-    texts = {p: files.read_text(p) for p in (readme, page)}
+    readme, page, choice = folder / "README.md", folder / LIST, folder / WHICH
+    texts = {p: files.read_text(p) for p in (readme, page, choice)}
     wanted = {readme: _with_part(texts[readme], readme, "methods", listing.short_table())}
     with_lists = _with_part(texts[page], page, "methods", listing.markdown())
     with_lists = _with_part(with_lists, page, "treatments", listing.treatments())
     with_lists = _with_part(with_lists, page, "storages", listing.storages())
     rows = _rows(_part(texts[page], page, MEASURED)[1])
-    wanted[page] = _with_part(with_lists, page, MEASURED, _measured_part(rows, new))
+    measured = _measured_part(rows, new)
+    wanted[page] = _with_part(with_lists, page, MEASURED, measured)
+    wanted[choice] = _with_part(texts[choice], choice, "which", which_table.text(_needles(_rows(measured)), folder))
     return {p: text for p, text in wanted.items() if text != texts[p]}
 
 
@@ -173,6 +178,16 @@ def _with_part(text: str, page: Path, name: str, inside: str) -> str:
 def _rows(table: str) -> list[Row]:
     lines = [line.strip("| \n").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+
+
+def _needles(rows: Sequence[Row]) -> dict[str, str]:
+    """By name in the table, the needles that its example found at SLOTS, where it was measured."""
+    found = {(row["method"], row["budget"]): row["needle"] for row in rows}
+    known, out = examples(), {}
+    for name, budget, settings in points(list(known), [which_table.SLOTS]):
+        if settings == known[name](which_table.SLOTS) and (name, budget) in found:
+            out[name] = found[name, budget]
+    return out
 
 
 def _measured_part(old: Sequence[Row], new: Sequence[Row]) -> str:
