@@ -96,13 +96,19 @@ def scores(name: str, row: list[int], maps: list[Maps]) -> list[list[dict[int, f
 def test_what_the_surrogate_scores_highest_stays(name: str, form: str, tmp_path: Path) -> None:
     maps, (model, facts) = surrogate(tmp_path, form, name), net(name)
     rows = [tiny.tokens(n, seed=n) for n in LENGTHS]
-    compression = tiny.compression(method="kvzap", surrogate=str(tmp_path), max_capacity_prompt=CAPACITY)
+    settings = {"surrogate": str(tmp_path), "max_capacity_prompt": CAPACITY, "compress_every": 99}
+    compression = tiny.compression(method="kvzap", **settings)
     compression.check_model(facts)
     cache, _ = prefill(model, lambda: make_cache(compression, facts), rows)
     for i, row in enumerate(rows):
-        expected = [[choose([*s.values()], CAPACITY) for s in layer] for layer in scores(name, row, maps)]
+        whole, (segment, at) = scores(name, row, maps), cache.of_row(i)
+        expected = [[choose([*s.values()], CAPACITY) for s in layer] for layer in whole]
         assert held_by(cache, i) == expected, f"row of {len(row)} tokens"
-    assert cache.snapshot()["overhead_bytes"] < 3 * CAPACITY * 2 * 20, "no hidden state is kept"
+        for layer, store in zip(whole, segment.stores, strict=True):
+            for head, own in enumerate(layer):
+                places = store.pos[at].expand(len(layer), -1)[head].tolist()
+                assert store.mass[at, head].tolist() == pytest.approx([own[t] for t in places], abs=1e-9)
+    assert cache.snapshot()["overhead_bytes"] < LENGTHS[0] * WIDTH * 8, "less than a layer's hidden states of a row"
 
 
 @pytest.mark.parametrize("form", FORMS)
