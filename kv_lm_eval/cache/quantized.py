@@ -108,6 +108,7 @@ class QuantizedStore(LayerStore):
         self.exact, self.coded, self._saved = [[n] * k for _ in range(b)], [[0] * k for _ in range(b)], [0] * b
 
     def watch(self, queries: torch.Tensor) -> None:
+        """Holds the last queries of [B, H, q, D] until they have chosen what keys are coded by."""
         last = self.storage.watches
         if not last or self._given:
             return

@@ -101,8 +101,8 @@ class KVzap(Method):
         """Weight [out, in] and bias [out] of the layer's maps, in the format and on the device of hidden [B, q, M]."""
         if hidden.shape[-1] != (width := self._trained.shape["input_dim"]):
             raise UserError(
-                f"surrogate={self.surrogate} takes hidden states of {width} numbers, the model's "
-                f"have {hidden.shape[-1]}: it was trained for another model"
+                f"surrogate={self.surrogate} takes hidden states of {width} numbers, the model's have "
+                f"{hidden.shape[-1]}: it was trained for another model"
             )
         key = layer, hidden.dtype, hidden.device
         if key not in self._moved:

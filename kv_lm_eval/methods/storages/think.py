@@ -89,6 +89,7 @@ class Think(Calibrated):
         return self.channel_queries
 
     def of_queries(self, keys: torch.Tensor, real: torch.Tensor, queries: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The channels that stay, [B, K, C]: by keys [B, K, N, D] that are real [B, K, N] and queries [B, H, W, D]."""
         everywhere = queries.new_ones(queries.shape[:3], dtype=torch.bool)
         of_heads = mean_squares(queries, everywhere)  # [B, H, D]
         wanted = of_heads.unflatten(1, (keys.shape[1], -1)).mean(2)
