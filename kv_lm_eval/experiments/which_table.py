@@ -56,7 +56,7 @@ KINDS = {
         "attention of all queries so far", "counts little", "long answers, plain text", "sums of the attention", EVICTS
     ),
     "every": Kind("all queries of the prompt alike", "no", LATER, "products with every query", EVICTS),
-    "again": Kind("a second reading of the prompt", "no", "many questions on it", "1 to 2 prefills more", EVICTS),
+    "again": Kind("a second reading of the prompt", "no", "many questions on it", "about 2 prefills more", EVICTS),
     "trained": Kind(
         "hidden states, by trained weights", "no", "prompts and answers", "a small product a token", EVICTS
     ),
