@@ -167,6 +167,8 @@ def test_a_form_goes_by_the_names_of_vllm_and_says_what_it_is() -> None:
         ({"kv_cache_dtype": "fp8_e5m2"}, {"kv_cache_dtype": "fp8", "fp8_format": "e5m2", "fp8_scale": "head"}),
         ({"kv_cache_dtype": "FP8"}, {"kv_cache_dtype": "fp8", "fp8_format": "e4m3"}),
         ({"kv_cache_dtype": "turboquant", "v_bits": 2}, {"kv_cache_dtype": "turboquant", "nbits": 4, "v_bits": 2}),
+        ({"kv_cache_dtype": "think"}, {"kv_cache_dtype": "think", "key_channel_ratio": 0.4, "residual_length": 32}),
+        ({"key_channel_ratio": 0.5}, {"kv_cache_dtype": "think", "key_channel_ratio": 0.5, "code_every": 32}),
         ({"k_bits": 8, "v_bits": 4}, {"k_bits": 8, "v_bits": 4, "nbits": 0}),
         ({"kv_cache_dtype": "auto", "nbits": 4}, {"nbits": 4}),
     ):

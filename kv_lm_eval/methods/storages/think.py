@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from kv_lm_eval.cache.coded import BLOCK_SLOTS, Coded
 from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.storage import Calibrated, coding, residual
+from kv_lm_eval.methods.storage import KEY, Calibrated, coding, residual
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ class Think(Calibrated):
     @property
     def watches(self) -> int:
         return self.channel_queries
+
+    def settings(self) -> dict[str, Any]:
+        return {KEY: self.name, **super().settings()}
 
     def of_queries(self, keys: torch.Tensor, real: torch.Tensor, queries: torch.Tensor) -> dict[str, torch.Tensor]:
         """The channels that stay, [B, K, C]: by keys [B, K, N, D] that are real [B, K, N] and queries [B, H, W, D]."""
