@@ -94,7 +94,8 @@ def _when(cls: type[base.Method]) -> tuple[str, str, str]:
     if not cls.compresses and cls().pages is not None:
         return "never; queries read pages", "the same", "bounds of keys"
     if not cls.compresses:
-        return ("never; quantises", "the same", "-") if _holds_in_bits(cls) else ("never", "never", "-")
+        form = storage.chosen(cls.presets)[0]
+        return (f"never; {form.does}", "the same", "-") if is_storage(cls) else ("never", "never", "-")
     method, every = cls(), cls.presets.get("compress_every", 0)
     step = every or EngineSettings().rolling_compress_every
     rolling = "at every token" if step == 1 else f"every {step} tokens"
@@ -103,6 +104,8 @@ def _when(cls: type[base.Method]) -> tuple[str, str, str]:
         looks = "positions"
     elif cls.reads_again:
         looks = "attention of a second reading of all tokens"
+    elif cls.reads_hidden:
+        looks = "hidden states, as tokens come"
     elif cls.accumulates:
         looks = "attention of all queries"
     elif method.moments_from is not None:
@@ -114,7 +117,7 @@ def _when(cls: type[base.Method]) -> tuple[str, str, str]:
     return after, rolling, looks
 
 
-def _holds_in_bits(cls: type[base.Method]) -> bool:
+def is_storage(cls: type[base.Method]) -> bool:
     """Whether the method is a form of storage and nothing else."""
     return not cls.compresses and bool(STORAGE_KEYS & set(cls.presets))
 
@@ -166,7 +169,7 @@ def _print_one(cls: type[base.Method], width: int) -> None:
             if dataclasses.fields(evicted.load(name)):
                 print(f"  evicted={name}:")
                 _print_fields(evicted.load(name), cls.presets, width)
-    if cls.compresses or _holds_in_bits(cls):
+    if cls.compresses or is_storage(cls):
         print("  pairs held as:")
         print(_line(storage.KEY, storage.Storage.name, f"in what form ({', '.join(storage.names())})", width))
         for name in storage.available()[1:]:

@@ -4,7 +4,7 @@ Usage:
     python scripts/methods_doc.py                                   # whether they are what the method files say
     python scripts/methods_doc.py --write                           # after a method was added or changed
     python scripts/methods_doc.py --measure --methods snapkv random # and their measured rows, a minute a method
-    python scripts/methods_doc.py --measure                         # all of them, 10 to 20 minutes on two cores
+    python scripts/methods_doc.py --measure                         # all of them, half an hour on a core
 """
 
 from __future__ import annotations

@@ -18,10 +18,11 @@ from kv_lm_eval.cache.store import Kept
 from kv_lm_eval.methods.storage import Storage
 from kv_lm_eval.methods.storages.fp8 import Fp8
 from kv_lm_eval.methods.storages.kivi import Kivi
+from kv_lm_eval.methods.storages.think import Think
 from kv_lm_eval.methods.storages.turboquant import TurboQuant
 
 F16, F32 = np.float16, np.float32
-HEADS, SIZE, VALUE_SIZE = 2, 7, 5
+HEADS, GROUP, SIZE, VALUE_SIZE = 2, 3, 7, 5
 
 
 def read_back(numbers: list[float], nbits: int) -> list[float]:
@@ -40,6 +41,7 @@ class Head:
     The groups are None for an exact pair; a pair's vectors are those that are read back.
     """
 
+    element = 4  # bytes of a number of the model's
     near = least = 0.0  # how far a vector that is read may be from the loops', as a share of its length
 
     def __init__(self, storage: Storage, sinks: int) -> None:
@@ -212,7 +214,39 @@ class TurboHead(Head):
         return len(self.coded(which)) * each
 
 
-HEAD_OF = {Kivi: KiviHead, Fp8: Fp8Head, TurboQuant: TurboHead}
+class ThinkHead(Head):
+    """Channels by sums over lists, chosen when pairs might first lose some."""
+
+    def __init__(self, storage: Storage, sinks: int) -> None:
+        super().__init__(storage, sinks)
+        self.queries: list[list[list[float]]] = [[] for _ in range(GROUP)]
+        self.channels: list[int] = []
+
+    def settle(self) -> None:
+        if not self.channels:
+            worth = []
+            for d in range(SIZE):
+                last = [q[d] for own in self.queries for q in own[-self.storage.channel_queries :]]
+                wanted = math.fsum(x * x for x in last) / len(last)
+                worth.append(wanted * math.fsum(p[1][d] ** 2 for p in self.pairs) / len(self.pairs))
+            removed = int(SIZE * self.storage.key_channel_ratio)
+            self.channels = sorted(sorted(range(SIZE), key=lambda d: (-worth[d], d))[: SIZE - removed])
+        super().settle()
+
+    def code(self, pairs: list[list], which: int) -> None:
+        for p in pairs:
+            if which == 1:
+                p[1] = [x if d in self.channels else 0.0 for d, x in enumerate(p[1])]
+            p[which + 2] = next(self.serial)
+
+    def coded_bytes(self, which: int, size: int) -> int:
+        count = len(self.coded(which))
+        if which == 2:
+            return count * size * self.element
+        return count * len(self.channels) * self.element + (len(self.channels) if count else 0)  # a list of bytes
+
+
+HEAD_OF = {Think: ThinkHead, Kivi: KiviHead, Fp8: Fp8Head, TurboQuant: TurboHead}
 
 
 class Twins:
@@ -237,6 +271,11 @@ class Twins:
             self.heads[b][h].add(self.seen[b] + i, keys[b, h, i].tolist(), values[b, h, i].tolist())
         self.seen = [n + count for n in self.seen]
         self.store.append(keys, values, pos)
+        if self.storage.watches:
+            queries = self.numbers(rows, HEADS * GROUP, count, SIZE)
+            for b, h, g in itertools.product(range(rows), range(HEADS), range(GROUP)):
+                self.heads[b][h].queries[g] += queries[b, h * GROUP + g].tolist()
+            self.store.watch(queries)
 
     def cut(self, share: float, change: float = 0.0) -> None:
         """Keeps a random share of each head's pairs, the sinks among them, and changes some values."""
@@ -293,6 +332,8 @@ class Twins:
                     else:
                         assert torch.equal(got[b, h][real], want)
         element = keys.element_size()
+        for head in itertools.chain(*self.heads):
+            head.element = element
         expected = [sum(head.bytes(element) for head in row) for row in self.heads]
         held = [sum(len(head.pairs) for head in row) / HEADS for row in self.heads]
         assert self.store.valid_bytes(held) == expected

@@ -46,7 +46,8 @@ def all_methods() -> list[str]:
 
 
 def _takes_slots(method: type[base.Method]) -> bool:
-    return method.uses_cache and "nbits" not in method.presets and (method.takes_budget or not method.compresses)
+    holds_less = bool(config.STORAGE_KEYS & set(method.presets))  # a form of storage, measured with these
+    return method.uses_cache and not holds_less and (method.takes_budget or not method.compresses)
 
 
 @dataclass
@@ -89,7 +90,10 @@ class Bench:
         """Makes caches of a method that keeps so many slots (default: capacity)."""
         settings: dict[str, Any] = {"method": method}
         size = self.capacity if slots is None else slots
-        if base.load(method).compresses:
+        cls = base.load(method)
+        if cls.needs_training:
+            settings |= cls.example(size)  # made-up weights cost as much
+        elif cls.compresses:
             settings["max_capacity_prompt"] = size
         return partial(make_cache, config.parse(settings)[0], self.facts)
 

@@ -22,6 +22,7 @@ import torch
 from kv_lm_eval.cache.attention import Step
 from kv_lm_eval.cache.face import Face
 from kv_lm_eval.cache.facts import ModelFacts
+from kv_lm_eval.cache.hook import show_hidden
 from kv_lm_eval.cache.segment import Mode, Segment, together
 from kv_lm_eval.cache.view import AskedOfCompression
 
@@ -71,6 +72,8 @@ class CompressedCache(Face):
         segment: Callable[[AskedOfCompression, ModelFacts], Segment] = Segment,
     ) -> None:
         super().__init__(facts)
+        if compression.method.reads_hidden or compression.method.reads_effects:
+            show_hidden(facts.modules.values())
         self._new_segment = partial(segment, compression, facts)
         self.around_cut: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.prefill_chunk: int | None = None

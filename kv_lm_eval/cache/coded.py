@@ -167,13 +167,20 @@ class Coded:
         return (own + groups * _bytes_each(self.of_group, 3)).sum(1).tolist()
 
 
-def encode(codec: Codec, x: torch.Tensor, real: torch.Tensor, before: Coded | None = None) -> Coded:
+def encode(
+    codec: Codec,
+    x: torch.Tensor,
+    real: torch.Tensor,
+    before: Coded | None = None,
+    given: Mapping[str, torch.Tensor] | None = None,
+) -> Coded:
     """Codes x [B, K, n, D]; pairs that are not real [B, K, n] take no part in what others share.
 
     Args:
         before: what was coded of the same rows and heads earlier; what a head shares stays as it is there.
+        given: what a head shares where nothing was coded before, if it is known already, [B, K, ...] by name.
     """
-    of_head = codec.of_head(x, real, {} if before is None else before.of_head)
+    of_head = codec.of_head(x, real, (given or {}) if before is None else before.of_head)
     most = max(1, BLOCK_SLOTS // codec.block) * codec.block
     parts = zip(x.split(most, dim=2), real.split(most, dim=2), strict=True)
     return Coded.join([codec.encode(*part, of_head) for part in parts])

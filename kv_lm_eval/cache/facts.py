@@ -32,7 +32,7 @@ class ModelFacts:
     num_layers: attention layers.
     modules: attention module of each layer, filled at the first forward.
     outputs: by layer, the module that gets the attention's output, where there is one: the output projection.
-    heads: query heads and KV heads of each layer, filled with the modules.
+    heads: query heads and KV heads of each layer, filled with the modules; sizes: numbers of a key of each.
     sliding_windows: the layer's own sliding window in tokens, None for full attention.
     rope: rotation by the model's own functions; rope_kinds: per layer "rope", "nope" (keys do not depend on the
         position) or "other", only where a method asked for it.
@@ -50,6 +50,7 @@ class ModelFacts:
     modules: dict[int, nn.Module] = field(default_factory=dict)
     outputs: dict[int, nn.Module] = field(default_factory=dict)
     heads: dict[int, tuple[int, int]] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
     sliding_windows: list[int | None] = field(default_factory=list)
     rope: RopeKit | None = None
     rope_kinds: list[str] = field(default_factory=list)
@@ -61,11 +62,13 @@ class ModelFacts:
     def __post_init__(self) -> None:
         self.sliding_windows = self.sliding_windows or [None] * self.num_layers
 
-    def meet(self, layer: int, module: nn.Module, sliding_window: int | None, heads: tuple[int, int]) -> None:
-        """Notes a layer's attention module, and its query and KV heads, when it is first seen."""
+    def meet(
+        self, layer: int, module: nn.Module, sliding_window: int | None, heads: tuple[int, int], size: int
+    ) -> None:
+        """Notes a layer's attention module, its query and KV heads and the size of these, when it is first seen."""
         if layer not in self.modules:
             self.modules[layer] = module
-            self.heads[layer] = heads
+            self.heads[layer], self.sizes[layer] = heads, size
             self.sliding_windows[layer] = sliding_window
 
     def compressible(self, layer: int) -> bool:

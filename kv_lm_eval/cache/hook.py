@@ -134,7 +134,7 @@ def kv_attention(
         )
     if dropout and module.training:
         raise UserError("the model is in training mode: call model.eval() first")
-    cache.facts.meet(layer, module, sliding_window, (query.shape[1], key.shape[1]))
+    cache.facts.meet(layer, module, sliding_window, (query.shape[1], key.shape[1]), key.shape[3])
     window = cache.facts.sliding_windows[layer]
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     pos = position_ids.expand(query.shape[0], -1)

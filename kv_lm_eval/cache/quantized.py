@@ -43,6 +43,8 @@ class QuantizedStore(LayerStore):
         self._coded_values: Coded | None = None
         self.exact: list[list[int]] = []  # pairs by row and head, on the host: a decode step never asks the device
         self.coded: list[list[int]] = []
+        self._asking: torch.Tensor | None = None  # [B, H, W, D] last queries, until these have chosen
+        self._given: dict[str, torch.Tensor] = {}  # [B, K, ...] what keys are coded by, as these have chosen it
         self._saved: list[int] = []  # bytes by row that coding takes less than the same pairs exact
 
     # ------------------------------------------------------------------------------------ reading
@@ -105,8 +107,28 @@ class QuantizedStore(LayerStore):
         self._keys, self._values = self._keys[..., :0], self._values[..., :0]
         self.exact, self.coded, self._saved = [[n] * k for _ in range(b)], [[0] * k for _ in range(b)], [0] * b
 
+    def watch(self, queries: torch.Tensor) -> None:
+        """Holds the last queries of [B, H, q, D] until they have chosen what keys are coded by."""
+        last = self.storage.watches
+        if not last or self._given:
+            return
+        if self._asking is not None and queries.shape[2] < last:
+            queries = torch.cat([self._asking, queries], dim=2)
+        self._asking = queries[:, :, -last:].clone()
+
+    def _choose(self) -> None:
+        """Lets the last queries choose what keys are coded by, once, for all heads: when that is depends on how many
+        tokens were seen, and not on what any row holds."""
+        assert self._exact_keys is not None and self._asking is not None
+        most = max(map(max, self.exact))
+        real = torch.arange(most, device=self._asking.device) < to_device(self.exact, self._asking.device).unsqueeze(-1)
+        self._given = self.storage.of_queries(self._exact_keys[:, :, :most], real, self._asking)
+        self._asking = None
+
     def settle(self) -> None:
         assert self._exact_keys is not None and self._exact_values is not None
+        if self.storage.watches and not self._given:
+            self._choose()
         step, spare = self.storage.step, self.sinks + self.storage.residual_length
         leaving = [[max(0, e - spare) // step * step for e in row] for row in self.exact]
         most = max(map(max, leaving))
@@ -120,11 +142,11 @@ class QuantizedStore(LayerStore):
         self.coded = [[c + m for c, m in zip(*rows, strict=True)] for rows in zip(self.coded, leaving, strict=True)]
         self.exact = [[e - m for e, m in zip(*rows, strict=True)] for rows in zip(self.exact, leaving, strict=True)]
         coded = []
-        for exact, old, codec in (
-            (self._exact_keys, self._coded_keys, self.storage.keys),
-            (self._exact_values, self._coded_values, self.storage.values),
+        for exact, old, codec, given in (
+            (self._exact_keys, self._coded_keys, self.storage.keys, self._given),
+            (self._exact_values, self._coded_values, self.storage.values, None),
         ):
-            new = encode(codec, exact[:, :, part], real, old)
+            new = encode(codec, exact[:, :, part], real, old, given)
             if old is not None:
                 new = Coded.join([old, new])
             coded.append(new if even else self._closed(new, out, real))
@@ -185,9 +207,10 @@ class QuantizedStore(LayerStore):
     def select(self, rows: Sequence[int]) -> QuantizedStore:
         new, chosen = super().select(rows), torch.tensor(rows)
         assert isinstance(new, QuantizedStore)
-        for name in ("_exact_keys", "_exact_values"):
+        for name in ("_exact_keys", "_exact_values", "_asking"):
             held = getattr(self, name)
             setattr(new, name, None if held is None else held.index_select(0, chosen.to(held.device)))
+        new._given = {name: x.index_select(0, chosen.to(x.device)) for name, x in self._given.items()}
         for name in ("_coded_keys", "_coded_values"):
             coded = getattr(self, name)
             setattr(new, name, None if coded is None else coded.select(chosen))
@@ -211,6 +234,13 @@ class QuantizedStore(LayerStore):
         """Bytes of the codes, what groups and heads of them share, and the exact pairs with their headroom."""
         exact = sum(x.numel() * x.element_size() for x in (self._exact_keys, self._exact_values) if x is not None)
         return exact + sum(x.allocated_bytes for x in (self._coded_keys, self._coded_values) if x is not None)
+
+    @property
+    def overhead_bytes(self) -> int:
+        """As in `LayerStore`, and the last queries until they have chosen what keys are coded by, which is counted with
+        the codes."""
+        asking = 0 if self._asking is None else self._asking.numel() * self._asking.element_size()
+        return super().overhead_bytes + asking
 
     @property
     def shared(self) -> Sequence[torch.Tensor]:

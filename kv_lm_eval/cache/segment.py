@@ -329,6 +329,22 @@ class Segment:
         self._last_votes = mass if step.tokens == 1 else None
         if method.moments_from is not None:
             self.add_moments(step.layer, step.query, step.pos)
+        if method.reads_hidden:
+            self._note(step)
+
+    def _note(self, step: Step) -> None:
+        """Holds what the method says of the new tokens with their slots."""
+        store, method = self.stores[step.layer], self.compression.method
+        assert step.hidden is not None, "hook.show_hidden was not called"
+        view = dataclasses.replace(self._view(step, self.held[step.layer]), _hidden=step.hidden)
+        numbers = method.note(view)
+        expected = (*step.key.shape[:2], step.tokens)
+        if numbers.shape != expected:
+            raise UserError(
+                f"method={method.name} noted numbers of shape {list(numbers.shape)}: {expected[0]} rows, {expected[1]} "
+                f"KV heads and {expected[2]} new tokens make {list(expected)}"
+            )
+        store.note_mass(store.length - step.tokens, at_least_float32(numbers))
 
     def _observes(self, layer: int) -> bool:
         """Whether the running forward's queries may matter to a later cut of the layer."""
@@ -379,6 +395,8 @@ class Segment:
     def _after_attention(self, step: Step) -> None:
         """Cuts the layer if this forward is the end of the prefill or the schedule says so; it waits for the last one
         where all are cut together."""
+        if not self.reads_only:
+            self.stores[step.layer].watch(step.query)
         if self._is_cut(step.layer) and self.compression.waits and self._due(step.layer, step.tokens):
             self.waiting.append(_without_tensors(step))
         else:
@@ -588,9 +606,21 @@ class Segment:
         Args:
             in_sight: [B, 1 or K, N] slots that may stay, None: all.
         """
+        store = self.stores[step.layer]
+        view = self._view(step, keep)
+        scores = self.compression.score(view)
+        if self.mode == "prefill":
+            undefined = (scores.isnan() & (store.pos >= 0)).any()  # scores of empty slots mean nothing
+            self._undefined = {**self._undefined, step.layer: undefined}
+        if in_sight is not None:
+            view = dataclasses.replace(view, pos=store.pos.masked_fill(~in_sight, -1))
+        return view, scores
+
+    def _view(self, step: Step, keep: Sequence[float]) -> View:
+        """The step's layer as the method sees it; keep: slots that stay, by row."""
         layer, store, method = step.layer, self.stores[step.layer], self.compression.method
         moves_keys = self.compression.moves_keys is not None
-        view = View(
+        return View(
             keys=store.keys,
             values=store.values,
             pos=store.pos,
@@ -612,13 +642,6 @@ class Segment:
             _queries=store.observed,
             _output_norms=partial(output_norms, self.facts, layer, store.values) if method.projects else None,
         )
-        scores = self.compression.score(view)
-        if self.mode == "prefill":
-            undefined = (scores.isnan() & (store.pos >= 0)).any()  # scores of empty slots mean nothing
-            self._undefined = {**self._undefined, layer: undefined}
-        if in_sight is not None:
-            view = dataclasses.replace(view, pos=store.pos.masked_fill(~in_sight, -1))
-        return view, scores
 
     def _cut(self, step: Step, keep: list[float], in_sight: torch.Tensor | None = None) -> None:
         """Cuts the step's layer to `keep` slots a row; in_sight: [B, 1 or K, N] slots that may stay, None: all."""

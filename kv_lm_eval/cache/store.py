@@ -237,6 +237,9 @@ class LayerStore:
         keys, values = rows_of(self.keys, index), rows_of(self.values, index)
         self.replace(Kept(keys, values, pos, mass, bias, self.memory, index), room)
 
+    def watch(self, queries: torch.Tensor) -> None:
+        """Notes new queries [B, H, q, D], in a store that codes keys by what they are asked for."""
+
     def settle(self) -> None:
         """After a forward and its cut, where it is due: a store that holds old pairs in another form moves them."""
 

@@ -38,8 +38,8 @@ class View:
         scaling: factor of the layer's attention logits, mostly D ** -0.5.
         method: its name, for messages. num_queries: last queries that are kept for it; None: all that are asked for.
 
-    `mass`, `reread`, `moments`, `attention`, `logits`, `queries`, `rotate` and `output_norms` are there for methods
-    that declare them: the cache gathers and computes nothing that nobody reads.
+    `mass`, `reread`, `moments`, `attention`, `logits`, `queries`, `hidden`, `rotate` and `output_norms` are there for
+    methods that declare them: the cache gathers and computes nothing that nobody reads.
     """
 
     keys: torch.Tensor
@@ -62,6 +62,7 @@ class View:
     _logits: Callable[[int], torch.Tensor] | None = None
     _queries: tuple[torch.Tensor, torch.Tensor] | None = None
     _output_norms: Callable[[], torch.Tensor] | None = None
+    _hidden: torch.Tensor | None = None
 
     @property
     def mass(self) -> torch.Tensor:
@@ -157,8 +158,20 @@ class View:
         return self._output_norms()
 
     @property
+    def hidden(self) -> torch.Tensor:
+        """Hidden states that the layer's queries, keys and values were made of, for the newest q slots: [B, q, M]. In
+        `note` of methods with `reads_hidden = True`; they are not kept until a cut."""
+        if self._hidden is None:
+            raise self._undeclared(
+                "view.hidden, what the layer's queries, keys and values were made of",
+                "reads_hidden = True, and read it in note(view), whose numbers score finds in view.remembered",
+            )
+        return self._hidden
+
+    @property
     def remembered(self) -> torch.Tensor | None:
-        """[B, K, N] what the method gave `remember` at the last cut, 0 for slots that came later; None: nothing yet."""
+        """[B, K, N] what the method gave `remember` at the last cut, 0 for slots that came later, or its `note` for
+        each; None: nothing yet."""
         return self._mass
 
     def remember(self, numbers: torch.Tensor) -> None:
@@ -271,6 +284,13 @@ class AskedOfMethod(Protocol):
         """It reads `view.output_norms`."""
 
     @property
+    def reads_hidden(self) -> bool:
+        """Its `note` reads `view.hidden` after every forward."""
+
+    def note(self, view: View) -> torch.Tensor:
+        """A number for each new token, [B, K, q], that is held with its slot as `view.remembered`."""
+
+    @property
     def reads_again(self) -> bool:
         """It reads `view.reread`, for which tokens are fed a second time before each cut."""
 
@@ -339,6 +359,14 @@ class AskedOfStorage(Protocol):
     @property
     def values(self) -> Codec:
         """How values are coded."""
+
+    @property
+    def watches(self) -> int:
+        """It codes keys by what so many last queries ask of them; 0: by themselves."""
+
+    def of_queries(self, keys: torch.Tensor, real: torch.Tensor, queries: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What all keys of a head are coded by from now on, [B, K, ...] by name, for those that watch queries: from all
+        keys [B, K, N, D] that are real [B, K, N] and the last queries [B, H, W, D]."""
 
     def due(self, before: int, after: int) -> bool:
         """Whether a row that went from `before` to `after` tokens seen now codes the pairs that wait."""

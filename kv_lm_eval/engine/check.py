@@ -123,8 +123,6 @@ def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads(
         outputs.find(model, facts, FULL)
         if compression.method.projects or compression.method.reads_effects:
             outputs.check(facts, kind, compression.method.name)
-        if compression.method.reads_effects:
-            hook.show_hidden(facts.modules.values())
         sharded.check(compression, facts.ranks)
         _walk(model, probe, facts, compression, roads, expected)
     except UserError as error:

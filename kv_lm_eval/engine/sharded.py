@@ -36,8 +36,8 @@ def check(compression: Compression, ranks: int) -> None:
 def each_head_by_itself(compression: Compression) -> bool:
     """Whether half of the heads alone keep what they keep beside the others."""
     method = compression.method
-    if method.head_slots is not None or method.sight(0) is not None or method.projects:
-        return False  # windows of numbered heads, or projections
+    if method.head_slots is not None or method.sight(0) is not None or method.projects or method.reads_hidden:
+        return False  # windows of numbered heads, projections, or what is known of heads by number
     if compression.ranks_layers:
         return False  # the slots of all heads are ranked together
     return all(_half_alone(compression, spare) for spare in SPARES)

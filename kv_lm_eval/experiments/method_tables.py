@@ -1,9 +1,10 @@
-"""The tables of methods in README.md and docs/methods.md, written from the method files and measured on kv-tiny.
+"""The tables of methods in README.md and docs/, written from the method files and measured on kv-tiny.
 
 A list kept by hand is wrong after the next method, and a method without a number beside the full cache and a random
 choice says nothing. The tables stand between <!-- methods --> and <!-- /methods -->, <!-- measured --> and
-<!-- /measured --> of the pages. Without an option the pages are only compared with the method files (status 1: they are
-not what these say). Measuring all takes 10 to 20 minutes on two cores; rows of other methods stay as they are.
+<!-- /measured --> of the pages; the one of docs/which.md is made of both. Without an option the pages are only compared
+with the method files (status 1: they are not what these say). Measuring all takes half an hour on a core; rows of other
+methods stay as they are.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 
 from kv_lm_eval import console, files, listing, quickstart
 from kv_lm_eval.errors import UserError
+from kv_lm_eval.experiments import which_table
 from kv_lm_eval.methods import base, evicted, storage
 
 COMMAND = "python scripts/methods_doc.py"
-LIST, MEASURED = Path("docs/methods.md"), "measured"
+LIST, WHICH, MEASURED = Path("docs/methods.md"), Path("docs/which.md"), "measured"
 BUDGETS = (64, 128, 256)
 Row = dict[str, str]
 
@@ -69,7 +71,6 @@ def examples() -> dict[str, Callable[[int], dict[str, Any]]]:
     """By its name in the table, the --model_args of every method, and of what the parts make together, at a budget."""
     with_snapkv: dict[str, dict[str, Any]] = {
         "compress_every=16": {"compress_every": 16},
-        "question_in_prompt=False": {"question_in_prompt": False},
     }
     of_methods = [base.load(name).presets.get("evicted", "drop") for name in base.available()]
     for name in evicted.available():
@@ -77,12 +78,13 @@ def examples() -> dict[str, Callable[[int], dict[str, Any]]]:
             with_snapkv[f"evicted={name}"] = {"evicted": name}
     forms = [storage.load(name).example() for name in storage.available()[1:]]
     with_snapkv |= {_first_setting(form): form for form in forms}
-    out: dict[str, Callable[[int], dict[str, Any]]] = {
-        name: partial(base.example, name) for name in sorted(base.available())
-    }
+    names = [name for name in sorted(base.available()) if not base.load(name).needs_training]
+    out: dict[str, Callable[[int], dict[str, Any]]] = {name: partial(base.example, name) for name in names}
     for words, more in sorted(with_snapkv.items()):
         out[f"snapkv, {words}"] = partial(_with, "snapkv", more)
-    out["random, question_in_prompt=False"] = partial(_with, "random", {"question_in_prompt": False})
+    for name in names:
+        if name == "snapkv" or which_table.needs_no_question(name):
+            out[f"{name}, {which_table.UNSEEN}"] = partial(_with, name, {"question_in_prompt": False})
     return out
 
 
@@ -104,19 +106,25 @@ def points(names: Sequence[str], budgets: Sequence[int]) -> list[tuple[str, str,
         few, many = known[name](64), known[name](128)
         if few != many:
             out += [(name, str(budget), known[name](budget)) for budget in budgets]
-        elif "nbits" in few:
-            out += [(name, f"{bits} bit", {**few, "nbits": bits}) for bits in _bits(few)]
-            forms = [storage.load(form).example() for form in storage.available()[1:]]
-            out += [(name, _first_setting(form), {"method": name, **form}) for form in forms if "nbits" not in form]
+        elif shown := _shown(few):
+            out += [(name, budget, {**few, **settings}) for budget, settings in shown]
+            if "nbits" in few:
+                forms = [storage.load(form).example() for form in storage.available()[1:] if form not in known]
+                out += [(name, _first_setting(form), {"method": name, **form}) for form in forms if "nbits" not in form]
         else:
             out.append((name, "-", few))
     return out
 
 
-def _bits(settings: dict[str, Any]) -> list[int]:
-    """All that nbits may be with these settings, but for 0."""
-    (field,) = (f for f in dataclasses.fields(storage.chosen(settings)[0]) if f.name == "nbits")
-    return [bits for bits in field.metadata["choices"] if bits]
+def _shown(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What the tables show of the form of storage that these settings ask for: in words, and as settings."""
+    out: list[tuple[str, dict[str, Any]]] = []
+    for field in dataclasses.fields(storage.chosen(settings)[0]):
+        if field.name in settings:
+            for value in field.metadata.get("shown", ()):
+                words = f"{value} bit" if field.name == "nbits" else f"{field.name}={value}"
+                out.append((words, {field.name: value}))
+    return out
 
 
 def measured(names: Sequence[str], budgets: Sequence[int], limit: int | None) -> list[Row]:
@@ -140,14 +148,16 @@ def pages(folder: Path, new: Sequence[Row] = ()) -> dict[Path, str]:
     Args:
         folder: of README.md and docs/. new: rows measured just now, which replace those of the same method and budget.
     """
-    readme, page = folder / "README.md", folder / LIST
-    texts = {p: files.read_text(p) for p in (readme, page)}
+    readme, page, choice = folder / "README.md", folder / LIST, folder / WHICH
+    texts = {p: files.read_text(p) for p in (readme, page, choice)}
     wanted = {readme: _with_part(texts[readme], readme, "methods", listing.short_table())}
     with_lists = _with_part(texts[page], page, "methods", listing.markdown())
     with_lists = _with_part(with_lists, page, "treatments", listing.treatments())
     with_lists = _with_part(with_lists, page, "storages", listing.storages())
     rows = _rows(_part(texts[page], page, MEASURED)[1])
-    wanted[page] = _with_part(with_lists, page, MEASURED, _measured_part(rows, new))
+    measured = _measured_part(rows, new)
+    wanted[page] = _with_part(with_lists, page, MEASURED, measured)
+    wanted[choice] = _with_part(texts[choice], choice, "which", which_table.text(_needles(_rows(measured)), folder))
     return {p: text for p, text in wanted.items() if text != texts[p]}
 
 
@@ -170,6 +180,16 @@ def _rows(table: str) -> list[Row]:
     return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
 
 
+def _needles(rows: Sequence[Row]) -> dict[str, str]:
+    """By name in the table, the needles that its example found at SLOTS, where it was measured."""
+    found = {(row["method"], row["budget"]): row["needle"] for row in rows}
+    known, out = examples(), {}
+    for name, budget, settings in points(list(known), [which_table.SLOTS]):
+        if settings == known[name](which_table.SLOTS) and (name, budget) in found:
+            out[name] = found[name, budget]
+    return out
+
+
 def _measured_part(old: Sequence[Row], new: Sequence[Row]) -> str:
     """The table of what was measured, then and now, of methods that there are, and which were not."""
     by_point = {(row["method"], row["budget"]): row for row in [*old, *new]}
@@ -177,6 +197,9 @@ def _measured_part(old: Sequence[Row], new: Sequence[Row]) -> str:
     rows = [row for row in by_point.values() if row["method"] in names]
     rows.sort(key=lambda row: (names.index(row["method"]), len(row["budget"]), row["budget"]))
     text = listing.table(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
+    if trained := sorted(set(base.available()) - set(names)):
+        listed = ", ".join(f"`{name}`" for name in trained)
+        text += f"\n\nNot measured here, since it needs weights that were trained for the model: {listed}."
     if missing := [name for name in names if name not in {row["method"] for row in rows}]:
         listed = ", ".join(f"`{name}`" for name in missing)
         text += f"\n\nNot measured yet: {listed} (`{COMMAND} --measure --methods {shlex.quote(missing[0])}`)."

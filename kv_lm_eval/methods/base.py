@@ -66,6 +66,8 @@ class Method:
     accumulates: ClassVar[bool] = False  # score() reads view.mass, the attention summed over all queries
     every_query: ClassVar[bool] = False  # score() reads view.queries of all since the last cut, and num_queries before
     projects: ClassVar[bool] = False  # score() or rescore() reads view.output_norms
+    reads_hidden: ClassVar[bool] = False  # note() reads view.hidden, and what it says of each token is remembered
+    needs_training: ClassVar[bool] = False  # it scores by weights trained for one model, which are in a file
     rotates: ClassVar[bool] = False  # score() reads view.rotate: only models whose keys can be moved in position
     reads_again: ClassVar[bool] = False  # score() reads view.reread, for which `readings` are fed before each cut
     compresses: ClassVar[bool] = True  # False: everything is kept, no budget is taken
@@ -80,6 +82,10 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls.accumulates + cls.reads_again + cls.reads_hidden > 1:
+            raise TypeError(
+                f"{cls.__name__}: accumulates, reads_again and reads_hidden fill the same numbers; take one"
+            )
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
     @classmethod
@@ -114,6 +120,11 @@ class Method:
         """Scores [B, 1 or K, N] by which slots are chosen, where these depend on how many a head keeps: counts [B, 1 or
         K], on the host, by `scores`, those of `score`. What is always kept stays +inf."""
         return scores
+
+    def note(self, view: View) -> torch.Tensor:
+        """What `view.remembered` shall hold for the newest q tokens, [B, K, q], those of `view.hidden`: asked after
+        each forward that stores tokens, for methods with `reads_hidden`."""
+        raise NotImplementedError(f"{type(self).__name__} has no note()")
 
     def weights(self, view: View) -> torch.Tensor | None:
         """Attention that each token received, [B, K, N] float32, for treatments that average pairs; None: not known."""

@@ -266,6 +266,8 @@ class Compression:
     def check_model(self, facts: ModelFacts) -> None:
         """Raises UserError where the settings cannot go with this model."""
         self.method.check_model(facts)
+        for size in sorted(set(facts.sizes.values())):
+            self.storage.check(size)
         longest = facts.max_positions
         if self.storage.quantises and longest is not None and not self.storage.due(0, longest):
             raise UserError(

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from kv_lm_eval.cache.coded import Codec
 from kv_lm_eval.errors import UserError, close_names
 
@@ -22,6 +24,12 @@ def residual(default: int) -> int:
     return field(default=default, metadata={"help": f"{KEY} or nbits: {about}"})
 
 
+def coding(default: int) -> int:
+    """The field of forms in which every pair is coded for itself."""
+    about = "pairs that wait until so many tokens more have been seen, and are coded together"
+    return field(default=default, metadata={"help": f"{KEY}: {about}"})
+
+
 @dataclass(frozen=True)
 class Storage:
     """All pairs are in the model's own number format.
@@ -32,6 +40,7 @@ class Storage:
 
     name: ClassVar[str] = "auto"
     asked_by: ClassVar[tuple[str, ...]] = ()  # settings that ask for the form without its name
+    does: ClassVar[str] = "quantises"  # to pairs, in a word
     variants: ClassVar[dict[str, dict[str, Any]]] = {}  # other names that stand for the form and some of its settings
 
     residual_length: int = residual(0)
@@ -74,6 +83,19 @@ class Storage:
         """How values are coded."""
         raise NotImplementedError(f"{KEY}={self.name} codes nothing")
 
+    def check(self, size: int) -> None:
+        """Raises UserError where keys of so many numbers each cannot be held so."""
+
+    @property
+    def watches(self) -> int:
+        """Last queries that `of_queries` is given; 0: keys are coded by themselves."""
+        return 0
+
+    def of_queries(self, keys: torch.Tensor, real: torch.Tensor, queries: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What all keys of a head are coded by, [B, K, ...] by name: chosen once, when the first might be coded, from
+        all keys [B, K, N, D] that are real [B, K, N] and the last queries [B, H, W, D]."""
+        raise NotImplementedError(f"{KEY}={self.name} watches no queries")
+
     def due(self, before: int, after: int) -> bool:
         """Whether a row that has now seen `after` tokens, `before` of them until its last forward, codes the pairs that
         wait: a clock of the row's own, the same whatever batch or segment its tokens come in."""
@@ -94,10 +116,7 @@ class Storage:
 class PairByPair(Storage):
     """A form in which every pair is coded for itself."""
 
-    code_every: int = field(
-        default=1,
-        metadata={"help": f"{KEY}: pairs that wait until so many tokens more have been seen, and are coded together"},
-    )
+    code_every: int = coding(1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,6 +134,44 @@ class PairByPair(Storage):
     @property
     def waits(self) -> str:
         return f"code_every={self.code_every}"
+
+    def due(self, before: int, after: int) -> bool:
+        return before // self.code_every < after // self.code_every
+
+    def until_due(self, seen: int) -> int:
+        return self.code_every - seen % self.code_every
+
+
+@dataclass(frozen=True)
+class Calibrated(PairByPair):
+    """A form in which all pairs of a head are coded by something that its first pairs decide."""
+
+    calibration_tokens: int = field(
+        default=128,
+        metadata={"help": f"{KEY}: tokens seen before what a head's pairs share is fixed, and the first pair coded"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration_tokens < 1:
+            raise UserError(
+                f"calibration_tokens={self.calibration_tokens} must be at least 1: what pairs share is some token's"
+            )
+
+    @property
+    def first(self) -> int:
+        """Tokens that must have been seen before anything is coded."""
+        return self.calibration_tokens
+
+    @property
+    def waits(self) -> str:
+        return f"calibration_tokens={self.calibration_tokens}" if self.first > self.code_every else super().waits
+
+    def due(self, before: int, after: int) -> bool:
+        return after >= self.first and (before < self.first or super().due(before, after))
+
+    def until_due(self, seen: int) -> int:
+        return self.first - seen if seen < self.first else super().until_due(seen)
 
 
 def available() -> list[str]:

@@ -16,6 +16,7 @@ from kv_lm_eval.cache.coded import encode, pack, unpack
 from kv_lm_eval.cache.store import Kept
 from kv_lm_eval.methods.storages.fp8 import FORMATS, Floats, Fp8
 from kv_lm_eval.methods.storages.kivi import Kivi
+from kv_lm_eval.methods.storages.think import Think
 from kv_lm_eval.methods.storages.turboquant import Rotated, TurboQuant, codebook, projection, rotation
 
 HERE = torch.device(DEVICE)
@@ -24,6 +25,9 @@ CASES = [
     (Fp8(fp8_format="e5m2", calibration_tokens=25, residual_length=3), 2, 0.7),
     (Fp8(fp8_scale="token", code_every=4, residual_length=5), 1, 0.8),
     (Fp8(fp8_scale="unit", fp8_format="e5m2"), 0, 0.6),
+    (Think(calibration_tokens=1, channel_queries=5, residual_length=4, code_every=1), 0, 0.8),
+    (Think(calibration_tokens=25, key_channel_ratio=0.75, channel_queries=1, residual_length=0, code_every=2), 2, 0.7),
+    (Think(calibration_tokens=24, key_channel_ratio=0.2, channel_queries=99, code_every=3, residual_length=9), 1, 0.8),
     (TurboQuant(nbits=2), 0, 0.8),
     (TurboQuant(k_bits=3, v_bits=4, residual_length=6, code_every=3), 2, 0.7),
     (TurboQuant(nbits=3, qjl=True, rotation_seed=5), 1, 0.8),
@@ -33,7 +37,7 @@ CASES = [
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("storage", "sinks", "share"), CASES)
 def test_any_course_of_prompts_cuts_and_tokens_reads_back_as_the_loops_do(
-    storage: Fp8 | TurboQuant, sinks: int, share: float, seed: int
+    storage: Fp8 | TurboQuant | Think, sinks: int, share: float, seed: int
 ) -> None:
     twins = Twins(storage, sinks, rows=2, seed=seed)
     twins.feed(23)
@@ -53,8 +57,10 @@ def test_any_course_of_prompts_cuts_and_tokens_reads_back_as_the_loops_do(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("storage", [Fp8(calibration_tokens=1), Fp8(fp8_scale="token"), TurboQuant(qjl=True)])
-def test_half_precision_is_read_back_in_its_own_format(storage: Fp8 | TurboQuant, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "storage", [Fp8(calibration_tokens=1), Fp8(fp8_scale="token"), TurboQuant(qjl=True), Think(residual_length=3)]
+)
+def test_half_precision_is_read_back_in_its_own_format(storage: Fp8 | TurboQuant | Think, dtype: torch.dtype) -> None:
     twins = Twins(storage, 0, rows=2, seed=5, dtype=dtype)
     for head in itertools.chain(*twins.heads):
         head.least = 2 * torch.finfo(dtype).eps if head.near else 0.0

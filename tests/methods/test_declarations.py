@@ -45,6 +45,17 @@ READS = {  # what score() does, what is missing, and what the message must name
         ["num_queries", "returns 4"],
     ),
     "norms of projected values": ("return view.output_norms()", "", ["view.output_norms", "projects = True"]),
+    "hidden states": ("return view.hidden.sum(-1)[:, None]", "", ["view.hidden", "reads_hidden = True", "note(view)"]),
+    "hidden states at a cut": (
+        "return view.hidden.sum(-1)[:, None]",
+        "    reads_hidden = True\n    def note(self, view):\n        return view.keys[..., 0]",
+        ["view.hidden", "view.remembered"],
+    ),
+    "noted shape": (
+        "return view.remembered",
+        "    reads_hidden = True\n    def note(self, view):\n        return view.hidden.sum(-1)",
+        ["noted", "[1, 40]", "[1, 2, 40]"],
+    ),
     "shape": ("return view.keys.sum(-1)[:, 0]", "", ["shape [1, 40]", "[1, 2, 40]", "[1, 1, 40]"]),
     "number of heads": ("return view.keys.sum(-1).repeat(1, 2, 1)", "", ["shape [1, 4, 40]"]),
     "not a number": ("return view.keys.sum(-1) / 0 * 0", "", ["NaN", "layer 0"]),
@@ -143,3 +154,32 @@ def test_all_queries_since_the_last_cut_and_what_was_remembered_are_there(tmp_pa
     for _, remembered, pos in at[1:]:
         old = pos < pos.max() - 2
         assert torch.equal(remembered, torch.where(old, pos + 1, 0).expand_as(remembered).float())
+
+
+def test_hidden_states_are_those_of_the_new_tokens_and_what_is_noted_of_them_stays_with_their_slots(
+    tmp_path: Path,
+) -> None:
+    path, seen = tmp_path / "mine.py", []
+    path.write_text(SCORER.format(declared="    reads_hidden = True", score="return view.remembered"))
+    pair, row = tiny.pair("llama"), tiny.tokens(40)
+    cache = pair.cache(method=str(path), max_capacity_prompt=12, compress_every=3)
+
+    def note(self, view):
+        seen.append((view.layer, view.hidden.clone()))
+        return view.hidden.sum(-1)[:, None].expand(-1, view.keys.shape[1], -1)
+
+    type(cache.compression.method).note = note
+    found: list[torch.Tensor] = []
+    norm = pair.model.model.layers[1].input_layernorm.register_forward_hook(lambda _m, _a, out: found.append(out[0]))
+    try:
+        tiny.forward(pair.model, cache, [row])
+        for t in range(4):
+            tiny.forward(pair.model, cache, [[3 + t]], starts=[40 + t])
+    finally:
+        norm.remove()
+    mine = [hidden[0] for layer, hidden in seen if layer == 1]
+    assert [x.shape[0] for x in mine] == [40, 1, 1, 1, 1]
+    assert all(torch.equal(a, b) for a, b in zip(mine, found, strict=True))
+    sums = torch.cat(mine).sum(-1)
+    store = cache.stores[1]
+    assert torch.allclose(store.mass[0], sums[store.pos[0].long()].expand_as(store.mass[0]))

@@ -19,11 +19,25 @@ FORMS: dict[str, dict[str, Any]] = {  # how the forms are shown here; one withou
     "kivi": {"nbits": 3, "k_bits": 4, "group_size": 4, "residual_length": 6},
     "fp8": {"calibration_tokens": 16},
     "turboquant": {"nbits": 3},
+    "think": {
+        "key_channel_ratio": 0.2,
+        "calibration_tokens": 16,
+        "residual_length": 6,
+        "channel_queries": 8,
+        "code_every": 1,
+    },
 }
 CASES = {
     **{name: {storage.KEY: name, **FORMS.get(name, {})} for name in storage.available()[1:]},
     "fp8 e5m2": {storage.KEY: "fp8_e5m2", "calibration_tokens": 8, "residual_length": 5},
     "fp8 per token": {storage.KEY: "fp8_per_token_head", "code_every": 3},
+    "think late": {
+        storage.KEY: "think",
+        "key_channel_ratio": 0.13,
+        "calibration_tokens": 40,
+        "code_every": 5,
+        "residual_length": 4,
+    },
     "turboquant qjl": {storage.KEY: "turboquant", "v_bits": 2, "qjl": True, "residual_length": 4},
 }
 METHODS = {
@@ -153,6 +167,8 @@ def test_a_form_goes_by_the_names_of_vllm_and_says_what_it_is() -> None:
         ({"kv_cache_dtype": "fp8_e5m2"}, {"kv_cache_dtype": "fp8", "fp8_format": "e5m2", "fp8_scale": "head"}),
         ({"kv_cache_dtype": "FP8"}, {"kv_cache_dtype": "fp8", "fp8_format": "e4m3"}),
         ({"kv_cache_dtype": "turboquant", "v_bits": 2}, {"kv_cache_dtype": "turboquant", "nbits": 4, "v_bits": 2}),
+        ({"kv_cache_dtype": "think"}, {"kv_cache_dtype": "think", "key_channel_ratio": 0.4, "residual_length": 32}),
+        ({"key_channel_ratio": 0.5}, {"kv_cache_dtype": "think", "key_channel_ratio": 0.5, "code_every": 32}),
         ({"k_bits": 8, "v_bits": 4}, {"k_bits": 8, "v_bits": 4, "nbits": 0}),
         ({"kv_cache_dtype": "auto", "nbits": 4}, {"nbits": 4}),
     ):

@@ -8,7 +8,7 @@ import types
 import typing
 from typing import Any
 
-from kv_lm_eval.config import parse
+from kv_lm_eval.config import STORAGE_KEYS, parse
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods import base, evicted, storage
 from kv_lm_eval.methods.budget import Heads, Layers
@@ -30,7 +30,7 @@ def settings_of(method: str) -> dict[str, dataclasses.Field[Any]]:
     parts: list[Any] = [cls, EngineSettings]
     if cls.compresses:
         parts += [*PARTS, *map(evicted.load, evicted.available()), *STORAGES]
-    elif "nbits" in cls.presets:
+    elif STORAGE_KEYS & set(cls.presets):
         parts += STORAGES
     return {f.name: f for part in parts for f in dataclasses.fields(part) if f.name not in MINUTES}
 

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 
 from kv_lm_eval.cache.coded import Coded
-from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.storage import PairByPair
+from kv_lm_eval.methods.storage import Calibrated
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 LEAST_SCALE = 1e-6  # of a token's own scale, as in vLLM
 
 
 @dataclass(frozen=True)
-class Fp8(PairByPair):
+class Fp8(Calibrated):
     """Keys and values as floats of 8 bits: 4 bits of exponent and 3 of mantissa, or 5 and 2, times a scale.
 
     A number x is held as x / scale in float32, rounded to the nearest float of 8 bits (of two equally near ones the
@@ -51,20 +50,10 @@ class Fp8(PairByPair):
         default="head",
         metadata={"help": "fp8: what has a scale of its own; unit: nothing", "choices": ("head", "token", "unit")},
     )
-    calibration_tokens: int = field(
-        default=128, metadata={"help": "fp8_scale=head: tokens seen before scales are fixed and the first pair coded"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.calibration_tokens < 1:
-            raise UserError(
-                f"calibration_tokens={self.calibration_tokens} must be at least 1: a scale comes from some number"
-            )
 
     @property
-    def waits(self) -> str:
-        return f"calibration_tokens={self.calibration_tokens}" if self._first > self.step else super().waits
+    def first(self) -> int:
+        return super().first if self.fp8_scale == "head" else 1
 
     @property
     def keys(self) -> Floats:
@@ -73,17 +62,6 @@ class Fp8(PairByPair):
     @property
     def values(self) -> Floats:
         return self.keys
-
-    @property
-    def _first(self) -> int:
-        """Tokens that must have been seen before anything is coded."""
-        return self.calibration_tokens if self.fp8_scale == "head" else 1
-
-    def due(self, before: int, after: int) -> bool:
-        return after >= self._first and (before < self._first or super().due(before, after))
-
-    def until_due(self, seen: int) -> int:
-        return self._first - seen if seen < self._first else super().until_due(seen)
 
 
 @dataclass(frozen=True)

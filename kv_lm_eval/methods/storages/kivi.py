@@ -41,7 +41,11 @@ class Kivi(Storage):
     residual_length: int = residual(128)
     nbits: int = field(
         default=0,
-        metadata={"help": "bits of each stored key and value number; 0: not quantised", "choices": (0, *BITS)},
+        metadata={
+            "help": "bits of each stored key and value number; 0: not quantised",
+            "choices": (0, *BITS),
+            "shown": BITS,
+        },
     )
     k_bits: int | None = field(default=None, metadata={"help": "nbits of keys alone", "choices": BITS})
     v_bits: int | None = field(default=None, metadata={"help": "nbits of values alone", "choices": BITS})
