@@ -226,7 +226,8 @@ def draw(table: list[dict[str, Any]], against: str, title: str, path: Path) -> N
 
 
 def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
-    """KL against bytes, of the points that differ from the full cache; a line joins those that nothing betters.
+    """KL against bytes, of the points that differ from the full cache; a line joins those that nothing betters, a dotted
+    one those of one method at several budgets.
 
     Raises:
         UserError: a point was run without fidelity=True.
@@ -248,6 +249,8 @@ def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
             axes.plot([100 * row["bytes"] / most] * 2, ends, color="#cccccc", lw=1)
     front = [dot for at, dot in enumerate(dots) if dot[1] < min((kl for _, kl, _ in dots[:at]), default=np.inf)]
     axes.plot([dot[0] for dot in front], [dot[1] for dot in front], color="#0072b2", lw=1)
+    for line in budgets_of([name for *_, name in dots]).values():
+        axes.plot(*zip(*(dot[:2] for dot in dots if dot[2] in line), strict=True), ":", color="#888888", lw=1)
     for dot in dots:
         axes.plot(*dot[:2], "o", color="#0072b2" if dot in front else "#888888")
     low, high = axes.get_xlim()
@@ -260,6 +263,15 @@ def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.grid(lw=0.3, which="both")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def budgets_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """The points of one method at several budgets, by what their names share: all before the last comma."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if stem := name.rpartition(", ")[0]:
+            found.setdefault(stem, []).append(name)
+    return {stem: of_stem for stem, of_stem in found.items() if len(of_stem) > 1}
 
 
 def _names(axes: Any, dots: list[tuple[float, float, str]]) -> None:

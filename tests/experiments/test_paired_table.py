@@ -76,3 +76,8 @@ def test_a_picture_against_bytes_needs_kl(tmp_path: Path) -> None:
     table = paired_table.rows({"full": point([0.0] * TEXTS, None)}, "full")
     with pytest.raises(UserError, match="full has none: run it with fidelity=True"):
         paired_table.draw_pareto(table, "", tmp_path / "pareto.png")
+
+
+def test_points_that_differ_behind_the_last_comma_are_one_method_at_several_budgets() -> None:
+    names = ["full cache", "snapkv, 26", "h2o, 26", "random, one draw", "snapkv, 51", "a, b, 26", "a, b, 51"]
+    assert paired_table.budgets_of(names) == {"snapkv": ["snapkv, 26", "snapkv, 51"], "a, b": ["a, b, 26", "a, b, 51"]}
