@@ -226,8 +226,8 @@ def draw(table: list[dict[str, Any]], against: str, title: str, path: Path) -> N
 
 
 def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
-    """KL against bytes, of the points that differ from the full cache; a line joins those that nothing betters, a dotted
-    one those of one method at several budgets.
+    """KL against bytes, of the points that differ from the full cache; a line joins those that nothing betters, dotted
+    ones each method's budgets.
 
     Raises:
         UserError: a point was run without fidelity=True.
