@@ -3,9 +3,10 @@
     python scripts/paired_table.py OUT --against "4 sinks" --csv sinks.csv --picture sinks.png
 
 OUT is a sweep's folder with kv_ppl tasks. Scored are the tokens that every point scored after the earliest cut of any,
-so that all rows are about the same tokens. An interval takes each text as one observation, of fewer than six texts
-blocks of tokens (docs/perplexity.md). Of points run with fidelity=True there is the KL of the same tokens besides, and
---pareto draws it against the bytes held. The table is markdown; the last line is one JSON document.
+so that all rows are about the same tokens; with --own-cut each row's after its own first cut, for caches of unlike
+sizes. An interval takes each text as one observation, of fewer than six texts blocks of tokens (docs/perplexity.md). Of
+points run with fidelity=True there is the KL of the same tokens besides, and --pareto draws it against the bytes held.
+The table is markdown; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--pareto", type=Path, help="a picture of KL against bytes, of points with fidelity=True")
+    parser.add_argument("--own-cut", action="store_true", help="of each row the tokens after its own first cut")
     parser.add_argument("--title", default="")
     args = parser.parse_args(argv)
     points = {name: point for folder in args.folder for name, point in read(folder).items()}
     if args.against not in points:
         raise UserError(f"--against {args.against!r} is no finished point; there are: {', '.join(points)}")
     names = [n for pattern in args.rows for n in points if fnmatch.fnmatchcase(n, pattern.replace("[", "[[]"))]
-    table = rows({name: points[name] for name in dict.fromkeys([args.against, *names])}, args.against)
+    wanted = {name: points[name] for name in dict.fromkeys([args.against, *names])}
+    table = (by_own_cut if args.own_cut else rows)(wanted, args.against)
     if list(dict.fromkeys(names)) != list(dict.fromkeys([args.against, *names])):  # asked for in another order
         table = sorted(table, key=lambda row: list(dict.fromkeys([*names, args.against])).index(row["name"]))
     print(markdown(table, args.against))
@@ -110,6 +113,16 @@ def rows(points: dict[str, Point], against: str) -> list[dict[str, Any]]:
             }
         )
     return out
+
+
+def by_own_cut(points: dict[str, Point], against: str) -> list[dict[str, Any]]:
+    """One a point: over the tokens after its own first cut, paired with the same ones of `against`.
+
+    The row of `against` itself is over the tokens after the earliest cut.
+    """
+    of = points[against]
+    own = {name: rows({against: of, name: point}, against)[-1] for name, point in points.items() if name != against}
+    return [own.get(row["name"], row) for row in rows(points, against)]
 
 
 def _divergence(records: dict[str, Any], nll: list[np.ndarray]) -> list[np.ndarray] | None:
@@ -217,8 +230,10 @@ def draw(table: list[dict[str, Any]], against: str, title: str, path: Path) -> N
     widest = max(abs(row["change_percent"]) for row in table)
     if widest > 30:
         axes.set_xscale("symlog", linthresh=3)
-        ticks = [t for t in (-30, -10, -3, -1, 0, 1, 3, 10, 30, 100, 300, 1000) if abs(t) <= 1.3 * widest]
+        least = min((row["low_percent"] or row["change_percent"] for row in table), default=0.0)
+        ticks = [t for t in (-30, -10, -3, -1, 0, 1, 3, 10, 30, 100, 300, 1000) if 1.3 * least - 1 <= t <= 1.3 * widest]
         axes.set_xticks(ticks, [f"{t:+d}" if t else "0" for t in ticks])
+        axes.set_xlim(left=1.3 * min(least, 0) - 0.3)
     axes.set(xlabel=f"perplexity against {against}, per cent", title=title)
     axes.grid(axis="x", lw=0.3)
     figure.savefig(path, dpi=110, bbox_inches="tight")

@@ -52,6 +52,23 @@ def test_all_rows_are_about_the_tokens_after_the_earliest_cut_of_any() -> None:
     assert "**" in table[3] and table[4].endswith("| the same, token by token |")
 
 
+def test_with_own_cuts_a_large_cache_is_not_helped_by_the_tokens_that_it_held() -> None:
+    points = {
+        "full": point([0.0] * TEXTS, None),
+        "small": point([0.3] * TEXTS, FIRST - 8, before=0.3),
+        "large": point([0.1] * TEXTS, FIRST + 1),
+    }
+    shared = {row["name"]: row["change_percent"] for row in paired_table.rows(points, "full")}
+    own = {row["name"]: row for row in paired_table.by_own_cut(points, "full")}
+    assert own["large"]["change_percent"] == pytest.approx(100 * math.expm1(0.1))
+    assert shared["large"] < own["large"]["change_percent"] / 1.2
+    assert (own["small"]["tokens"], own["large"]["tokens"]) == (
+        TEXTS * (TOKENS - FIRST + 8),
+        TEXTS * (TOKENS - FIRST - 1),
+    )
+    assert own["small"]["change_percent"] == pytest.approx(shared["small"])
+
+
 def test_points_of_other_texts_are_refused() -> None:
     with pytest.raises(UserError, match="different documents"):
         paired_table.rows({"a": point([0.0] * 8, 3), "b": point([0.0] * 7, 3)}, "a")
