@@ -27,6 +27,7 @@ from kv_lm_eval.metrics import paired
 from kv_lm_eval.metrics.perplexity import percent
 from kv_lm_eval.stats import blocks
 
+ROUNDING = 1e-9  # nats: less is two orders of adding in float32, whose square a divergence is
 Point = dict[str, Any]  # its per-token records by text, what was kept, its scores
 
 
@@ -255,11 +256,11 @@ def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     most = max(row["bytes"] for row in table)
-    dots = sorted((100 * row["bytes"] / most, row["kl"], row["name"]) for row in table if row["kl"] > 0)
-    figure, axes = plt.subplots(figsize=(8, 9))
+    dots = dots_of(table)
+    figure, axes = plt.subplots(figsize=(8, min(9, 4 + 0.25 * len(dots))))
     axes.set(xscale="log", yscale="log", xlabel="bytes held, per cent of the full cache", ylabel="KL, nats a token")
     for row in table:
-        if row["kl"] > 0 and row["kl_low"] is not None:
+        if row["kl"] > ROUNDING and row["kl_low"] is not None:
             ends = [max(row["kl_low"], row["kl"] / 10), row["kl_high"]]
             axes.plot([100 * row["bytes"] / most] * 2, ends, color="#cccccc", lw=1)
     front = [dot for at, dot in enumerate(dots) if dot[1] < min((kl for _, kl, _ in dots[:at]), default=np.inf)]
@@ -270,7 +271,7 @@ def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
         axes.plot(*dot[:2], "o", color="#0072b2" if dot in front else "#888888")
     low, high = axes.get_xlim()
     axes.set_xlim(low, high * (high / low) ** 0.3)  # room for names
-    ticks = [t for t in (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 70, 100) if low <= t <= high]
+    ticks = [t for t in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100) if low <= t <= high]
     axes.set_xticks(ticks, [f"{t} %" for t in ticks])
     axes.xaxis.minorticks_off()
     _names(axes, dots)
@@ -278,6 +279,12 @@ def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.grid(lw=0.3, which="both")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def dots_of(table: list[dict[str, Any]]) -> list[tuple[float, float, str]]:
+    """Per cent of the most bytes, KL and name of each row but those whose KL is rounding, as the full cache's own is."""
+    most = max(row["bytes"] for row in table)
+    return sorted((100 * row["bytes"] / most, row["kl"], row["name"]) for row in table if row["kl"] > ROUNDING)
 
 
 def budgets_of(names: Sequence[str]) -> dict[str, list[str]]:

@@ -89,6 +89,14 @@ def test_kl_is_of_the_same_tokens_as_the_loss_and_survives_the_reading(tmp_path:
     assert (tmp_path / "pareto.png").stat().st_size > 5000
 
 
+def test_a_divergence_of_rounding_is_not_drawn() -> None:
+    table = [
+        {"name": n, "bytes": b, "kl": kl}
+        for n, b, kl in (("full", 8.0, 6e-12), ("cut", 2.0, 0.3), ("8 bits", 4.0, 1e-5))
+    ]
+    assert paired_table.dots_of(table) == [(25.0, 0.3, "cut"), (50.0, 1e-5, "8 bits")]
+
+
 def test_a_picture_against_bytes_needs_kl(tmp_path: Path) -> None:
     table = paired_table.rows({"full": point([0.0] * TEXTS, None)}, "full")
     with pytest.raises(UserError, match="full has none: run it with fidelity=True"):
