@@ -282,7 +282,7 @@ def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def dots_of(table: list[dict[str, Any]]) -> list[tuple[float, float, str]]:
-    """Per cent of the most bytes, KL and name of each row but those whose KL is rounding, as the full cache's own is."""
+    """Per cent of the most bytes, KL and name of each row whose KL is more than rounding, which the full cache has."""
     most = max(row["bytes"] for row in table)
     return sorted((100 * row["bytes"] / most, row["kl"], row["name"]) for row in table if row["kl"] > ROUNDING)
 
