@@ -3,9 +3,10 @@
     python scripts/paired_table.py OUT --against "4 sinks" --csv sinks.csv --picture sinks.png
 
 OUT is a sweep's folder with kv_ppl tasks. Scored are the tokens that every point scored after the earliest cut of any,
-so that all rows are about the same tokens. An interval takes each text as one observation, of fewer than six texts
-blocks of tokens (docs/perplexity.md). Of points run with fidelity=True there is the KL of the same tokens besides, and
---pareto draws it against the bytes held. The table is markdown; the last line is one JSON document.
+so that all rows are about the same tokens; with --own-cut each row's after its own first cut, for caches of unlike
+sizes. An interval takes each text as one observation, of fewer than six texts blocks of tokens (docs/perplexity.md). Of
+points run with fidelity=True there is the KL of the same tokens besides, and --pareto draws it against the bytes held.
+The table is markdown; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from kv_lm_eval.metrics import paired
 from kv_lm_eval.metrics.perplexity import percent
 from kv_lm_eval.stats import blocks
 
+ROUNDING = 1e-9  # nats: less is two orders of adding in float32, whose square a divergence is
 Point = dict[str, Any]  # its per-token records by text, what was kept, its scores
 
 
@@ -42,13 +44,15 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--pareto", type=Path, help="a picture of KL against bytes, of points with fidelity=True")
+    parser.add_argument("--own-cut", action="store_true", help="of each row the tokens after its own first cut")
     parser.add_argument("--title", default="")
     args = parser.parse_args(argv)
     points = {name: point for folder in args.folder for name, point in read(folder).items()}
     if args.against not in points:
         raise UserError(f"--against {args.against!r} is no finished point; there are: {', '.join(points)}")
     names = [n for pattern in args.rows for n in points if fnmatch.fnmatchcase(n, pattern.replace("[", "[[]"))]
-    table = rows({name: points[name] for name in dict.fromkeys([args.against, *names])}, args.against)
+    wanted = {name: points[name] for name in dict.fromkeys([args.against, *names])}
+    table = (by_own_cut if args.own_cut else rows)(wanted, args.against)
     if list(dict.fromkeys(names)) != list(dict.fromkeys([args.against, *names])):  # asked for in another order
         table = sorted(table, key=lambda row: list(dict.fromkeys([*names, args.against])).index(row["name"]))
     print(markdown(table, args.against))
@@ -110,6 +114,16 @@ def rows(points: dict[str, Point], against: str) -> list[dict[str, Any]]:
             }
         )
     return out
+
+
+def by_own_cut(points: dict[str, Point], against: str) -> list[dict[str, Any]]:
+    """One a point: over the tokens after its own first cut, paired with the same ones of `against`.
+
+    The row of `against` itself is over the tokens after the earliest cut.
+    """
+    of = points[against]
+    own = {name: rows({against: of, name: point}, against)[-1] for name, point in points.items() if name != against}
+    return [own.get(row["name"], row) for row in rows(points, against)]
 
 
 def _divergence(records: dict[str, Any], nll: list[np.ndarray]) -> list[np.ndarray] | None:
@@ -217,8 +231,10 @@ def draw(table: list[dict[str, Any]], against: str, title: str, path: Path) -> N
     widest = max(abs(row["change_percent"]) for row in table)
     if widest > 30:
         axes.set_xscale("symlog", linthresh=3)
-        ticks = [t for t in (-30, -10, -3, -1, 0, 1, 3, 10, 30, 100, 300, 1000) if abs(t) <= 1.3 * widest]
+        least = min((row["low_percent"] or row["change_percent"] for row in table), default=0.0)
+        ticks = [t for t in (-30, -10, -3, -1, 0, 1, 3, 10, 30, 100, 300, 1000) if 1.3 * least - 1 <= t <= 1.3 * widest]
         axes.set_xticks(ticks, [f"{t:+d}" if t else "0" for t in ticks])
+        axes.set_xlim(left=1.3 * min(least, 0) - 0.3)
     axes.set(xlabel=f"perplexity against {against}, per cent", title=title)
     axes.grid(axis="x", lw=0.3)
     figure.savefig(path, dpi=110, bbox_inches="tight")
@@ -226,7 +242,8 @@ def draw(table: list[dict[str, Any]], against: str, title: str, path: Path) -> N
 
 
 def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
-    """KL against bytes, of the points that differ from the full cache; a line joins those that nothing betters.
+    """KL against bytes, of the points that differ from the full cache; a line joins those that nothing betters, dotted
+    ones each method's budgets.
 
     Raises:
         UserError: a point was run without fidelity=True.
@@ -239,20 +256,22 @@ def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     most = max(row["bytes"] for row in table)
-    dots = sorted((100 * row["bytes"] / most, row["kl"], row["name"]) for row in table if row["kl"] > 0)
-    figure, axes = plt.subplots(figsize=(8, 9))
+    dots = dots_of(table)
+    figure, axes = plt.subplots(figsize=(8, min(9, 4 + 0.25 * len(dots))))
     axes.set(xscale="log", yscale="log", xlabel="bytes held, per cent of the full cache", ylabel="KL, nats a token")
     for row in table:
-        if row["kl"] > 0 and row["kl_low"] is not None:
+        if row["kl"] > ROUNDING and row["kl_low"] is not None:
             ends = [max(row["kl_low"], row["kl"] / 10), row["kl_high"]]
             axes.plot([100 * row["bytes"] / most] * 2, ends, color="#cccccc", lw=1)
     front = [dot for at, dot in enumerate(dots) if dot[1] < min((kl for _, kl, _ in dots[:at]), default=np.inf)]
     axes.plot([dot[0] for dot in front], [dot[1] for dot in front], color="#0072b2", lw=1)
+    for line in budgets_of([name for *_, name in dots]).values():
+        axes.plot(*zip(*(dot[:2] for dot in dots if dot[2] in line), strict=True), ":", color="#888888", lw=1)
     for dot in dots:
         axes.plot(*dot[:2], "o", color="#0072b2" if dot in front else "#888888")
     low, high = axes.get_xlim()
     axes.set_xlim(low, high * (high / low) ** 0.3)  # room for names
-    ticks = [t for t in (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 70, 100) if low <= t <= high]
+    ticks = [t for t in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100) if low <= t <= high]
     axes.set_xticks(ticks, [f"{t} %" for t in ticks])
     axes.xaxis.minorticks_off()
     _names(axes, dots)
@@ -260,6 +279,21 @@ def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.grid(lw=0.3, which="both")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def dots_of(table: list[dict[str, Any]]) -> list[tuple[float, float, str]]:
+    """Per cent of the most bytes, KL and name of each row whose KL is more than rounding, which the full cache has."""
+    most = max(row["bytes"] for row in table)
+    return sorted((100 * row["bytes"] / most, row["kl"], row["name"]) for row in table if row["kl"] > ROUNDING)
+
+
+def budgets_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """The points of one method at several budgets, by what their names share: all before the last comma."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if stem := name.rpartition(", ")[0]:
+            found.setdefault(stem, []).append(name)
+    return {stem: of_stem for stem, of_stem in found.items() if len(of_stem) > 1}
 
 
 def _names(axes: Any, dots: list[tuple[float, float, str]]) -> None:

@@ -52,6 +52,23 @@ def test_all_rows_are_about_the_tokens_after_the_earliest_cut_of_any() -> None:
     assert "**" in table[3] and table[4].endswith("| the same, token by token |")
 
 
+def test_with_own_cuts_a_large_cache_is_not_helped_by_the_tokens_that_it_held() -> None:
+    points = {
+        "full": point([0.0] * TEXTS, None),
+        "small": point([0.3] * TEXTS, FIRST - 8, before=0.3),
+        "large": point([0.1] * TEXTS, FIRST + 1),
+    }
+    shared = {row["name"]: row["change_percent"] for row in paired_table.rows(points, "full")}
+    own = {row["name"]: row for row in paired_table.by_own_cut(points, "full")}
+    assert own["large"]["change_percent"] == pytest.approx(100 * math.expm1(0.1))
+    assert shared["large"] < own["large"]["change_percent"] / 1.2
+    assert (own["small"]["tokens"], own["large"]["tokens"]) == (
+        TEXTS * (TOKENS - FIRST + 8),
+        TEXTS * (TOKENS - FIRST - 1),
+    )
+    assert own["small"]["change_percent"] == pytest.approx(shared["small"])
+
+
 def test_points_of_other_texts_are_refused() -> None:
     with pytest.raises(UserError, match="different documents"):
         paired_table.rows({"a": point([0.0] * 8, 3), "b": point([0.0] * 7, 3)}, "a")
@@ -72,7 +89,20 @@ def test_kl_is_of_the_same_tokens_as_the_loss_and_survives_the_reading(tmp_path:
     assert (tmp_path / "pareto.png").stat().st_size > 5000
 
 
+def test_a_divergence_of_rounding_is_not_drawn() -> None:
+    table = [
+        {"name": n, "bytes": b, "kl": kl}
+        for n, b, kl in (("full", 8.0, 6e-12), ("cut", 2.0, 0.3), ("8 bits", 4.0, 1e-5))
+    ]
+    assert paired_table.dots_of(table) == [(25.0, 0.3, "cut"), (50.0, 1e-5, "8 bits")]
+
+
 def test_a_picture_against_bytes_needs_kl(tmp_path: Path) -> None:
     table = paired_table.rows({"full": point([0.0] * TEXTS, None)}, "full")
     with pytest.raises(UserError, match="full has none: run it with fidelity=True"):
         paired_table.draw_pareto(table, "", tmp_path / "pareto.png")
+
+
+def test_points_that_differ_behind_the_last_comma_are_one_method_at_several_budgets() -> None:
+    names = ["full cache", "snapkv, 26", "h2o, 26", "random, one draw", "snapkv, 51", "a, b, 26", "a, b, 51"]
+    assert paired_table.budgets_of(names) == {"snapkv": ["snapkv, 26", "snapkv, 51"], "a, b": ["a, b, 26", "a, b, 51"]}
