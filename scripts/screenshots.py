@@ -1,6 +1,6 @@
 """The pictures of both pages in docs/img, light and dark, by the browser of the tests. From a checkout:
 
-    kv-lm-eval sweep scripts/configs/tiny/report.yaml --output_path out --one-by-one && kv-lm-eval report out
+    kv-lm-eval sweep scripts/screenshots.yaml --output_path out --one-by-one && kv-lm-eval report out
     kv-lm-eval inspect --prompt-file scripts/configs/tiny/inspect.txt --output_path out \\
         --model_args pretrained=kv-tiny,dtype=float32,method=snapkv,max_capacity_prompt=96,window_size=16
     PYTHONPATH=. python scripts/screenshots.py out/report/report.html out/inspect.html

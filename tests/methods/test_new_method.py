@@ -98,7 +98,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *folders, "-k", "middle or
 def test_a_new_file_in_methods_is_all_that_a_method_is(tmp_path: Path) -> None:
     for folder in ("kv_lm_eval", "needle", "longbench_tasks", "docs", "scripts", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "img", "golden"))
-    for file in ("README.md", "pyproject.toml"):
+    for file in ("README.md", "pyproject.toml", "mkdocs.yml"):
         shutil.copy(ROOT / file, tmp_path / file)
     (tmp_path / "kv_lm_eval" / "methods" / "middle.py").write_text(MIDDLE, encoding="utf-8")
     (tmp_path / "kv_lm_eval" / "methods" / "storages" / "halves.py").write_text(HALVES, encoding="utf-8")
