@@ -28,7 +28,7 @@ test-real: $(STAMP) ## Run the tests on real models, which KV_REAL_MODELS=DIR na
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/real $(ARGS)
 
 test-cuda: $(STAMP) ## Run the tests of caches, engine and methods on a GPU
-	KV_TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 -m 'not slow' tests/cache tests/engine tests/methods $(ARGS)
+	KV_TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 -m 'not slow and not deep' tests/cache tests/engine tests/methods $(ARGS)
 
 check: $(STAMP) ## Check style, format, types and the order of imports
 	$(BIN)/ruff check .
