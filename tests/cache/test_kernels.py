@@ -83,10 +83,11 @@ def test_a_step_with_and_without_a_mask(softcap):
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+without = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@gpu
+@pytest.mark.gpu
+@without
 @pytest.mark.parametrize("dtype", list(EXACT), ids=str)
 def test_kernels_of_a_gpu(dtype):
     met = set()
@@ -103,7 +104,8 @@ def test_kernels_of_a_gpu(dtype):
     assert met == {"all", "causal", "lower_right", "masked"} | ({"varlen"} if half else set())  # size 4: no flash
 
 
-@gpu
+@pytest.mark.gpu
+@without
 @pytest.mark.parametrize("size", [64, 128])
 def test_flash_serves_what_is_said_of_it(size):
     """No other kernel is allowed, so that a call that flash does not take would end in an error."""
