@@ -36,8 +36,8 @@ check: $(STAMP) ## Check style, format, types and the order of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
 
-BENCH = $(BIN)/kv-lm-eval bench --random-weights tiny-26m --device cpu --threads 1 --warm-up 1 --repeats 3
-bench: $(STAMP) ## Time all methods on this CPU, in some ten minutes; the card goes to docs/bench
+BENCH = $(BIN)/kv-lm-eval bench --random-weights tiny-26m --device cpu --threads 1 --warm-up 1 --repeats 2
+bench: $(STAMP) ## Time all methods on this CPU, in under ten minutes; the card goes to docs/bench
 	$(BENCH) --parts generation,decode,storage,prefill,memory,scoring,fidelity,shared_prefix,compiled $(ARGS)
 
 bench-goals: $(STAMP) ## The ratios that were promised of the speed, each beside its goal, in some five minutes
