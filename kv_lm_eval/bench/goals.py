@@ -5,7 +5,6 @@ The entries of a ratio take turns; a ratio is that of the least times, which a m
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +16,7 @@ from torch.nn.functional import linear
 
 from kv_lm_eval.bench import card
 from kv_lm_eval.bench.measure import Bench, in_chunks
-from kv_lm_eval.bench.timing import rounds, synchronise
+from kv_lm_eval.bench.timing import Stopwatch, rounds
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.segment import Segment
 from kv_lm_eval.engine.compiled import Decoder
@@ -86,14 +85,14 @@ def scorers(bench: Bench, n: int) -> Iterator[Ratio]:
     row, spent = bench.tokens(n), dict.fromkeys(SCORERS, float("inf"))
 
     def work(method: str) -> None:
-        clock = Clock(bench)
+        clock = Stopwatch(bench.device)
 
         def new_cache() -> CompressedCache:
             cache = bench.new_cache(method)()
             cache.around_cut = lambda: clock
             return cache
 
-        with clock.also(Segment, "add_moments"):
+        with also(clock, Segment, "add_moments"):
             prefill(bench.model, new_cache, [row])
         if method in spent:
             spent[method] = min(spent[method], clock.total)
@@ -104,35 +103,20 @@ def scorers(bench: Bench, n: int) -> Iterator[Ratio]:
     yield Ratio(f"h2o: prefill of {n} tokens of the full cache's", 1.25, t["h2o"] / t["full"])
 
 
-class Clock:
-    """Sums the time spent inside."""
+@contextmanager
+def also(watch: Stopwatch, cls: type, name: str) -> Iterator[None]:
+    """Counts the calls of a method too."""
+    original = getattr(cls, name)
 
-    def __init__(self, bench: Bench) -> None:
-        self.device, self.now = bench.device, time.process_time if bench.clock == "cpu" else time.perf_counter
-        self.total = 0.0
+    def counted(*args: Any) -> Any:
+        with watch:
+            return original(*args)
 
-    def __enter__(self) -> None:
-        synchronise(self.device)
-        self.start = self.now()
-
-    def __exit__(self, *args: Any) -> None:
-        synchronise(self.device)
-        self.total += self.now() - self.start
-
-    @contextmanager
-    def also(self, cls: type, name: str) -> Iterator[None]:
-        """Counts the calls of a method too."""
-        original = getattr(cls, name)
-
-        def counted(*args: Any) -> Any:
-            with self:
-                return original(*args)
-
-        setattr(cls, name, counted)
-        try:
-            yield
-        finally:
-            setattr(cls, name, original)
+    setattr(cls, name, counted)
+    try:
+        yield
+    finally:
+        setattr(cls, name, original)
 
 
 def steps_over(bench: Bench, cache: CompressedCache) -> None:

@@ -7,7 +7,6 @@ share reaches half: n* of t = a n + b n^2, by the last two lengths.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from kv_lm_eval.bench.measure import Bench, in_chunks, peak_bytes
-from kv_lm_eval.bench.timing import rounds, synchronise
+from kv_lm_eval.bench.timing import now, rounds
 from kv_lm_eval.engine.prefill import NewCache, prefill
 
 OFTEN = 4096  # tokens up to which a length is run `repeats` times; longer ones once, the best of them counts
@@ -50,20 +49,15 @@ def growth(bench: Bench, lengths: Sequence[int], chunk: int) -> dict[str, Any]:
         row = bench.tokens(n)
         for name, new_cache in entries(bench, chunk).items():
             work = partial(prefill, bench.model, new_cache, [row])
-            start = _now(bench)
+            start = now(bench.device)
             peak = peak_bytes(bench, new_cache, row)
-            seconds = [_now(bench) - start]
+            seconds = [now(bench.device) - start]
             if n <= OFTEN:
                 again = rounds({name: work}, bench.device, repeats=2, warm_up=0)[name]
                 seconds += again.cpu_s if bench.clock == "cpu" else again.wall_s
             out[name][str(n)] = {"seconds": min(seconds), "bytes": peak}
     found = {name: {"at": at, "why": WHY[name], **slopes(at)} for name, at in out.items()}
     return {"chunk": chunk, "capacity": bench.capacity, "entries": found}
-
-
-def _now(bench: Bench) -> float:
-    synchronise(bench.device)
-    return time.process_time() if bench.clock == "cpu" else time.perf_counter()
 
 
 def slopes(at: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from kv_lm_eval import config
 from kv_lm_eval.bench.live_bytes import LiveBytes
-from kv_lm_eval.bench.timing import clock_of, rounds, synchronise
+from kv_lm_eval.bench.timing import Stopwatch, clock_of, rounds, synchronise
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts, Words
 from kv_lm_eval.cache.make import make_cache
@@ -224,24 +224,8 @@ def prefills(bench: Bench, methods: Sequence[str], prompt: int) -> dict[str, Any
     row = bench.tokens(prompt)
     in_cuts: dict[str, list[float]] = {m: [] for m in methods}
 
-    class Cuts:
-        """Sums the time spent inside."""
-
-        total = 0.0
-
-        def __enter__(self) -> None:
-            synchronise(bench.device)
-            self.start = self.now()
-
-        def __exit__(self, *args: Any) -> None:
-            synchronise(bench.device)
-            self.total += self.now() - self.start
-
-        def now(self) -> float:
-            return time.process_time() if bench.clock == "cpu" else time.perf_counter()
-
     def work(method: str) -> None:
-        cuts = Cuts()
+        cuts = Stopwatch(bench.device)
 
         def new_cache() -> CompressedCache:
             cache = bench.new_cache(method)()

@@ -52,6 +52,25 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def now(device: torch.device) -> float:
+    """Seconds by the clock of the device, when its work so far is done."""
+    synchronise(device)
+    return time.process_time() if clock_of(device) == "cpu" else time.perf_counter()
+
+
+class Stopwatch:
+    """Sums the seconds spent inside."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.total = device, 0.0
+
+    def __enter__(self) -> None:
+        self.start = now(self.device)
+
+    def __exit__(self, *args: Any) -> None:
+        self.total += now(self.device) - self.start
+
+
 def rounds(
     works: Mapping[str, Callable[[], object]],
     device: torch.device,

@@ -174,6 +174,20 @@ class Calibrated(PairByPair):
         return self.first - seen if seen < self.first else super().until_due(seen)
 
 
+class Apart:
+    """What most codes do not have, for `Codec`: tables of their own, and numbers that all pairs of a head share."""
+
+    def tables(self, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """None [...] are needed."""
+        return ()
+
+    def of_head(
+        self, x: torch.Tensor, real: torch.Tensor, before: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Nothing, of pairs x [B, K, n, D] that are real [B, K, n]."""
+        return {}
+
+
 def available() -> list[str]:
     """Names of the forms: auto, and every module of `storages/`."""
     folder = Path(__file__).parent / "storages"

@@ -94,18 +94,23 @@ def test_lagkv_in_every_layer(name: str) -> None:
         for layer in full.layers:
             expected.append([])
             for keys, values in zip(layer.keys[0].double().tolist(), layer.values[0].double().tolist(), strict=True):
-                score = {t: float("inf") for t in range(sinks)} | {t: float(t) for t in range(sinks, len(row))}
-                for part in range((len(row) - sinks) // lag - 1):
-                    own = range(sinks + part * lag, sinks + (part + 1) * lag)
-                    total = dict.fromkeys(own, 0.0)
-                    for x in (keys, values):
-                        spread = {t: spread_of(x[t], [x[u + lag] for u in own]) for t in own}
-                        norm = sum(math.exp(s) for s in spread.values())
-                        total = {t: total[t] + math.exp(spread[t]) / norm for t in own}
-                    for rank, t in enumerate(sorted(own, key=lambda t: (-total[t], t))):
-                        score[t] = -1 - rank
-                expected[-1].append(best(score, budget))
+                expected[-1].append(lagkv(keys, values, sinks, lag, budget))
         assert held_by(cache, i) == expected, f"row of {len(row)} tokens"
+
+
+def lagkv(keys: list[list[float]], values: list[list[float]], sinks: int, lag: int, budget: int) -> set[int]:
+    """Tokens of a head that stay, by plain loops."""
+    score = {t: float("inf") if t < sinks else float(t) for t in range(len(keys))}
+    for part in range((len(keys) - sinks) // lag - 1):
+        own = range(sinks + part * lag, sinks + (part + 1) * lag)
+        total = dict.fromkeys(own, 0.0)
+        for x in (keys, values):
+            spread = {t: spread_of(x[t], [x[u + lag] for u in own]) for t in own}
+            norm = sum(math.exp(s) for s in spread.values())
+            total = {t: total[t] + math.exp(spread[t]) / norm for t in own}
+        for rank, t in enumerate(sorted(own, key=lambda t: (-total[t], t))):
+            score[t] = -1 - rank
+    return best(score, budget)
 
 
 def spread_of(token: list[float], following: list[list[float]]) -> float:

@@ -23,6 +23,7 @@ from methods import (
     test_cur,
     test_defensivekv,
     test_dropkv,
+    test_every_layer,
     test_kvzip,
     test_leverage,
     test_non_causal,
@@ -33,8 +34,7 @@ from methods import (
 from methods.plain import Layer, choose
 from methods.test_chunkkv import CHUNKKV, exact
 from methods.test_criticalkv import snapkv
-from methods.test_every_layer import shared, spread_of
-from methods.test_kept_sets import best
+from methods.test_every_layer import shared
 
 MODEL, LAYERS, SIZE = "smollm2", 30, 64  # its layers, channels of a key
 LENGTHS = (50, 31)  # a padded batch
@@ -79,21 +79,9 @@ def pyramidkv(layer: Layer, i: int) -> list[set[int]]:
     return [choose(snapkv(layer, head), slots) for head in layer.kv_heads]
 
 
-def lagkv(layer: Layer, sinks: int = 2, lag: int = 8) -> list[set[int]]:
-    out = []
-    for keys, values in zip(layer.keys, layer.values, strict=True):
-        score = {t: math.inf if t < sinks else float(t) for t in range(layer.n)}
-        for part in range((layer.n - sinks) // lag - 1):
-            own = range(sinks + part * lag, sinks + (part + 1) * lag)
-            total = dict.fromkeys(own, 0.0)
-            for x in (keys, values):
-                spread = {t: spread_of(x[t], [x[u + lag] for u in own]) for t in own}
-                norm = sum(math.exp(s) for s in spread.values())
-                total = {t: total[t] + math.exp(spread[t]) / norm for t in own}
-            for rank, t in enumerate(sorted(own, key=lambda t: (-total[t], t))):
-                score[t] = -1 - rank
-        out.append(best(score, CAPACITY))
-    return out
+def lagkv(layer: Layer) -> list[set[int]]:
+    pairs = zip(layer.keys, layer.values, strict=True)
+    return [test_every_layer.lagkv(keys, values, 2, 8, CAPACITY) for keys, values in pairs]
 
 
 def l2_fixed(layer: Layer) -> list[set[int]]:

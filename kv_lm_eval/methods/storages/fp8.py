@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kv_lm_eval.cache.coded import Coded
-from kv_lm_eval.methods.storage import Calibrated
+from kv_lm_eval.methods.storage import Apart, Calibrated
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 LEAST_SCALE = 1e-6  # of a token's own scale, as in vLLM
@@ -65,7 +65,7 @@ class Fp8(Calibrated):
 
 
 @dataclass(frozen=True)
-class Floats:
+class Floats(Apart):
     """A byte a number, with the scale of its head or its pair in float32."""
 
     format: str
@@ -81,10 +81,6 @@ class Floats:
         """The scale under which a number [...] is the format's largest; a GPU would multiply by a Python number's
         inverse, whose rounding is another."""
         return largest / largest.new_tensor(self.largest)
-
-    def tables(self, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """None [...] are needed."""
-        return ()
 
     def of_head(
         self, x: torch.Tensor, real: torch.Tensor, before: Mapping[str, torch.Tensor]

@@ -5,7 +5,6 @@ Shapes: B batch rows, K KV heads, n pairs, T groups, D head size, P groups acros
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from kv_lm_eval.cache.coded import Coded, narrow, pack, unpack
 from kv_lm_eval.cache.store import rows_of
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.storage import Storage, residual
+from kv_lm_eval.methods.storage import Apart, Storage, residual
 
 BITS = (2, 3, 4, 8)  # that a number may be held in
 AXES = ("channel", "token")
@@ -94,7 +93,7 @@ class Kivi(Storage):
 
 
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(Apart):
     """Codes of nbits, packed along the head, with a step and a smallest value in float16 for each group.
 
     With axis "channel" these are [B, K, T, D], and a pair has the number of its group; with axis "token", [B, K, n, P].
@@ -107,16 +106,6 @@ class Grouped:
     @property
     def block(self) -> int:
         return self.width
-
-    def tables(self, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """None [...] is shared."""
-        return ()
-
-    def of_head(
-        self, x: torch.Tensor, real: torch.Tensor, before: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Nothing, of pairs x [B, K, n, D] that are real [B, K, n]."""
-        return {}
 
     def encode(self, x: torch.Tensor, real: torch.Tensor, of_head: dict[str, torch.Tensor]) -> Coded:
         """Codes x [B, K, n, D]; pairs that are not real [B, K, n] take no part in their group.

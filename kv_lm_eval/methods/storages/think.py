@@ -14,7 +14,7 @@ import torch
 from kv_lm_eval.cache.coded import BLOCK_SLOTS, Coded
 from kv_lm_eval.cache.transfer import at_least_float32, sum_dtype
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.methods.storage import KEY, Calibrated, coding, residual
+from kv_lm_eval.methods.storage import KEY, Apart, Calibrated, coding, residual
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Think(Calibrated):
 
 
 @dataclass(frozen=True)
-class Channels:
+class Channels(Apart):
     """Of every key the numbers of its head's channels, which are listed once."""
 
     ratio: float
@@ -113,10 +113,6 @@ class Channels:
         size = worth.shape[-1]
         order = worth.argsort(dim=-1, descending=True, stable=True)[..., : size - int(size * self.ratio)]
         return order.sort(dim=-1).values.to(torch.uint8 if size <= 256 else torch.int16)
-
-    def tables(self, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """None [...] is shared."""
-        return ()
 
     def of_head(
         self, x: torch.Tensor, real: torch.Tensor, before: Mapping[str, torch.Tensor]
@@ -138,20 +134,10 @@ class Channels:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Whole(Apart):
     """Pairs as they are."""
 
     block = 1
-
-    def tables(self, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """None [...] is shared."""
-        return ()
-
-    def of_head(
-        self, x: torch.Tensor, real: torch.Tensor, before: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Nothing, of pairs x [B, K, n, D] that are real [B, K, n]."""
-        return {}
 
     def encode(self, x: torch.Tensor, real: torch.Tensor, of_head: dict[str, torch.Tensor]) -> Coded:
         """A copy of x [B, K, n, D], whether a pair is real [B, K, n] or not."""

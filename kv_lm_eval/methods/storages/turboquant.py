@@ -5,7 +5,6 @@ Shapes: B batch rows, K KV heads, n pairs, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import erf, exp, pi, sqrt
@@ -13,7 +12,7 @@ from math import erf, exp, pi, sqrt
 import torch
 
 from kv_lm_eval.cache.coded import Coded, pack, unpack
-from kv_lm_eval.methods.storage import PairByPair
+from kv_lm_eval.methods.storage import Apart, PairByPair
 
 BITS = (2, 3, 4)
 
@@ -53,7 +52,7 @@ class TurboQuant(PairByPair):
 
 
 @dataclass(frozen=True)
-class Rotated:
+class Rotated(Apart):
     """Codes of the turned coordinates, packed along the head, and norms in float16."""
 
     nbits: int
@@ -71,12 +70,6 @@ class Rotated:
         """The codebook [2^bits], the rotation [D, D], and with the sign bit the projection [D, D]."""
         turned = (codebook(self.bits, device), rotation(size, self.seed, device))
         return (*turned, projection(size, self.seed, device)) if self.qjl else turned
-
-    def of_head(
-        self, x: torch.Tensor, real: torch.Tensor, before: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Nothing, of pairs x [B, K, n, D] that are real [B, K, n]."""
-        return {}
 
     def encode(self, x: torch.Tensor, real: torch.Tensor, of_head: dict[str, torch.Tensor]) -> Coded:
         """Norms and codes of x [B, K, n, D]; pairs that are not real [B, K, n] are 0."""
