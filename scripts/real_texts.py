@@ -17,7 +17,7 @@ from pathlib import Path
 from kv_lm_eval import files
 
 PLACES = {"quarter": 0.25, "two_thirds": 0.667}  # of the text, where a piece begins
-CHARACTERS = 60_000  # of a piece: more than any measurement reads of it
+CHARACTERS = 60_000  # of a piece: more than any measurement but past_training reads of it
 
 
 def book(text: str) -> str:
@@ -33,24 +33,26 @@ def wikitext(text: str) -> str:
     return wikitext_detokenizer({"page": text}).strip()
 
 
-def pieces(text: str, beginning: str) -> dict[str, str]:
+def pieces(text: str, beginning: str, characters: int) -> dict[str, str]:
     """Of a text, by the place's name; each begins where `beginning` (a pattern) next matches."""
     starts = [m.end() for m in re.finditer(beginning, text)]
     cut = {name: next(at for at in starts if at >= share * len(text)) for name, share in PLACES.items()}
-    return {name: text[at : at + CHARACTERS] for name, at in cut.items()}
+    return {name: text[at : at + characters] for name, at in cut.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", type=Path, nargs="+", required=True)
-    parser.add_argument("--wikitext", type=Path, required=True)
+    parser.add_argument("--wikitext", type=Path)
+    parser.add_argument("--characters", type=int, default=CHARACTERS, help=f"of a piece, {CHARACTERS} unless said")
     parser.add_argument("--output_path", type=Path, required=True)
     args = parser.parse_args()
     args.output_path.mkdir(parents=True, exist_ok=True)
     texts = {path.stem: (book(read(path)), r"\n\n+") for path in args.books}
-    texts["wikitext2"] = (wikitext(read(args.wikitext)), r"\n(?=\s*= [^=].*[^=] =\s*\n)")
+    if args.wikitext:
+        texts["wikitext2"] = (wikitext(read(args.wikitext)), r"\n(?=\s*= [^=].*[^=] =\s*\n)")
     for name, (text, beginning) in texts.items():
-        for place, piece in pieces(text, beginning).items():
+        for place, piece in pieces(text, beginning, args.characters).items():
             path = args.output_path / f"{name}_{place}.txt"
             files.write_whole(path, piece.encode())
             print(path)
