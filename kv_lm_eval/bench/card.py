@@ -106,7 +106,12 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         f"Times are {clock}: median [p10, p90] of {result['repeats']} repeats after {result['warm_up']} warm-up "
         "rounds; all entries of a table take turns. Prompts are random tokens, outputs of fixed length, batch 1, "
-        "greedy.",
+        "greedy."
+        + (
+            ""
+            if result["movable"]
+            else " Keys of this model cannot be moved: positions=absolute where that is asked for."
+        ),
         "",
         *table(
             ("before anything runs", ""),

@@ -82,7 +82,7 @@ def ragged(bench: Bench, n: int) -> Ratio:
 
 def scorers(bench: Bench, n: int) -> Iterator[Ratio]:
     """What is scored and cut, moments of the queries too, of the full cache's prefill; all of h2o of it."""
-    row, spent = bench.tokens(n), dict.fromkeys(SCORERS, float("inf"))
+    row, spent = bench.tokens(n), dict.fromkeys(bench.usable(SCORERS), float("inf"))
 
     def work(method: str) -> None:
         clock = Stopwatch(bench.device)
@@ -97,8 +97,8 @@ def scorers(bench: Bench, n: int) -> Iterator[Ratio]:
         if method in spent:
             spent[method] = min(spent[method], clock.total)
 
-    t = least(bench, {method: partial(work, method) for method in ("full", "h2o", *SCORERS)})
-    for method in SCORERS:
+    t = least(bench, {method: partial(work, method) for method in ("full", "h2o", *spent)})
+    for method in spent:
         yield Ratio(f"{method}: scores and cuts of the prefill of {n} tokens", 0.03, spent[method] / t["full"])
     yield Ratio(f"h2o: prefill of {n} tokens of the full cache's", 1.25, t["h2o"] / t["full"])
 

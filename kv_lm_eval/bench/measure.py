@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -95,6 +95,8 @@ class Bench:
             settings |= cls.example(size)  # made-up weights cost as much
         elif cls.compresses:
             settings["max_capacity_prompt"] = size
+        if not self.movable and "positions" in {f.name for f in fields(cls)}:
+            settings["positions"] = "absolute"  # what a user of this model can run
         return partial(make_cache, config.parse(settings)[0], self.facts)
 
     def tokens(self, length: int, seed: int = 0) -> list[int]:

@@ -83,10 +83,10 @@ class Band(Segment):
         assert rope is not None
         for layer in self._cut_layers:
             keys = self.stores[layer].keys[:, :, self.sinks :]
-            if self.facts.rope_kinds[layer] == "rope":
+            if self.facts.rotates(layer):
                 keys.copy_(rope.rotate(keys, torch.full((1, 1), -shift, device=keys.device), layer))
         for layer, window in enumerate(self.facts.sliding_windows):
-            if layer not in self._cut_layers and window is not None and self.facts.rope_kinds[layer] == "rope":
+            if layer not in self._cut_layers and window is not None and self.facts.rotates(layer):
                 keys = self.stores[layer].keys
                 keys.copy_(rope.rotate(keys, torch.full((1, 1), -shift, device=keys.device), layer))
 
@@ -113,7 +113,7 @@ class Band(Segment):
         low = self._lowest(start, q + 1, step.window, cut)
         first = self.firsts[layer]
         turned, evicted = None, None
-        if cut and self._turns and self.facts.rope_kinds[layer] == "rope":
+        if cut and self._turns and self.facts.rotates(layer):
             t = torch.arange(start, start + q)
             evicted = t - self.base + 1 - self.slots[start : start + q]
             if evicted.any():

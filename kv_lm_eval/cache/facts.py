@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from kv_lm_eval.cache.rope import RopeKit
+from kv_lm_eval.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,19 @@ class ModelFacts:
             self.modules[layer] = module
             self.heads[layer], self.sizes[layer] = heads, size
             self.sliding_windows[layer] = sliding_window
+
+    def rotates(self, layer: int) -> bool:
+        """Whether keys of the layer are moved by rotating them; False: they do not depend on positions.
+
+        Raises:
+            UserError: nothing has asked the model yet.
+        """
+        if not self.rope_kinds:
+            raise UserError(
+                "this model was wrapped for a method that leaves keys where they are, and now keys are to be moved, "
+                "which nobody has tried on it: wrap it for the method that is run, or take positions=absolute"
+            )
+        return self.rope_kinds[layer] == "rope"
 
     def compressible(self, layer: int) -> bool:
         """Sliding-window layers are bounded already and left alone, unless the model has no others."""

@@ -42,7 +42,7 @@ class Refresh(Segment):
             assert rope is not None
             delta = to_device(shift, step.query.device).view(-1, 1)
             query, key = step.query, step.key
-            if self.facts.rope_kinds[step.layer] == "rope":
+            if self.facts.rotates(step.layer):
                 query, key = (rope.rotate(x, delta, step.layer) for x in (query, key))
             step = step._replace(query=query, key=key, pos=step.pos + delta.to(step.pos.device))
         return super().attend(step)
@@ -81,7 +81,7 @@ class Refresh(Segment):
             index[b, at], pos[b, at] = torch.tensor(chosen), torch.tensor(places)
             delta[b, at] = torch.tensor([new - row[i] for new, i in zip(places, chosen, strict=True)])
         keys, values = (rows_of(x, index.to(x.device)[:, None]) for x in (store.keys, store.values))
-        if self.facts.rope_kinds[layer] == "rope":
+        if self.facts.rotates(layer):
             assert self.facts.rope is not None
             keys = self.facts.rope.rotate(keys, delta.to(keys.device), layer)
         fresh = [h == s for h, s in zip(held, self.seen, strict=True)]
@@ -90,7 +90,7 @@ class Refresh(Segment):
             min(self.compression.schedule.compress_every, MAX_ROOM),
         )
         self.held[layer] = keep
-        if self.facts.rope_kinds[layer] == "rope":
+        if self.facts.rotates(layer):
             self._move_sinks(layer, fresh)
 
 

@@ -118,7 +118,7 @@ class Ring(Segment):
             super()._cut(step, keep, in_sight)
             return
         self.held[layer] = keep  # the pair that goes is overwritten by the next one
-        if self.compression.method.in_cache_sinks and self.facts.rope_kinds[layer] == "rope":
+        if self.compression.method.in_cache_sinks and self.facts.rotates(layer):
             self._turn_sinks(layer)
 
     def _turn_sinks(self, layer: int) -> None:

@@ -388,7 +388,7 @@ class Segment:
     def _rotate(self, layer: int, x: torch.Tensor, delta: torch.Tensor, over: int = 1) -> torch.Tensor:
         """See `RopeKit.rotate`; what the model does not rotate stays as it is."""
         assert self.facts.rope is not None
-        if self.facts.rope_kinds[layer] == "nope":
+        if not self.facts.rotates(layer):
             return x
         return self.facts.rope.rotate(x, delta, layer, over)
 
@@ -661,7 +661,7 @@ class Segment:
                 self.held[layer] = keep
         if self._loses_sight(layer):
             self.held[layer] = _counted(store.pos >= 0)
-        if self.compression.method.in_cache_sinks and self.facts.rope_kinds[layer] == "rope":
+        if self.compression.method.in_cache_sinks and self.facts.rotates(layer):
             self._move_sinks(layer, fresh)
 
     def _leaves_holes(self, layer: int, scores: torch.Tensor, keep: list[float]) -> bool:

@@ -110,7 +110,7 @@ class StaticCache(Face):
         keys.index_put_((rows, heads, slot), new_key[:, :, 0])
         values.index_put_((rows, heads, slot), new_value[:, :, 0])
         pos.index_put_((rows, heads_of_pos, slot), p)
-        if self.turns and self.facts.rope_kinds[layer] == "rope":
+        if self.turns and self.facts.rotates(layer):
             pristine, rope = self.pristine[layer], self.facts.rope
             assert pristine is not None and rope is not None
             evicted = (p - self.capacity).clamp_min(0)

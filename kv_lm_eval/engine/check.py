@@ -24,7 +24,7 @@ from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.cache.rope import RopeKit
-from kv_lm_eval.engine import outputs, sharded
+from kv_lm_eval.engine import outputs, positions, sharded
 from kv_lm_eval.engine.choices import How, score_in_forks, score_packed
 from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import device_of, generate_with, logits_of
@@ -41,7 +41,6 @@ STEPS = (5, 1, 1)  # then a chunk and two single tokens
 GENERATED = 3  # tokens of an answer: from the prompt, from the first step, and from one like all others
 CHUNK = 8  # tokens of a chunk, where prompts go in chunks
 TAILS = (6, 3)  # tokens of the two questions, where they come after the compression
-Rotated = tuple[list[torch.Tensor], list[torch.Tensor]]  # rotary tables, keys
 
 
 @dataclass(frozen=True)
@@ -110,14 +109,14 @@ def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads(
         model.set_attn_implementation(hook.NAME)
         _compare_forwards(kind, expected, got, model.dtype)
         facts.rope = RopeKit(model, facts.modules)
-        facts.border, facts.settles = _find_border(model, facts)
+        facts.border, facts.settles = positions.border(model, facts)
         if roads.compiled and facts.border is not None and not facts.settles:
             raise UserError(
                 f"compile=True: beyond {facts.border} tokens {kind} rotates by frequencies that every token changes, "
                 "which a compiled step cannot; leave compile out"
             )
         if compression.moves_keys is not None:
-            _check_positions(model, facts, kind, compression)
+            positions.check(model, facts, kind, compression)
         compression.check_model(facts)
         facts.ranks = getattr(model, "tp_size", None) or 1
         outputs.find(model, facts, FULL)
@@ -292,118 +291,3 @@ def _check_choices(
                 f"continuations over one prefill differ from those of its own forwards by {apart:.1e} (relative, "
                 f"allowed {allowed:.0e}), so choices would be scored wrongly."
             )
-
-
-# ---------------------------------------------------------------------------------------------------- positions
-
-
-def _check_positions(model: PreTrainedModel, facts: ModelFacts, kind: str, compression: Compression) -> None:
-    if facts.all_sliding and compression.method.in_cache_sinks:
-        raise UserError(
-            f"positions=in_cache on {kind}: all of its layers are sliding windows of {facts.sliding_windows[0]} "
-            "tokens, which cut off the sinks by their true distance. Use positions=absolute, or switch the model's "
-            "sliding window off with model_kwargs={'sliding_window': None}."
-        )
-    facts.rope_kinds = probe_positions(model, facts)
-    if "other" in facts.rope_kinds:
-        assert compression.moves_keys is not None
-        asks, instead = compression.moves_keys
-        raise UserError(
-            f"{asks} on {kind}: its keys cannot be moved by a rotation (learned positions, or frequencies that change "
-            f"with the length), which it needs. Use {instead}."
-        )
-
-
-@torch.inference_mode()
-def probe_positions(model: PreTrainedModel, facts: ModelFacts) -> list[str]:
-    """For each layer: "rope" if rotating a key by d equals having been d later, "nope" if keys ignore positions.
-
-    Anything else is "other".
-
-    Probes a small shift and one beyond the trained context, where frequencies that depend on the length show; only the
-    small one where nothing rotates: learned positions end somewhere, and a GPU does not forgive a look beyond.
-    """
-    assert facts.rope is not None
-    model.set_attn_implementation(hook.NAME)
-    base = _keys_at(model, facts, 0)
-    kinds = ["rope"] * facts.num_layers
-    rotates = any(facts.rope.available(layer) for layer in facts.modules)
-    for shift in (37, _far(model, facts)) if rotates else (max(1, min(37, (facts.max_positions or 53) - 16)),):
-        moved = _keys_at(model, facts, shift)
-        for layer, (a, b) in enumerate(zip(base, moved, strict=True)):
-            if _close(a, b):
-                kind = "nope"
-            elif facts.rope.available(layer) and _close(
-                facts.rope.rotate(a, torch.full((1, 1), shift, device=a.device), layer), b
-            ):
-                kind = "rope"
-            else:
-                kind = "other"
-            kinds[layer] = kind if kinds[layer] in ("rope", kind) else "other"
-    return kinds
-
-
-def _far(model: PreTrainedModel, facts: ModelFacts) -> int:
-    """A position well beyond the trained context."""
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    by_layer_type = [r for r in rope.values() if isinstance(r, dict)]
-    original = [getattr(config, "original_max_position_embeddings", None)]
-    original += [r.get("original_max_position_embeddings") for r in (rope, *by_layer_type)]
-    return max(facts.max_positions or 0, *(n or 0 for n in original)) + 88
-
-
-@torch.inference_mode()
-def _find_border(model: PreTrainedModel, facts: ModelFacts) -> tuple[int | None, bool]:
-    """Tokens of a sequence from which on one more changes how those before it are rotated, and whether that is all.
-
-    By behaviour: the rotation and the keys of the first tokens beside one token that stands further and further away.
-    The rotation tells a difference of any size: just beyond the border it is too small for keys in half precision.
-    """
-    rope = facts.rope
-    assert rope is not None
-    if not any(rope.available(layer) for layer in facts.modules):
-        return None, False
-
-    def keys(last: int) -> Rotated:
-        device = device_of(model)
-        rope.forget(device)
-        angles = rope.angles(device, [*range(8), last])
-        rope.forget(device)
-        return [a[:, :-1] for a in angles], [k[:, :, :-1] for k in _keys_of(model, facts, [*range(8), last])]
-
-    def same(a: Rotated, b: Rotated) -> bool:
-        return all(map(torch.equal, a[0], b[0])) and all(map(_close, a[1], b[1]))
-
-    near, top = keys(8), _far(model, facts)
-    beyond, above = keys(top), 8
-    if same(near, beyond):
-        return None, False
-    while top - above > 1:
-        middle = (above + top) // 2
-        if same(near, keys(middle)):
-            above = middle
-        else:
-            top = middle
-    settles = same(keys(top), beyond)
-    rope.forget(device_of(model))
-    return above + 1, settles
-
-
-def _keys_at(model: PreTrainedModel, facts: ModelFacts, start: int) -> list[torch.Tensor]:
-    return _keys_of(model, facts, range(start, start + 16))
-
-
-def _keys_of(model: PreTrainedModel, facts: ModelFacts, at: Sequence[int]) -> list[torch.Tensor]:
-    """Keys [1, K, n, D] of each layer, of some tokens at the given positions."""
-    device = device_of(model)
-    vocab = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocab, (1, len(at)), generator=torch.Generator().manual_seed(1))
-    cache = CompressedCache(FULL, facts)
-    logits_of(model, ids.to(device), positions=torch.tensor([list(at)], device=device), cache=cache)
-    return [store.keys for store in cache.stores]
-
-
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    error = ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9)).item()
-    return error < (5e-2 if a.dtype in (torch.bfloat16, torch.float16) else 5e-3)

@@ -50,10 +50,10 @@ def _main(argv: Sequence[str] | None) -> int:
     points = {name: point for folder in args.folder for name, point in read(folder).items()}
     if args.against not in points:
         raise UserError(f"--against {args.against!r} is no finished point; there are: {', '.join(points)}")
-    names = [n for pattern in args.rows for n in points if fnmatch.fnmatchcase(n, pattern.replace("[", "[[]"))]
+    names = chosen(points, args.rows)
     wanted = {name: points[name] for name in dict.fromkeys([args.against, *names])}
     table = (by_own_cut if args.own_cut else rows)(wanted, args.against)
-    if list(dict.fromkeys(names)) != list(dict.fromkeys([args.against, *names])):  # asked for in another order
+    if names != list(dict.fromkeys([args.against, *names])):  # asked for in another order
         table = sorted(table, key=lambda row: list(dict.fromkeys([*names, args.against])).index(row["name"]))
     print(markdown(table, args.against))
     if args.csv:
@@ -64,6 +64,12 @@ def _main(argv: Sequence[str] | None) -> int:
         draw_pareto(table, args.title, args.pareto)
     print(json.dumps({"against": args.against, "rows": table}))
     return 0
+
+
+def chosen(points: dict[str, Point], patterns: Sequence[str]) -> list[str]:
+    """Names of points that a pattern with * and ? matches, in the order of the patterns."""
+    escaped = [pattern.replace("[", "[[]") for pattern in patterns]
+    return list(dict.fromkeys(n for pattern in escaped for n in points if fnmatch.fnmatchcase(n, pattern)))
 
 
 def read(folder: Path) -> dict[str, Point]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as tf
 
-from kv_lm_eval.bench import card, goals, growth, measure, shapes, timing
+from kv_lm_eval.bench import card, command, goals, growth, measure, shapes, timing
 from kv_lm_eval.bench.live_bytes import LiveBytes
 from kv_lm_eval.errors import UserError
 
@@ -131,9 +131,9 @@ def test_rounds_take_turns_and_leave_the_warm_up_out() -> None:
 def test_methods_that_a_model_cannot_have_are_left_out() -> None:
     model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=512)).eval()
     bench = measure.Bench.of(model, capacity=64)
-    usable = bench.usable(["full", "snapkv", "streaming_llm"])
-    assert "snapkv" in usable
-    assert "streaming_llm" not in usable, "its positions are learned: keys cannot be moved"
+    usable = bench.usable(["full", "snapkv", "streaming_llm", "expected_attention"])
+    assert usable == ["full", "snapkv", "streaming_llm"], "positions are learned: keys cannot be moved"
+    assert bench.new_cache("streaming_llm")().compression.moves_keys is None, "at the text's positions"
 
 
 def test_slopes_and_the_bend_of_what_is_known() -> None:
@@ -164,3 +164,23 @@ def test_goals_stand_beside_what_is_measured(monkeypatch: pytest.MonkeyPatch) ->
     assert all(ratio["measured"] > 0 and ratio["goal"] > 0 for ratio in part["ratios"])
     text = "\n".join(card._goals({"ratios": [{"name": "a", "goal": 0.03, "measured": 0.04}, *part["ratios"]]}, {}))
     assert "| a | <= 3.0 % | 4.0 % | no |" in text and "| <= 1.10x |" in text
+
+
+def test_a_model_whose_keys_cannot_be_moved_has_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streaming methods with the text's positions, scorers that turn keys left out."""
+    monkeypatch.setattr(goals, "Decoder", partial(goals.Decoder, backend=None))
+    monkeypatch.setattr(goals, "STEPS", 2)
+    shape = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "n_positions": 512}
+    path = tmp_path / "learned.json"
+    path.write_text(json.dumps({**shape, "bos_token_id": 1, "eos_token_id": 2}))
+    parts = "generation,decode,prefill,memory,scoring,fidelity,one_prefill,shared_prefix,goals,growth"
+    flags = f"--parts {parts} --capacity 48 --prompt 96 --new-tokens 4 --slots 64 --lengths 64 --chunk 32 --document 96"
+    more = "--goal-lengths 64,96 --growth-lengths 64,96 --threads 1 --warm-up 0 --repeats 1 --choices 2 --output-dir"
+    given = ["--random-weights", str(path), "--device", "cpu", *flags.split(), *more.split(), ""]
+    args = command.arguments().parse_args(given)
+    command._check(args)
+    result = command.run(args, given)
+    assert not result["movable"] and "cannot be moved" in card.markdown(result)
+    assert "streaming_llm" in json.dumps(result["decode"])
+    assert "expected_attention" not in result["prefill"]["entries"]
+    assert set(result["growth"]["entries"]) == set(growth.WHY)

@@ -10,6 +10,8 @@ import transformers as tf
 from kv_lm_eval.cache.attention import Step
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.check import wrap
+from kv_lm_eval.engine.full import FULL
+from kv_lm_eval.errors import UserError
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -121,3 +123,12 @@ def test_keys_have_not_drifted_after_4096_evictions(name: str, dtype: torch.dtyp
     exact = facts.rope.rotate(fresh.stores[0].keys.double(), at, 0)
     error = (cache.stores[0].keys.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert error.max() <= 0.01
+
+
+def test_keys_of_a_model_that_nobody_tried_are_not_moved() -> None:
+    """A caller who wrapped it for another method is told, not given an index error in some layer."""
+    model = tiny.build("llama")
+    facts = wrap(model, FULL)
+    cache = make_cache(tiny.compression(method="streaming_llm", window_size=8), facts)
+    with pytest.raises(UserError, match="wrap it for the method"):
+        tiny.forward(model, cache, [tiny.tokens(30)])

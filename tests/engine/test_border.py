@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+from on_device import DEVICE
 
 from kv_lm_eval.cache.make import make_cache
 from kv_lm_eval.engine.check import Roads, wrap
@@ -40,7 +41,7 @@ def made(config: tf.PreTrainedConfig) -> tf.PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.25)
-    return model.double().eval()
+    return model.double().eval().to(DEVICE)
 
 
 def dynamic() -> tf.PreTrainedModel:

@@ -1,0 +1,149 @@
+"""Perplexity of each point of a sweep by place in the text, in stretches: a table, a CSV file, a picture.
+
+    python scripts/perplexity_by_position.py OUT --edges 0 4096 8192 16384 --csv past.csv --picture past.png
+
+OUT is a sweep's folder with kv_ppl tasks. All tokens of a text count, those before a first cut too. With --against, of
+each stretch there is the difference to that point as well, paired token by token: an interval takes each text as one
+observation, of fewer than six texts blocks of tokens. The table is markdown; the last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kv_lm_eval import console, files
+from kv_lm_eval.errors import UserError
+from kv_lm_eval.experiments.paired_table import Point, chosen, read
+from kv_lm_eval.metrics import paired
+from kv_lm_eval.metrics.perplexity import percent
+from kv_lm_eval.stats import blocks
+
+SMOOTHED = 500  # tokens that a point of the picture's lines is the mean of
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read, average, write; returns the exit status."""
+    return console.command("perplexity_by_position", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = console.Parser(prog="perplexity_by_position.py", description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="+")
+    parser.add_argument("--edges", type=int, nargs="+", required=True, help="places in tokens where stretches meet")
+    parser.add_argument("--against", help="the name of a point")
+    parser.add_argument("--rows", nargs="+", default=["*"], help="names of points, with * and ?; in this order")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--title", default="")
+    args = parser.parse_args(argv)
+    points = {name: point for folder in args.folder for name, point in read(folder).items()}
+    if args.against is not None and args.against not in points:
+        raise UserError(f"--against {args.against!r} is no finished point; there are: {', '.join(points)}")
+    wanted = {name: points[name] for name in chosen(points, args.rows)}
+    if not wanted:
+        raise UserError(
+            f"--rows {' '.join(args.rows)}: no finished point has such a name; there are: {', '.join(points)}"
+        )
+    table = rows(wanted, args.edges, points[args.against] if args.against else None)
+    print(markdown(table))
+    if args.csv:
+        files.write_whole(args.csv, as_csv(table))
+    if args.picture:
+        draw(wanted, args.edges, args.title, args.picture)
+    print(json.dumps({"against": args.against, "rows": table}))
+    return 0
+
+
+def rows(points: dict[str, Point], edges: Sequence[int], against: Point | None = None) -> list[dict[str, Any]]:
+    """One a point and stretch: name, from, to (tokens), perplexity, tokens; change_percent and its ends with `against`.
+
+    Raises:
+        UserError: edges do not rise, a text ends before a stretch begins, or two points have scored other texts.
+    """
+    if len(edges) < 2 or any(a >= b for a, b in pairwise(edges)) or edges[0] < 0:
+        raise UserError(f"--edges {' '.join(map(str, edges))}: two places or more, each later than the one before")
+    out = []
+    for name, point in points.items():
+        nll = losses(point)
+        if against is not None:
+            paired.differences(against["records"], point["records"])  # refuses other texts, models and protocols
+        for begin, end in pairwise(edges):
+            part = [v[begin:end] for v in nll]
+            if not any(np.isfinite(v).any() for v in part):
+                raise UserError(
+                    f"--edges: {name} has no scored token from {begin} to {end}; its longest text has "
+                    f"{max(map(len, nll))} tokens"
+                )
+            found = {"name": name, "from": begin, "to": end, "tokens": int(sum(np.isfinite(v).sum() for v in part))}
+            found["perplexity"] = float(np.exp(blocks.interval(part)["mean"]))
+            if against is not None:
+                other = [v[begin:end] for v in losses(against)]
+                apart = blocks.interval([a - b for a, b in zip(part, other, strict=True)])
+                bare = point is against
+                found["change_percent"] = percent(apart["mean"])
+                found["low_percent"] = None if bare or apart["low"] is None else percent(apart["low"])
+                found["high_percent"] = None if bare or apart["high"] is None else percent(apart["high"])
+            out.append(found)
+    return out
+
+
+def losses(point: Point) -> list[np.ndarray]:
+    """Nats of each token [tokens] of each text; NaN: not scored."""
+    return [np.array([np.nan if v is None else v for v in r["nll"]], np.float64) for r in point["records"].values()]
+
+
+def markdown(table: Sequence[dict[str, Any]]) -> str:
+    """Perplexity, a line a point and a column a stretch."""
+    stretches = list(dict.fromkeys((row["from"], row["to"]) for row in table))
+    lines = ["| tokens | " + " | ".join(f"{a:,} to {b:,}" for a, b in stretches) + " |"]
+    lines.append("|---" + "|---:" * len(stretches) + "|")
+    for name in dict.fromkeys(row["name"] for row in table):
+        own = [f"{row['perplexity']:,.1f}" for row in table if row["name"] == name]
+        lines.append(f"| {name} | " + " | ".join(own) + " |")
+    return "\n".join(lines)
+
+
+def as_csv(table: Sequence[dict[str, Any]]) -> str:
+    """All numbers, full precision."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(table[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return out.getvalue()
+
+
+def draw(points: dict[str, Point], edges: Sequence[int], title: str, path: Path) -> None:
+    """Perplexity against place, the mean of so many tokens around it, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5))
+    for name, point in points.items():
+        longest = max(map(len, own := losses(point)))
+        padded = np.full((len(own), longest), np.nan)
+        for line, values in zip(padded, own, strict=True):
+            line[: len(values)] = values
+        begin, end = edges[0], min(edges[-1], longest)
+        size = min(SMOOTHED, end - begin)
+        places = range(begin, end - size + 1, max(1, size // 5))
+        axes.plot(
+            [at + size / 2 for at in places],
+            [float(np.exp(np.nanmean(padded[:, at : at + size]))) for at in places],
+            label=name,
+            lw=1.2,
+        )
+    axes.set(yscale="log", xlabel="token of the text", ylabel=f"perplexity of {SMOOTHED} tokens", title=title)
+    axes.grid(which="both", lw=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
