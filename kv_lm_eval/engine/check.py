@@ -10,7 +10,7 @@ moved in position, for the methods that need it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,12 +30,12 @@ from kv_lm_eval.engine.compiled import Decoder
 from kv_lm_eval.engine.forward import device_of, generate_with, logits_of
 from kv_lm_eval.engine.full import FULL
 from kv_lm_eval.engine.generate import by_rows
-from kv_lm_eval.engine.prefill import prefill
+from kv_lm_eval.engine.prefill import NewCache, prefill
+from kv_lm_eval.engine.rounding import BOUND, Rounding
 from kv_lm_eval.engine.start import start
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.compression import Compression
 
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # relative, by dtype
 LENGTHS = (20, 13)  # tokens of the two left-padded rows
 STEPS = (5, 1, 1)  # then a chunk and two single tokens
 GENERATED = 3  # tokens of an answer: from the prompt, from the first step, and from one like all others
@@ -73,6 +73,14 @@ class Probe:
         device = device_of(model)
         return cls(usable[picked].to(device), mask.to(device), (mask.cumsum(1) - 1).clamp_min(0).to(device))
 
+    def alone(self) -> list[Probe]:
+        """Each row without its padding."""
+        skipped = [slice(max(LENGTHS) - length, None) for length in LENGTHS]
+        return [
+            Probe(self.ids[None, i, part], self.mask[None, i, part], self.positions[None, i, part])
+            for i, part in enumerate(skipped)
+        ]
+
     @property
     def rows(self) -> list[list[int]]:
         """The prompts, up to where the steps begin."""
@@ -106,8 +114,9 @@ def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads(
         probe = Probe.of(model)
         expected = _logits(model, probe, lambda: DynamicCache(config=config), original)
         got = _logits(model, probe, lambda: CompressedCache(FULL, facts), hook.ASKING)
+        rounding = Rounding(model.dtype, partial(_apart_from_itself, model, probe, expected, original))
+        _compare_forwards(kind, expected, got, rounding)
         model.set_attn_implementation(hook.NAME)
-        _compare_forwards(kind, expected, got, model.dtype)
         facts.rope = RopeKit(model, facts.modules)
         facts.border, facts.settles = positions.border(model, facts)
         if roads.compiled and facts.border is not None and not facts.settles:
@@ -123,7 +132,9 @@ def wrap(model: PreTrainedModel, compression: Compression, roads: Roads = Roads(
         if compression.method.projects or compression.method.reads_effects:
             outputs.check(facts, kind, compression.method.name)
         sharded.check(compression, facts.ranks)
-        _walk(model, probe, facts, compression, roads, expected)
+        after, new_cache = _after_each(expected), partial(make_cache, FULL, facts, CHUNK if roads.chunks else None)
+        _compare_generated(model, probe, new_cache, roads, after, rounding)
+        _check_choices(model, probe, new_cache, compression.schedule.online, after)
     except UserError as error:
         model.set_attn_implementation(original)
         if kind in str(error):
@@ -144,7 +155,7 @@ def _logits(model: PreTrainedModel, probe: Probe, new_cache: Any, implementation
     """Logits of the real tokens of a left-padded prefill, a chunk and single steps: a row for each, float32."""
     model.set_attn_implementation(implementation)
     cache, out, begin = new_cache(), [], 0
-    for step in (max(LENGTHS), *STEPS):
+    for step in (probe.ids.shape[1] - sum(STEPS), *STEPS):
         end = begin + step
         part = slice(begin, end)
         logits = logits_of(
@@ -155,14 +166,28 @@ def _logits(model: PreTrainedModel, probe: Probe, new_cache: Any, implementation
     return out
 
 
-def _compare_forwards(kind: str, expected: list[torch.Tensor], got: list[torch.Tensor], dtype: torch.dtype) -> None:
+def _apart_from_itself(
+    model: PreTrainedModel, probe: Probe, expected: list[torch.Tensor], implementation: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The model's own logits of the rows together, as given, and of each row alone: pairs as `_parts` has them."""
+    now, config = model.config._attn_implementation, model.config.get_text_config()
+    try:
+        each = [_logits(model, row, lambda: DynamicCache(config=config), implementation) for row in probe.alone()]
+    finally:
+        model.set_attn_implementation(now)
+    alone = [torch.cat(step) for step in zip(*each, strict=True)]
+    return [(a, b) for (_, a), (_, b) in zip(_parts(expected), _parts(alone), strict=True)]
+
+
+def _parts(logits: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """What `_logits` gives, by the kind of forward."""
+    return [("prefill", logits[0]), ("chunk", logits[1]), ("decode", torch.cat(logits[2:]))]
+
+
+def _compare_forwards(kind: str, expected: list[torch.Tensor], got: list[torch.Tensor], rounding: Rounding) -> None:
     """Refuses a model whose logits differ through our attention."""
-    for name, a, b in (
-        ("prefill", expected[0], got[0]),
-        ("chunk", expected[1], got[1]),
-        ("decode", torch.cat(expected[2:]), torch.cat(got[2:])),
-    ):
-        if (error := _beyond(a, b, dtype)) is not None:
+    for (name, a), (_, b) in zip(_parts(expected), _parts(got), strict=True):
+        if (error := rounding.beyond(a, b)) is not None:
             raise UserError(
                 f"{kind} does not pass the self-check: without any compression, its {name} logits through our "
                 f"attention differ from its own by {error}. It probably shares caches between layers or uses attention "
@@ -170,42 +195,28 @@ def _compare_forwards(kind: str, expected: list[torch.Tensor], got: list[torch.T
             )
 
 
-def _beyond(expected: torch.Tensor, got: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """How far logits [n, V] are apart, if by more than rounding; else None.
-
-    In half precision one token in four may: a mixture of experts can route a token elsewhere over a rounding.
-    """
-    allowed = TOLERANCE.get(dtype, 1e-1)
-    share = 0.75 if dtype in (torch.float16, torch.bfloat16) else 1.0
-    errors = (expected - got).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-9)
-    error = errors.quantile(share).item() if errors.isfinite().all() else float("nan")
-    return None if error <= allowed else f"{error:.1e} (relative, allowed {allowed:.0e})"  # NaN is beyond
-
-
 # ---------------------------------------------------------------------------------------------------- roads
 
 
-def _walk(
+def _compare_generated(
     model: PreTrainedModel,
     probe: Probe,
-    facts: ModelFacts,
-    compression: Compression,
+    new_cache: NewCache,
     roads: Roads,
-    expected: list[torch.Tensor],
+    after: torch.Tensor,
+    rounding: Rounding,
 ) -> None:
-    """Refuses a model, or a version of transformers, that says something else on a road that the settings will use.
+    """Refuses a model, or a version of transformers, that generates otherwise on a road that the settings will use.
 
     Args:
-        expected: logits of the model's own forwards, see `_logits`.
+        after: logits of the model's own forwards, see `_after_each`.
     """
-    after = _after_each(expected)  # [B, 1 + all steps, V]
-    new_cache = partial(make_cache, FULL, facts, CHUNK if roads.chunks else None)
     decoder = Decoder(model, backend=None) if roads.compiled else None
     ways = {"generate()": _generated(model, probe, new_cache, None, decoder)}
     if roads.question:
         ways["generate() after the question"] = _generated(model, probe, new_cache, TAILS, decoder)
     for name, got in ways.items():
-        if (error := _beyond(after[:, : got.shape[1]].flatten(0, 1), got.flatten(0, 1), model.dtype)) is not None:
+        if (error := rounding.beyond(after[:, : got.shape[1]].flatten(0, 1), got.flatten(0, 1))) is not None:
             words = " after chunks" if roads.chunks else ""
             raise UserError(
                 f"{type(model).__name__} does not pass the self-check: without any compression, the logits of "
@@ -213,7 +224,6 @@ def _walk(
                 "transformers prepares the inputs of generate() in another way than those that were tried (see "
                 "kv_versions in a results file), so generated answers would be wrong."
             )
-    _check_choices(model, probe, new_cache, compression.schedule.online, after)
 
 
 def _after_each(expected: list[torch.Tensor]) -> torch.Tensor:
@@ -237,7 +247,7 @@ class _Forced(LogitsProcessor):
 def _generated(
     model: PreTrainedModel,
     probe: Probe,
-    new_cache: Callable[[], CompressedCache],
+    new_cache: NewCache,
     tails: Sequence[int] | None,
     decoder: Decoder | None,
 ) -> torch.Tensor:
@@ -270,7 +280,7 @@ def _generated(
 def _check_choices(
     model: PreTrainedModel,
     probe: Probe,
-    new_cache: Callable[[], CompressedCache],
+    new_cache: NewCache,
     forks: bool,
     after: torch.Tensor,
 ) -> None:
@@ -284,7 +294,7 @@ def _check_choices(
     for b, (long, short) in enumerate(got):
         pairs = ((float(chosen[b].sum()), long[0]), (float(chosen[b, :2].sum()), short[0]))
         apart = max(abs(x - y) / max(1.0, abs(x)) for x, y in pairs)
-        allowed = 10 * TOLERANCE.get(model.dtype, 1e-1)
+        allowed = 10 * BOUND.get(model.dtype, 1e-1)
         if not apart <= allowed:
             raise UserError(
                 f"{type(model).__name__} does not pass the self-check: without any compression, log-likelihoods of "

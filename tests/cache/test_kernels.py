@@ -71,7 +71,7 @@ def test_a_step_with_and_without_a_mask(softcap):
     for seed in range(80):
         query, keys, values, scale, reach = drawn(seed, torch.float64, 4 if seed % 2 else None)
         n, q = keys.shape[2], query.shape[2]
-        place = torch.arange(n).expand(query.shape[0], 1, n)
+        place = torch.arange(n, device=query.device).expand(query.shape[0], 1, n)
         step = attention.Step(
             0, query, keys[:, :, n - q :], values[:, :, n - q :], place[:, 0, n - q :], scale, reach, softcap
         )

@@ -115,8 +115,20 @@ def test_in_cache_positions_are_refused_where_the_sinks_cannot_follow(
     wrap(built, ABSOLUTE)
 
 
-def test_a_model_whose_logits_differ_through_our_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.build("llama")
+def deep() -> tf.PreTrainedModel:
+    """In bfloat16 further from itself than the bound of the format, as Gemma-3-270M is."""
+    return tiny.build("llama", num_hidden_layers=48).to(torch.bfloat16)
+
+
+def test_a_model_that_is_as_far_from_itself_as_from_us_is_served() -> None:
+    wrap(deep(), FULL)
+
+
+@pytest.mark.parametrize("build", [lambda: tiny.build("llama"), deep, lambda: tiny.build("llama").bfloat16()])
+def test_a_model_whose_logits_differ_through_our_attention_is_refused(
+    build: Callable[[], tf.PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
     for module in (attention, kernels):
         monkeypatch.setattr(
             module, "packed_queries", lambda query, kv_heads: 1.5 * query.reshape(query.shape[0], kv_heads, -1, 8)
