@@ -91,7 +91,7 @@ class KVCompressedLM(HFLM):
         method = self.compression.method
         windowed = method.recomputed_tokens is not None
         adapter.check(self.model, self.causal_lm, method.uses_cache or windowed, method.name)
-        found = served(self.causal_lm, self.tokenizer, self.compression, self.engine)
+        found = served(self.causal_lm, self.tokenizer, self.compression, self.engine, self.mixed_precision_dtype)
         self.facts, self._new_cache, self._decoder = found
         remarks.at_start(self._run())
 
@@ -184,8 +184,7 @@ class KVCompressedLM(HFLM):
             cache.set(mode="hold")
             if self.facts.border is not None and self.facts.rope is not None:
                 self.facts.rope.forget(self.device)
-        dtype = self.mixed_precision_dtype
-        with torch.inference_mode(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.inference_mode():
             return logits_of(self.model, ids, cache=cache, keep=count)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -141,8 +141,18 @@ def kv_attention(
     hidden = getattr(module, HIDDEN, None)
     if hidden is not None:
         delattr(module, HIDDEN)
-    step = Step(layer, query, key, value, pos, scaling, window, softcap, hidden)
-    return cache.attend(step, attention_mask), None
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return cache.attend(Step(layer, query, key, value, pos, scaling, window, softcap, hidden), attention_mask), None
+    query, key, value = _as_autocast_takes(query, key, value)
+    with torch.autocast(device, enabled=False):  # scores and codes keep the formats that they ask for
+        return cache.attend(Step(layer, query, key, value, pos, scaling, window, softcap, hidden), attention_mask), None
+
+
+def _as_autocast_takes(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """What torch's own attention makes of its arguments [...] under autocast: its format for all, but for float64."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [x if x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
 def _tagged(module: nn.Module, key: torch.Tensor) -> tuple[Face, int]:

@@ -78,7 +78,6 @@ def unmasked(
     if kernel == "causal":
         grouped = query.shape[1] != keys.shape[1]
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
-    query, keys, values = _of_one_type(query, keys, values)
     if kernel == "parts":
         return _lower_right(query, keys, values, scale)[0].to(query.dtype)
     if kernel == "tiles":
@@ -87,14 +86,6 @@ def unmasked(
     if kernel == "lower_right":
         return _torch_lower_right(query, keys, values, scale)
     return _varlen(query, keys, values, scale, reach)
-
-
-def _of_one_type(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """As torch's own attention takes tensors of any shapes [...] under autocast, which knows nothing of the others."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [x.to(torch.get_autocast_dtype(device)) for x in tensors]
 
 
 def packed_queries(query: torch.Tensor, kv_heads: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.cache.transfer import at_least_float32
 
 ELEMENTS = 2**24  # projected numbers held at a time
+WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # formats in which a linear module multiplies
 
 
 def output_norms(facts: ModelFacts, layer: int, values: torch.Tensor) -> torch.Tensor:
@@ -33,9 +34,10 @@ def output_norms(facts: ModelFacts, layer: int, values: torch.Tensor) -> torch.T
 def matrix_of(module: nn.Module, inputs: int, like: torch.Tensor) -> torch.Tensor:
     """[inputs, M] what a linear module makes of each of its inputs, without its bias, in the format of `like`."""
     weight = getattr(module, "weight", None)
-    if type(module) is nn.Linear and weight is not None and weight.dtype == like.dtype and weight.device == like.device:
-        plain: torch.Tensor = weight.detach().t()
+    if type(module) is nn.Linear and weight is not None and weight.device == like.device:
+        plain: torch.Tensor = weight.detach().t().to(like.dtype)
         return plain
-    one = torch.eye(inputs, dtype=like.dtype, device=like.device)  # whatever form its weights have
+    taken = weight.dtype if weight is not None and weight.dtype in WIDE else like.dtype  # not the form of a code
+    one = torch.eye(inputs, dtype=taken, device=like.device)
     made: torch.Tensor = module(one) - module(torch.zeros_like(one[:1]))
-    return made
+    return made.to(like.dtype)

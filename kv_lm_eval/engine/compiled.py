@@ -35,9 +35,12 @@ class Decoder:
 
     Args:
         backend: of torch.compile; "eager" traces the graph and runs it as it is, for tests. None: not compiled at all.
+        autocast: the format in which the model is run, None: its own.
     """
 
-    def __init__(self, model: PreTrainedModel, backend: str | None = "inductor") -> None:
+    def __init__(
+        self, model: PreTrainedModel, backend: str | None = "inductor", autocast: torch.dtype | None = None
+    ) -> None:
         self.model = model
         self._static: StaticCache | None = None
 
@@ -46,7 +49,11 @@ class Decoder:
 
         def step(cache: StaticCache, ids: torch.Tensor) -> torch.Tensor:
             positions = cache.seen.clone()
-            logits = forward(input_ids=ids, position_ids=positions, use_cache=True, **{name: cache}).logits
+            if autocast is None:
+                logits = forward(input_ids=ids, position_ids=positions, use_cache=True, **{name: cache}).logits
+            else:
+                with torch.autocast(ids.device.type, dtype=autocast):
+                    logits = forward(input_ids=ids, position_ids=positions, use_cache=True, **{name: cache}).logits
             cache.advance()
             return logits[:, -1]
 

@@ -7,8 +7,9 @@ calls: our attention function, a generate() without a cache, a bounded view are 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -77,6 +78,21 @@ def see_last(model: PreTrainedModel, length: int) -> Iterator[None]:
         return {**{k: v for k, v in call.items() if k != "cache_position"}, **bounded}
 
     with each_forward(model, cut):
+        yield
+
+
+@contextmanager
+def in_format(models: Iterable[nn.Module], dtype: torch.dtype | None, device: str) -> Iterator[None]:
+    """Inside, each forward of these objects runs under torch.autocast in this format, and nothing else does: what is
+    scored, coded and compared between two forwards keeps the formats that it asks for. None: nothing changes.
+
+    Args:
+        device: the kind of device, "cpu" or "cuda".
+    """
+    with ExitStack() as put_on:
+        for model in models if dtype is not None else ():
+            cast = torch.autocast(device, dtype=dtype)
+            put_on.enter_context(replaced(model, "forward", wraps(model.forward)(cast(model.forward))))
         yield
 
 

@@ -176,12 +176,11 @@ def _score_groups(others: Others, requests: list[Encoded], groups: list[Group], 
         asked = [g.boundary.tail_tokens for g in batch if g.boundary is not None]
         tails = Tails(asked, heads) if asked else run.engine.tail_tokens
         contexts, new_caches = [g.context for g in batch], [r.caches(watch) for r in runs]
-        with run.autocast():
-            if len(runs) > 1:
-                how = How(run.lm.softmax_dtype)
-                found = score_for_all(run.lm.model, new_caches, contexts, continuations, tails, how)
-                return [Scored(*one, None, None) for one in found]
-            scores, cache, beside = fidelity.score_choices(run, floor, new_caches[0], contexts, continuations, tails)
+        if len(runs) > 1:
+            how = How(run.lm.softmax_dtype)
+            found = score_for_all(run.lm.model, new_caches, contexts, continuations, tails, how)
+            return [Scored(*one, None, None) for one in found]
+        scores, cache, beside = fidelity.score_choices(run, floor, new_caches[0], contexts, continuations, tails)
         watch.end()
         return [Scored(scores, cache, beside, None if beside else watch)]
 

@@ -128,16 +128,15 @@ def _stream(
     stream = Stream(run.lm.prefix_token_id, every, prefill, run.lm.softmax_dtype)
     for batch in [*([i] for i in alone), *(rest[at : at + size] for at in range(0, len(rest), size))]:
         watch = run.stopwatch()
-        with run.autocast():
-            scored, cache, beside = fidelity.score(
-                compared,
-                run.lm.model,
-                run.caches(watch),
-                [documents[i] for i in batch],
-                stream,
-                bar.update,
-                {row for row, i in enumerate(batch) if i in shown},
-            )
+        scored, cache, beside = fidelity.score(
+            compared,
+            run.lm.model,
+            run.caches(watch),
+            [documents[i] for i in batch],
+            stream,
+            bar.update,
+            {row for row, i in enumerate(batch) if i in shown},
+        )
         watch.end()
         for i, one, against in zip(batch, scored, beside, strict=True):
             records[i] = DocumentRecord(

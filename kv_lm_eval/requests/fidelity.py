@@ -102,15 +102,14 @@ def compared_answers(
     tails: int | list[int] = [p.tail for p in prompts] if run.question_first else 0
     assert run.new_cache is not None
     shown = likeliest.first_of_tasks(run)
-    with run.autocast():
-        _, cache, _, found = fidelity.continue_beside(
-            run.lm.model,
-            run.new_cache,
-            [p.ids for p in prompts],
-            ways,
-            tails,
-            Compared(run.lm.softmax_dtype, {(row, 0) for row, p in enumerate(prompts) if p.i in shown}),
-        )
+    _, cache, _, found = fidelity.continue_beside(
+        run.lm.model,
+        run.new_cache,
+        [p.ids for p in prompts],
+        ways,
+        tails,
+        Compared(run.lm.softmax_dtype, {(row, 0) for row, p in enumerate(prompts) if p.i in shown}),
+    )
     repeated = [
         [(x.start, x.stop, fidelity.share_kept(cache, row, x.places)) for x in _evidence(run, p, b)]
         for row, (p, b) in enumerate(zip(prompts, base, strict=True))
@@ -197,6 +196,5 @@ def noise_floor(run: Run, texts: Sequence[list[int]], first: Sequence[int] = ())
         kinds["bfloat16"] = torch.bfloat16
     if not tokens:
         return {}
-    with run.autocast():
-        found = fidelity.noise_floor(run.lm.model, run.facts, prefix, tokens, list(kinds.values()))
+    found = fidelity.noise_floor(run.lm.model, run.facts, prefix, tokens, list(kinds.values()))
     return {kind: float(one.kl.mean(dtype=np.float64)) for kind, one in zip(kinds, found, strict=True)}

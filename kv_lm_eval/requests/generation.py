@@ -156,7 +156,7 @@ def _largest_batch(run: Run, prompts: Sequence[Prompt], runs: Sequence[Run]) -> 
     row = longest.ids + longest.ids[-1:] * (longest.most_tokens - len(longest.ids))
 
     def attempt(n: int) -> None:
-        with torch.inference_mode(), run.autocast():
+        with torch.inference_mode():
             if new_caches := [r.new_cache for r in runs if r.new_cache is not None]:
                 prefill_for_all(run.lm.model, new_caches, [row] * n)
             else:
@@ -177,8 +177,7 @@ def _generate(runs: Sequence[Run], prompts: Sequence[Prompt], contexts: Contexts
         ids, mask = (t.to(lm.device) for t in left_padded(rows, pad))
     else:
         tails = Tails([p.tail for p in prompts], contexts) if run.question_first else None
-        with run.autocast():
-            cache, ids, mask, first = start_for_all(lm.model, [r.caches(watch) for r in runs], rows, tails, pad)
+        cache, ids, mask, first = start_for_all(lm.model, [r.caches(watch) for r in runs], rows, tails, pad)
         if settings.beams > 1 and cache.batch:
             cache.batch_repeat_interleave(settings.beams)
     ids = torch.where(mask.bool(), ids, ids.new_tensor([row[0] for row in rows] * len(runs))[:, None])
@@ -189,7 +188,7 @@ def _generate(runs: Sequence[Run], prompts: Sequence[Prompt], contexts: Contexts
     if cache is not None and run.decoder is not None:
         fast = run.decoder.decoding(cache, most_new)
     anew = starting_anew(run.causal_lm, cache)
-    with noting_first_token(run.causal_lm, watch.first_token), fast, anew, run.autocast():
+    with noting_first_token(run.causal_lm, watch.first_token), fast, anew:
         out = lm.model.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -22,7 +22,7 @@ from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.facts import ModelFacts
 from kv_lm_eval.engine import forward
 from kv_lm_eval.engine.compiled import Decoder
-from kv_lm_eval.engine.lent import our_attention, see_last, without_cache
+from kv_lm_eval.engine.lent import in_format, our_attention, see_last, without_cache
 from kv_lm_eval.errors import UserError
 from kv_lm_eval.methods.compression import Compression
 from kv_lm_eval.metrics.compression import CompressionLog, RequestId, RequestRecord, digest, records_of, uncut
@@ -85,7 +85,9 @@ class Run:
     def model_in_use(self) -> Iterator[None]:
         """Around each call: what the method needs on the model object, which others may use between two calls."""
         method = self.compression.method
+        objects = {id(m): m for m in (self.causal_lm, self.lm.model)}  # the second is the adapter, where there is one
         with ExitStack() as put_on:
+            put_on.enter_context(in_format(objects.values(), self.lm.mixed_precision_dtype, self.lm.device.type))
             if method.uses_cache:
                 put_on.enter_context(our_attention(self.causal_lm))
             elif self.kind == "generate_until":
@@ -125,10 +127,6 @@ class Run:
     def caches(self, watch: Stopwatch) -> Callable[[], CompressedCache]:
         """New caches whose cuts the watch measures."""
         return partial(self.timed_cache, watch)
-
-    def autocast(self) -> torch.autocast:
-        dtype = self.lm.mixed_precision_dtype
-        return torch.autocast(self.lm.device.type, dtype=dtype, enabled=dtype is not None)
 
     def hidden(self, disable_tqdm: bool) -> bool:
         """Whether progress bars are."""

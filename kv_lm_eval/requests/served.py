@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedModel
 
 from kv_lm_eval.cache.facts import ModelFacts
@@ -26,8 +27,18 @@ class Served(NamedTuple):
     decoder: Decoder | None = None
 
 
-def served(model: PreTrainedModel, tokenizer: Any, compression: Compression, engine: EngineSettings) -> Served:
-    """Raises UserError where the self-check refuses the model; it is left as it was."""
+def served(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    compression: Compression,
+    engine: EngineSettings,
+    autocast: torch.dtype | None = None,
+) -> Served:
+    """What the method needs of the model, which will run in the format `autocast`, None: its own.
+
+    Raises:
+        UserError: the self-check refuses the model; it is left as it was.
+    """
     if not compression.method.uses_cache:
         return Served()
     evict = engine.prefill_evict
@@ -37,4 +48,4 @@ def served(model: PreTrainedModel, tokenizer: Any, compression: Compression, eng
         if compression.method.reads_again and tokenizer is not None:  # a template may refuse to be asked
             facts.words = words_of(tokenizer)
     new_cache = partial(make_cache, compression, facts, chunk, evict is not None)
-    return Served(facts, new_cache, Decoder(model) if engine.compile else None)
+    return Served(facts, new_cache, Decoder(model, autocast=autocast) if engine.compile else None)

@@ -20,11 +20,16 @@ plugin.install()
 pytestmark = pytest.mark.filterwarnings("ignore")
 SLOTS, TOKENS = 64, {"until": ["\n"], "max_gen_toks": 4}
 FIXED = {"device": "cpu", "dtype": "float32", "batch_size": 4}
+FORMATS = [{}, {"dtype": "bfloat16"}, {"mixed_precision_dtype": "bfloat16"}, {"mixed_precision_dtype": "float16"}]
 
 
-@pytest.fixture(scope="module")
-def loaded() -> KVCompressedLM:
-    return KVCompressedLM("kv-tiny", method="full", **FIXED)
+Loaded = tuple[KVCompressedLM, dict[str, Any]]  # and how it was
+
+
+@pytest.fixture(scope="module", params=FORMATS, ids=lambda given: "-".join(map(" ".join, given.items())) or "float32")
+def loaded(request: pytest.FixtureRequest) -> Loaded:
+    given = FIXED | request.param
+    return KVCompressedLM("kv-tiny", method="full", **given), given
 
 
 def request(kind: str, *args: Any) -> Instance:
@@ -43,8 +48,8 @@ def asked() -> dict[str, list[Instance]]:
 
 
 @pytest.mark.parametrize("name", base.available())
-def test_every_method_answers_all_three_request_types(name: str, loaded: KVCompressedLM) -> None:
-    lm = under(loaded, "kv-tiny", **FIXED, **base.example(name, SLOTS))
+def test_every_method_answers_all_three_request_types_in_every_format(name: str, loaded: Loaded) -> None:
+    lm = under(loaded[0], "kv-tiny", **loaded[1], **base.example(name, SLOTS))
     requests = asked()
     lm.compression_log = log = CompressionLog()
     (text,) = lm.generate_until(requests["generate_until"], disable_tqdm=True)
