@@ -20,7 +20,13 @@ plugin.install()
 pytestmark = pytest.mark.filterwarnings("ignore")
 SLOTS, TOKENS = 64, {"until": ["\n"], "max_gen_toks": 4}
 FIXED = {"device": "cpu", "dtype": "float32", "batch_size": 4}
-FORMATS = [{}, {"dtype": "bfloat16"}, {"mixed_precision_dtype": "bfloat16"}, {"mixed_precision_dtype": "float16"}]
+FORMATS = [
+    {},
+    {"dtype": "bfloat16"},
+    {"dtype": "float16"},
+    {"mixed_precision_dtype": "bfloat16"},
+    {"mixed_precision_dtype": "float16"},
+]
 
 
 Loaded = tuple[KVCompressedLM, dict[str, Any]]  # and how it was
