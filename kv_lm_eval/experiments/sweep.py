@@ -32,7 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kv_lm_eval import console, files, progress
-from kv_lm_eval.errors import UserError
+from kv_lm_eval.errors import UserError, close_names
 from kv_lm_eval.experiments import cost, plan
 from kv_lm_eval.experiments.run_group import Job, groups, run_group
 from kv_lm_eval.experiments.run_point import (
@@ -65,11 +65,26 @@ def _sweep(argv: Sequence[str] | None, started: list[Job]) -> int:
         files.check_folder(output, "--output_path")
     for point in points:
         point["id"] = folder_of(point, output).name
-    plan.check(points)
+    try:
+        plan.check(points)
+    except UserError as error:
+        raise _named(error, overrides, config) from error
     if args.dry_run:
         return _show(points, output)
     with _alone_in(output):
         return _run(config, points, output.resolve(), args, started)
+
+
+def _named(error: UserError, overrides: dict[str, Any], config: dict[str, Any]) -> UserError:
+    """What is wrong with a plan in a line, where a `--set` misses its variable: every point says it otherwise."""
+    variables = sorted(config["vars"].keys() - {"here"})
+    for key in overrides.keys() - config["vars"].keys():
+        if f"unknown setting {key!r}" in str(error):
+            return UserError(
+                f"--set {key}=...: the sweep {config['name']} has no such variable{close_names(key, variables)}, and "
+                f"its methods no such setting; its variables: {', '.join(variables) or 'none'}. Nothing was started."
+            )
+    return error
 
 
 def _kept(started: list[Job]) -> str:

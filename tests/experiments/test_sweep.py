@@ -193,6 +193,14 @@ def test_settings_can_be_replaced_from_the_command_line(tmp_path: Path, capsys: 
     assert sweep.main([str(config), "--set", "limit"]) == 2
 
 
+def test_a_variable_that_the_sweep_does_not_have_is_one_line(tmp_path: Path, capsys: Any) -> None:
+    """Not one for each of its points, with all settings of its method."""
+    config = write(tmp_path, vars={"capacity": [32, 64]}, methods=[{"method": ["random", "snapkv"]}])
+    assert sweep.main([str(config), "--set", "capasity=3", "--output_path", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--set capasity=...: " in line and "did you mean 'capacity'?" in line
+
+
 @pytest.mark.slow
 def test_ray_gives_the_same_table(undisturbed: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is an optional extra")
