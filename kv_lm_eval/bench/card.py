@@ -109,8 +109,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         "greedy."
         + (
             ""
-            if result["movable"]
-            else " Keys of this model cannot be moved: positions=absolute where that is asked for."
+            if result["in_cache"]
+            else " This model has no positions counted in the cache: positions=absolute in their place."
         ),
         "",
         *table(

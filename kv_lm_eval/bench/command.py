@@ -149,7 +149,7 @@ def run(args: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "command": " ".join(["kv-lm-eval", "bench", *given]),
     }
     bench = measure.Bench.of(model, repeats=args.repeats, warm_up=args.warm_up, capacity=args.capacity)
-    result["movable"] = bench.movable
+    result["in_cache"] = bench.in_cache
     for part in args.parts.split(","):
         print(f"{part} ... ", end="", flush=True, file=sys.stderr)
         before = time.perf_counter()

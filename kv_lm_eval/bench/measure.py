@@ -37,6 +37,11 @@ from kv_lm_eval.metrics.memory import PeakMemory
 
 RECOMPUTE = "window recompute"
 QUESTIONS = (5, 20)  # on one context
+WRAPPED = {  # methods that ask less and less of a model, and what one that serves them can do
+    "streaming_llm": {"movable": True, "in_cache": True},
+    "expected_attention": {"movable": True, "in_cache": False},
+    "full": {"movable": False, "in_cache": False},
+}
 
 
 def all_methods() -> list[str]:
@@ -55,13 +60,14 @@ class Bench:
     """A wrapped model and how it is measured.
 
     Args:
-        movable: whether keys can be moved in position, as some methods must.
+        movable: whether keys can be moved in position, as some methods must; in_cache: and counted in the cache.
         repeats, warm_up: rounds. capacity: slots per KV head that methods keep. seed: of the prompts.
     """
 
     model: PreTrainedModel
     facts: ModelFacts
     movable: bool = True
+    in_cache: bool = True
     repeats: int = 5
     warm_up: int = 2
     capacity: int = 512
@@ -70,11 +76,15 @@ class Bench:
     @classmethod
     def of(cls, model: PreTrainedModel, **more: Any) -> Bench:
         """Wraps the model for methods that move keys, and for the others where it has no way to."""
-        needs_most = config.parse({"method": "streaming_llm", "max_capacity_prompt": 64})[0]
-        try:
-            bench = cls(model, wrap(model, needs_most), **more)
-        except UserError:
-            bench = cls(model, wrap(model, config.parse({"method": "full"})[0]), movable=False, **more)
+        for method, able in WRAPPED.items():
+            settings = {"method": method} | ({"max_capacity_prompt": 64} if able["movable"] else {})
+            try:
+                bench = cls(model, wrap(model, config.parse(settings)[0]), **able, **more)
+            except UserError:
+                if not able["movable"]:
+                    raise
+                continue
+            break
         bench.facts.words = Words(lambda text: list(range(len(text.split()))))  # of any tokens: as many as words
         return bench
 
@@ -95,7 +105,7 @@ class Bench:
             settings |= cls.example(size)  # made-up weights cost as much
         elif cls.compresses:
             settings["max_capacity_prompt"] = size
-        if not self.movable and "positions" in {f.name for f in fields(cls)}:
+        if not self.in_cache and "positions" in {f.name for f in fields(cls)}:
             settings["positions"] = "absolute"  # what a user of this model can run
         return partial(make_cache, config.parse(settings)[0], self.facts)
 

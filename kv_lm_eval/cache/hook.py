@@ -142,7 +142,7 @@ def kv_attention(
     if hidden is not None:
         delattr(module, HIDDEN)
     device = query.device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return cache.attend(Step(layer, query, key, value, pos, scaling, window, softcap, hidden), attention_mask), None
     query, key, value = _as_autocast_takes(query, key, value)
     with torch.autocast(device, enabled=False):  # scores and codes keep the formats that they ask for

@@ -89,10 +89,22 @@ def in_format(models: Iterable[nn.Module], dtype: torch.dtype | None, device: st
     Args:
         device: the kind of device, "cpu" or "cuda".
     """
+    if dtype is None:
+        yield
+        return
+
+    def cast(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def under_autocast(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(device, dtype=dtype):
+                return forward(*args, **kwargs)
+
+        return under_autocast
+
     with ExitStack() as put_on:
-        for model in models if dtype is not None else ():
-            cast = torch.autocast(device, dtype=dtype)
-            put_on.enter_context(replaced(model, "forward", wraps(model.forward)(cast(model.forward))))
+        put_on.enter_context(torch.autocast(device, enabled=False))  # keeps weights that were cast until the last exit
+        for model in models:
+            put_on.enter_context(replaced(model, "forward", cast(model.forward)))
         yield
 
 

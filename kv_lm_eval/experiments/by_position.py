@@ -2,9 +2,10 @@
 
     python scripts/perplexity_by_position.py OUT --edges 0 4096 8192 16384 --csv past.csv --picture past.png
 
-OUT is a sweep's folder with kv_ppl tasks. All tokens of a text count, those before a first cut too. With --against, of
-each stretch there is the difference to that point as well, paired token by token: an interval takes each text as one
-observation, of fewer than six texts blocks of tokens. The table is markdown; the last line is one JSON document.
+OUT is a sweep's folder with kv_ppl tasks. All tokens of a text count, those before a first cut too; every text has to
+reach into every stretch, so that all stretches are about the same texts. With --against, of each stretch there is the
+difference to that point as well, paired token by token: an interval takes each text as one observation, of fewer than
+six texts blocks of tokens. The table is markdown; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -66,38 +67,55 @@ def rows(points: dict[str, Point], edges: Sequence[int], against: Point | None =
     """One a point and stretch: name, from, to (tokens), perplexity, tokens; change_percent and its ends with `against`.
 
     Raises:
-        UserError: edges do not rise, a text ends before a stretch begins, or two points have scored other texts.
+        UserError: edges do not rise, a text has no scored token in a stretch, or two points have scored other tokens.
     """
     if len(edges) < 2 or any(a >= b for a, b in pairwise(edges)) or edges[0] < 0:
         raise UserError(f"--edges {' '.join(map(str, edges))}: two places or more, each later than the one before")
+    texts = list((against or next(iter(points.values())))["records"])
+    theirs = None if against is None else losses(against, texts)
     out = []
     for name, point in points.items():
-        nll = losses(point)
         if against is not None:
             paired.differences(against["records"], point["records"])  # refuses other texts, models and protocols
+        nll = losses(point, texts)
         for begin, end in pairwise(edges):
             part = [v[begin:end] for v in nll]
-            if not any(np.isfinite(v).any() for v in part):
-                raise UserError(
-                    f"--edges: {name} has no scored token from {begin} to {end}; its longest text has "
-                    f"{max(map(len, nll))} tokens"
-                )
+            for text, values, whole in zip(texts, part, nll, strict=True):
+                if not np.isfinite(values).any():
+                    raise UserError(
+                        f"--edges: {name} has no scored token of {text} from {begin} to {end}; of its {len(whole)} "
+                        f"tokens {int(np.isfinite(whole).sum())} were scored"
+                    )
             found = {"name": name, "from": begin, "to": end, "tokens": int(sum(np.isfinite(v).sum() for v in part))}
             found["perplexity"] = float(np.exp(blocks.interval(part)["mean"]))
-            if against is not None:
-                other = [v[begin:end] for v in losses(against)]
-                apart = blocks.interval([a - b for a, b in zip(part, other, strict=True)])
-                bare = point is against
-                found["change_percent"] = percent(apart["mean"])
-                found["low_percent"] = None if bare or apart["low"] is None else percent(apart["low"])
-                found["high_percent"] = None if bare or apart["high"] is None else percent(apart["high"])
+            if theirs is not None:
+                found.update(_apart(part, [v[begin:end] for v in theirs], name, bare=point is against))
             out.append(found)
     return out
 
 
-def losses(point: Point) -> list[np.ndarray]:
-    """Nats of each token [tokens] of each text; NaN: not scored."""
-    return [np.array([np.nan if v is None else v for v in r["nll"]], np.float64) for r in point["records"].values()]
+def _apart(ours: list[np.ndarray], theirs: list[np.ndarray], name: str, bare: bool) -> dict[str, float | None]:
+    """Of one stretch: the difference in per cent and its interval, none of a point beside itself."""
+    if any(len(a) != len(b) or not np.isfinite(a - b).any() for a, b in zip(ours, theirs, strict=True)):
+        raise UserError(
+            f"{name} and --against have not scored the same tokens of every text: one max_eval_tokens and one "
+            "protocol for all"
+        )
+    found = blocks.interval([a - b for a, b in zip(ours, theirs, strict=True)])
+    low, high = (None if bare or found[end] is None else percent(found[end]) for end in ("low", "high"))
+    return {"change_percent": percent(found["mean"]), "low_percent": low, "high_percent": high}
+
+
+def losses(point: Point, texts: Sequence[str]) -> list[np.ndarray]:
+    """Nats of each token [tokens] of each of the texts; NaN: not scored.
+
+    Raises:
+        UserError: the point has not scored one of them.
+    """
+    if missing := [text for text in texts if text not in point["records"]]:
+        raise UserError(f"not every point has scored {missing[0]}: one list of texts for all")
+    each = (point["records"][text]["nll"] for text in texts)
+    return [np.array([np.nan if v is None else v for v in nll], np.float64) for nll in each]
 
 
 def markdown(table: Sequence[dict[str, Any]]) -> str:
@@ -129,7 +147,7 @@ def draw(points: dict[str, Point], edges: Sequence[int], title: str, path: Path)
 
     figure, axes = plt.subplots(figsize=(9, 5))
     for name, point in points.items():
-        longest = max(map(len, own := losses(point)))
+        longest = max(map(len, own := losses(point, list(point["records"]))))
         padded = np.full((len(own), longest), np.nan)
         for line, values in zip(padded, own, strict=True):
             line[: len(values)] = values

@@ -136,6 +136,16 @@ def test_methods_that_a_model_cannot_have_are_left_out() -> None:
     assert bench.new_cache("streaming_llm")().compression.moves_keys is None, "at the text's positions"
 
 
+def test_a_model_of_windows_only_keeps_what_rotates_keys() -> None:
+    """Its keys can be moved; it is sinks in the cache that its windows cut off."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 24}
+    bench = measure.Bench.of(tf.MistralForCausalLM(tf.MistralConfig(**sizes, **heads)).eval(), capacity=64)
+    assert bench.movable and not bench.in_cache
+    assert bench.usable(["streaming_llm", "expected_attention"]) == ["streaming_llm", "expected_attention"]
+    assert bench.new_cache("streaming_llm")().compression.moves_keys is None
+
+
 def test_slopes_and_the_bend_of_what_is_known() -> None:
     at = {str(n): {"seconds": 3e-3 * n + 1e-6 * n * n, "bytes": 7.0 * n} for n in (1024, 4096, 16384)}
     found = growth.slopes(at)
@@ -180,7 +190,7 @@ def test_a_model_whose_keys_cannot_be_moved_has_every_table(tmp_path: Path, monk
     args = command.arguments().parse_args(given)
     command._check(args)
     result = command.run(args, given)
-    assert not result["movable"] and "cannot be moved" in card.markdown(result)
+    assert not result["in_cache"] and "positions=absolute" in card.markdown(result)
     assert "streaming_llm" in json.dumps(result["decode"])
     assert "expected_attention" not in result["prefill"]["entries"]
     assert set(result["growth"]["entries"]) == set(growth.WHY)

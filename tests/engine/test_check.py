@@ -159,12 +159,47 @@ def test_the_self_check_says_which_layers_slide(name: str) -> None:
     assert facts.qk_norm == (name in ("qwen3", "gemma3"))
 
 
+SCALED = {"rope_type": "default", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layers", [1, 4])
+def test_queries_that_grow_with_their_place_are_no_rotation(layers: int, dtype: torch.dtype) -> None:
+    """Nothing tells of it in the keys of a single layer."""
+    if not hasattr(tf, "Ministral3Config"):
+        pytest.skip("transformers has no Ministral3 yet")
+    own = {"num_hidden_layers": layers, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "head_dim": 8}
+    rope = {"rope_parameters": {**SCALED, "original_max_position_embeddings": 128}}
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(tf.Ministral3Config(**{**tiny.LLAMA, **own, **rope}), dtype=dtype)
+    with pytest.raises(UserError, match="cannot be moved"):
+        wrap(model.eval().to(DEVICE), IN_CACHE)
+
+
+def test_positions_that_enter_in_a_later_layer_are_no_rotation() -> None:
+    model, places = tiny.build("llama", num_hidden_layers=3), torch.nn.Embedding(4096, 32).to(DEVICE)
+
+    def add(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (args[0] + places(kwargs["position_ids"]), *args[1:]), kwargs
+
+    model.model.layers[1].register_forward_pre_hook(add, with_kwargs=True)
+    with pytest.raises(UserError, match="cannot be moved"):
+        wrap(model, IN_CACHE)
+
+
+def test_the_probe_leaves_no_hooks() -> None:
+    model = tiny.build("llama")
+    wrap(model, IN_CACHE)
+    for module in model.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks or type(module) is torch.nn.Linear
+
+
 def test_a_deep_model_in_half_precision_rotates_too() -> None:
     """Rounding adds up over layers: Llama-3.1-8B's keys, on an H200 in bfloat16, were 5.6 % apart in its last layer."""
     model = tiny.build("llama", seed=2, num_hidden_layers=20).to(torch.bfloat16)
     facts = wrap(model, IN_CACHE)
     assert facts.rope is not None and facts.rope_kinds == ["rope"] * 20
-    base, moved = (probes._keys_of(model, facts, range(start, start + 16))[-1].float() for start in (0, 600))
+    base, moved = (probes._heads_of(model, facts, range(start, start + 16))[-1].key.float() for start in (0, 600))
     turned = facts.rope.rotate(base, torch.full((1, 1), 600, device=base.device), 19)
     assert (turned - moved).norm() > 0.06 * moved.norm(), "whole forwards tell nothing of a rotation here"
 

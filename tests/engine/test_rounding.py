@@ -34,9 +34,18 @@ def test_beyond_it_twice_what_the_model_is_from_itself(
     assert (said is None) == passes, said
 
 
-def test_a_model_far_from_itself_gets_the_bound_of_the_format() -> None:
+@pytest.mark.parametrize("own", [0.3, 0.5, 0.6, 5.0])
+def test_more_than_half_is_never_rounding(own: float) -> None:
     """Such a check would tell nothing."""
-    assert asked_of(torch.bfloat16, 0.6).beyond(ONES, ONES * 1.2) is not None
+    assert asked_of(torch.bfloat16, own).beyond(ONES, ONES * 1.49) is None
+    for wrong in (ONES * 1.51, 0 * ONES, -ONES):
+        assert asked_of(torch.bfloat16, own).beyond(ONES, wrong) is not None
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_model_that_is_no_number_somewhere_tells_nothing(order: int) -> None:
+    pairs = [(ONES, ONES * 1.2), (ONES, ONES * float("nan"))][::order]
+    assert Rounding(torch.bfloat16, lambda: pairs).beyond(ONES, ONES * 1.3) is not None
 
 
 def test_where_the_format_leaves_no_room_nothing_is_asked() -> None:

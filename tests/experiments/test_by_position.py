@@ -13,8 +13,9 @@ from kv_lm_eval.experiments import by_position
 
 
 def point(*texts: list[float | None]) -> dict[str, Any]:
-    asked = {"model": "m", "protocol": "stream", "source": "s"}
-    return {"records": {f"t{i}": {"nll": nll, "first_eviction": None, **asked} for i, nll in enumerate(texts)}}
+    asked = {"model": "m", "reading": {"protocol": "stream"}, "first_eviction": None}
+    each = {f"t{i}": {"nll": nll, "tokens": [*range(len(nll))], **asked} for i, nll in enumerate(texts)}
+    return {"records": each}
 
 
 def test_stretches_are_means_of_all_tokens_in_them_whatever_text_they_are_of() -> None:
@@ -41,9 +42,30 @@ def test_edges_that_make_no_stretch_are_refused(edges: list[int]) -> None:
         by_position.rows({"a": point([1.0] * 50)}, edges)
 
 
-def test_a_stretch_beyond_every_text_is_refused() -> None:
-    with pytest.raises(UserError, match="longest text has 50 tokens"):
-        by_position.rows({"a": point([1.0] * 50)}, [0, 50, 60])
+def test_every_text_reaches_into_every_stretch() -> None:
+    """Or a column would be about other texts than the one before it."""
+    for texts in ([[1.0] * 50], [[3.0] * 400, [1.0] * 50]):
+        with pytest.raises(UserError, match="no scored token of t. from 50 to 60; of its 50 tokens 50 were scored"):
+            by_position.rows({"a": point(*texts)}, [0, 50, 60])
+
+
+def test_texts_are_paired_by_name() -> None:
+    draw = np.random.default_rng(1)
+    texts = [draw.normal(3, 1, n).tolist() for n in (60, 50, 90)]
+    full, cut = point(*texts), point(*([v + 0.1 for v in text] for text in texts))
+    cut["records"] = dict(reversed(cut["records"].items()))
+    _, row = by_position.rows({"full": full, "cut": cut}, [0, 45], full)
+    assert row["change_percent"] == pytest.approx(100 * (np.exp(0.1) - 1))
+    assert row["high_percent"] == pytest.approx(row["low_percent"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "other", [[1.0] * 30, [*[1.0] * 20, *[None] * 20]], ids=["another length", "nothing scored in common"]
+)
+def test_points_that_scored_other_tokens_are_refused(other: list[float | None]) -> None:
+    full = point([*[None] * 20, *[1.0] * 20])
+    with pytest.raises(UserError, match="have not scored the same tokens|no scored token"):
+        by_position.rows({"full": full, "cut": point(other)}, [20, 40], full)
 
 
 def test_the_picture(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kv_lm_eval import plugin
 from kv_lm_eval.cache.segment import Segment
@@ -81,3 +83,27 @@ def test_a_compiled_step_runs_in_the_same_format(monkeypatch: pytest.MonkeyPatch
     settings = {"method": "snapkv", "max_capacity_prompt": 128}
     one, other = (KVCompressedLM("kv-tiny", **GIVEN, **settings, compile=on) for on in (True, False))
     assert answers(one)[0] == answers(other)[0]
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each piece of memory is copied into another format."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._to_copy.default:
+            self.of[args[0].data_ptr()] += 1
+        return function(*args, **kwargs or {})
+
+
+def test_weights_are_cast_once_in_a_run() -> None:
+    """As under lm-eval's hf, which is in autocast for a whole generate(); else every token would cast all of them."""
+    lm = KVCompressedLM("kv-tiny", method="full", **GIVEN)
+    weights = [p.data_ptr() for p in lm.model.parameters() if p.dim() == 2]
+    asked = request("generate_until", docs.needle()["test"][0]["prompt"][-300:], {"until": [], "max_gen_toks": 6})
+    with Casts() as casts:
+        lm.generate_until([asked], disable_tqdm=True)
+    counts = [casts.of[at] for at in weights]
+    assert max(counts) == 1 and sum(counts) > 10, counts
