@@ -106,6 +106,7 @@ class _Noting(CompressedCache):
         self.heads: dict[int, Heads] = {}
 
     def attend(self, step: Step, mask: torch.Tensor | None) -> torch.Tensor:
+        """As the cache does: [1, n, H, D]."""
         self.heads[step.layer] = Heads(step.query, step.key, step.value)
         return super().attend(step, mask)
 
