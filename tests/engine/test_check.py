@@ -172,7 +172,7 @@ def test_queries_that_grow_with_their_place_are_no_rotation(layers: int, dtype: 
     rope = {"rope_parameters": {**SCALED, "original_max_position_embeddings": 128}}
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(tf.Ministral3Config(**{**tiny.LLAMA, **own, **rope}), dtype=dtype)
-    with pytest.raises(UserError, match="cannot be moved"):
+    with pytest.raises(UserError, match="cannot be moved|position_ids"):  # or, before 5.21, does not hand them over
         wrap(model.eval().to(DEVICE), IN_CACHE)
 
 
