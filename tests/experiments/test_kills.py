@@ -14,6 +14,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from kv_lm_eval.experiments import run_point, sweep
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the children are forked")
 KILLED = 77  # the status of a child that ended itself
+STUCK_S = 300  # seconds after which a child ends, so that a test of it fails rather than waits
 CONFIG = {
     "defaults": {"model": stub.NAME, "bootstrap_iters": 2, "limit": 2, "wait_s": 0.05},
     "models": ["kv-tiny"],
@@ -44,6 +46,9 @@ def light() -> None:
     """No threads at a fork, and no look at the machine in every child."""
     stub.register()
     tqdm.tqdm.monitor_interval = 0
+    if tqdm.tqdm.monitor is not None:  # of a file that ran before, whose lock a child would wait for
+        tqdm.tqdm.monitor.exit()
+        tqdm.tqdm.monitor = None
     harness._look_at_the_machine_once()
     collect_env.get_pretty_env_info()
     gc.freeze()  # else every child walks the parent's objects
@@ -55,6 +60,8 @@ def fork(output: Path, before: Callable[[], None] = lambda: None, points: int = 
     config.write_text(yaml.safe_dump({**CONFIG, "methods": CONFIG["methods"][:points]}))
     if child := os.fork():
         return child
+    signal.alarm(STUCK_S)
+    tqdm.tqdm.set_lock(threading.RLock())  # a thread of the parent may have held the old one
     with open(output.parent / "said.txt", "a", encoding="utf-8") as said:
         sys.stdout = sys.stderr = said
         status = 1
