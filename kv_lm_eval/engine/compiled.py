@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from kv_lm_eval.cache.cache import CompressedCache
 from kv_lm_eval.cache.static_ring import StaticCache
 from kv_lm_eval.engine.forward import cache_argument, device_of, forward_of, output
-from kv_lm_eval.engine.lent import replaced
+from kv_lm_eval.engine.lent import replaced, under_autocast
 
 Ended = Callable[[list[list[int]]], list[bool]]  # new tokens of each row so far -> whether it has ended
 
@@ -44,16 +44,13 @@ class Decoder:
         self.model = model
         self._static: StaticCache | None = None
 
-        forward = model.forward  # as it is now: `decoding` puts another in its place
+        # as it is now: `decoding` puts another in its place
+        forward = under_autocast(model.forward, autocast, device_of(model).type)
         name = cache_argument(forward_of(model))
 
         def step(cache: StaticCache, ids: torch.Tensor) -> torch.Tensor:
             positions = cache.seen.clone()
-            if autocast is None:
-                logits = forward(input_ids=ids, position_ids=positions, use_cache=True, **{name: cache}).logits
-            else:
-                with torch.autocast(ids.device.type, dtype=autocast):
-                    logits = forward(input_ids=ids, position_ids=positions, use_cache=True, **{name: cache}).logits
+            logits = forward(input_ids=ids, position_ids=positions, use_cache=True, **{name: cache}).logits
             cache.advance()
             return logits[:, -1]
 

@@ -93,19 +93,24 @@ def in_format(models: Iterable[nn.Module], dtype: torch.dtype | None, device: st
         yield
         return
 
-    def cast(forward: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(forward)
-        def under_autocast(*args: Any, **kwargs: Any) -> Any:
-            with torch.autocast(device, dtype=dtype):
-                return forward(*args, **kwargs)
-
-        return under_autocast
-
     with ExitStack() as put_on:
         put_on.enter_context(torch.autocast(device, enabled=False))  # keeps weights that were cast until the last exit
         for model in models:
-            put_on.enter_context(replaced(model, "forward", cast(model.forward)))
+            put_on.enter_context(replaced(model, "forward", under_autocast(model.forward, dtype, device)))
         yield
+
+
+def under_autocast(forward: Callable[..., Any], dtype: torch.dtype | None, device: str) -> Callable[..., Any]:
+    """A forward that runs in this format; the same one for None."""
+    if dtype is None:
+        return forward
+
+    @wraps(forward)
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, dtype=dtype):
+            return forward(*args, **kwargs)
+
+    return cast
 
 
 @contextmanager

@@ -10,8 +10,6 @@ six texts blocks of tokens. The table is markdown; the last line is one JSON doc
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from itertools import pairwise
@@ -22,7 +20,7 @@ import numpy as np
 
 from kv_lm_eval import console, files
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.experiments.paired_table import Point, chosen, read
+from kv_lm_eval.experiments.paired_table import Point, as_csv, chosen, read
 from kv_lm_eval.metrics import paired
 from kv_lm_eval.metrics.perplexity import percent
 from kv_lm_eval.stats import blocks
@@ -127,15 +125,6 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
         own = [f"{row['perplexity']:,.1f}" for row in table if row["name"] == name]
         lines.append(f"| {name} | " + " | ".join(own) + " |")
     return "\n".join(lines)
-
-
-def as_csv(table: Sequence[dict[str, Any]]) -> str:
-    """All numbers, full precision."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return out.getvalue()
 
 
 def draw(points: dict[str, Point], edges: Sequence[int], title: str, path: Path) -> None:

@@ -209,7 +209,7 @@ def interval(row: dict[str, Any]) -> str:
     return f"**{words}**" if row["low_percent"] > 0 or row["high_percent"] < 0 else words
 
 
-def as_csv(table: list[dict[str, Any]]) -> str:
+def as_csv(table: Sequence[dict[str, Any]]) -> str:
     """All numbers, full precision."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(table[0]), lineterminator="\n")
@@ -220,20 +220,7 @@ def as_csv(table: list[dict[str, Any]]) -> str:
 
 def draw(table: list[dict[str, Any]], against: str, title: str, path: Path) -> None:
     """A dot and its interval for each row, what is outside noise in colour."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.32 * len(table)))
-    for place, row in enumerate(reversed(table)):
-        mid, low, high = (row[k] for k in ("change_percent", "low_percent", "high_percent"))
-        noise = low is None or low <= 0 <= high
-        colour = "#888888" if noise else "#d55e00" if mid > 0 else "#0072b2"
-        axes.plot([mid if low is None else low, mid if high is None else high], [place] * 2, color=colour, lw=2)
-        axes.plot(mid, place, "o", color=colour)
-    axes.set_yticks(range(len(table)), [row["name"] for row in reversed(table)])
-    axes.axvline(0, color="black", lw=0.8)
+    figure, axes = dots([(row["name"], *(row[f"{k}_percent"] for k in ("change", "low", "high"))) for row in table])
     widest = max(abs(row["change_percent"]) for row in table)
     if widest > 30:
         axes.set_xscale("symlog", linthresh=3)
@@ -244,7 +231,23 @@ def draw(table: list[dict[str, Any]], against: str, title: str, path: Path) -> N
     axes.set(xlabel=f"perplexity against {against}, per cent", title=title)
     axes.grid(axis="x", lw=0.3)
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+
+
+def dots(rows: Sequence[tuple[str, float, float | None, float | None]], less_is_better: bool = True) -> tuple[Any, Any]:
+    """Figure and axes with a dot and its interval for each row (name, middle, low, high), the first on top; colour says
+    that zero lies outside of the interval, orange that it is for the worse."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.6 + 0.32 * len(rows)))
+    axes = figure.subplots()
+    for place, (_, mid, low, high) in enumerate(reversed(rows)):
+        noise = low is None or high is None or low <= 0 <= high
+        colour = "#888888" if noise else "#d55e00" if (mid > 0) == less_is_better else "#0072b2"
+        axes.plot([mid if low is None else low, mid if high is None else high], [place] * 2, color=colour, lw=2)
+        axes.plot(mid, place, "o", color=colour)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)])
+    axes.axvline(0, color="black", lw=0.8)
+    return figure, axes
 
 
 def draw_pareto(table: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -10,8 +10,6 @@ stratum. Scores below 0 or above 1 are refused. The table is markdown; the last 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +19,8 @@ import numpy as np
 
 from kv_lm_eval import console, files
 from kv_lm_eval.errors import UserError
-from kv_lm_eval.experiments.paired_table import chosen
+from kv_lm_eval.experiments.compare import SAMPLES
+from kv_lm_eval.experiments.paired_table import as_csv, chosen, dots
 from kv_lm_eval.stats import paired
 from kv_lm_eval.stats.paired import AGGREGATIONS, Pair
 
@@ -74,9 +73,9 @@ def read(folders: Sequence[Path], metric: str) -> dict[str, Scores]:
         for place in sorted(folder.glob("points/*/point.json")):
             point = files.read_json(place)
             for file in point.get("files", []) if point["status"] == "done" else []:
-                if Path(file).name.startswith("samples_"):
-                    task = Path(file).name.removeprefix("samples_").rpartition("_")[0]
-                    out.setdefault(point["name"], {}).setdefault(task, {}).update(_scores(place.parent / file, metric))
+                if samples := SAMPLES.fullmatch(Path(file).name):
+                    of_task = out.setdefault(point["name"], {}).setdefault(samples["task"], {})
+                    of_task.update(_scores(place.parent / file, metric))
     if not out:
         raise UserError("no finished point in " + ", ".join(map(str, folders)))
     return out
@@ -157,32 +156,11 @@ def _difference(row: Mapping[str, Any]) -> str:
     return f"{row['difference']:+.1f} | " + (f"**{words}**" if told else words)
 
 
-def as_csv(table: Sequence[dict[str, Any]]) -> str:
-    """All numbers, full precision."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return out.getvalue()
-
-
 def draw(table: Sequence[dict[str, Any]], against: str, title: str, path: Path) -> None:
     """A dot and its interval for each row, what is outside noise in colour."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.32 * len(table)))
-    for place, row in enumerate(reversed(table)):
-        mid = row["difference"] or 0.0
-        low, high = (mid if row[end] is None else row[end] for end in ("low", "high"))
-        colour = "#888888" if low <= 0 <= high else "#d55e00" if mid < 0 else "#0072b2"
-        axes.plot([low, high], [place] * 2, color=colour, lw=2)
-        axes.plot(mid, place, "o", color=colour)
-    axes.set_yticks(range(len(table)), [row["name"] for row in reversed(table)])
-    axes.axvline(0, color="black", lw=0.8)
+    figure, axes = dots(
+        [(row["name"], row["difference"] or 0.0, row["low"], row["high"]) for row in table], less_is_better=False
+    )
     axes.set(xlabel=f"points against {against}, mean of the tasks", title=title)
     axes.grid(axis="x", lw=0.3)
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
